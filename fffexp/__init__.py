@@ -1,0 +1,36 @@
+"""Which feedforward layer: dense FF, noisy top-k MoE or FFF? Measured, with the layers to use."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fffexp.data import Digits, FashionMNIST, Hub, IDX
+    from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
+    from fffexp.task import ClassificationTask
+
+__all__ = [
+    "FF",
+    "FFF",
+    "IDX",
+    "ClassificationTask",
+    "Digits",
+    "FashionMNIST",
+    "FeedforwardLayer",
+    "Hub",
+    "NoisyTopKMoE",
+]
+
+_HOMES = {
+    "fffexp.data": ("Digits", "FashionMNIST", "Hub", "IDX"),
+    "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE"),
+    "fffexp.task": ("ClassificationTask",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # importing torch and lightning takes seconds, which --help and reports should not pay
+    from importlib import import_module
+
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'fffexp' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Measurements of time that can be trusted."""

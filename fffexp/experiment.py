@@ -1,0 +1,251 @@
+"""One experiment: from a config to a tracked, tested run."""
+
+import logging
+import resource
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import fffexp.data
+import fffexp.layers
+import fffexp.schedules  # noqa: F401, with these imported their class names need no module path
+from fffexp import tracking
+from fffexp.bench.latency import REFERENCE_WIDTH, measure
+from fffexp.callbacks.progress import EpochLines
+from fffexp.callbacks.routing import dead_leaves
+from fffexp.callbacks.speed import TrainingSpeed
+from fffexp.callbacks.stability import Stability
+from fffexp.data.base import ClassificationData
+from fffexp.layers import FF
+from fffexp.models.mlp import MLP
+from fffexp.task import ClassificationTask
+
+CHECKPOINTS = Path("outputs/checkpoints")
+
+# what hardware is present and how to buy more is not news on every run
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+@dataclass
+class Context:
+    """What a run is part of, beyond its config."""
+
+    parent: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    callbacks: Sequence[Callback] = ()
+    quiet: bool = False
+    fresh_process: bool = False  # peak memory means this run's alone
+
+
+@dataclass
+class Result:
+    """What came of a run."""
+
+    run_id: str
+    metrics: dict[str, float]
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI with data linked to the model, tracking, and a last measurement of the best checkpoint."""
+
+    def __init__(self, args: Sequence[str], context: Context) -> None:
+        self.context = context
+        self._wanted = args[0]
+        self.result: Result | None = None
+        super().__init__(
+            ClassificationTask,
+            ClassificationData,
+            subclass_mode_data=True,
+            save_config_callback=None,  # it writes to a folder; the run keeps the config as an artifact
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                "accelerator": "auto",
+                "devices": 1,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "logger": False,
+                "enable_progress_bar": False,
+            },
+            parser_kwargs={"exit_on_error": False, self._wanted: {"exit_on_error": False}},
+            args=list(args),
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links, and what is ours."""
+        parser.link_arguments("data.in_shape", "model.in_shape", apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
+        parser.add_argument("--name", type=str, default="default", help="MLflow experiment that runs go to")
+        parser.add_argument(
+            "--tracking_uri", type=str | None, default=None, help=f"MLflow store (default {tracking.DEFAULT_URI})"
+        )
+        parser.add_argument(
+            "--test", type=bool, default=True, help="read the test set once, with the best checkpoint, after fit"
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # static there, all four built
+        """Only what was asked for: each subcommand costs a parser."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name == self._wanted}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without the warning about arguments given from Python."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        # a checkpoint gives weights; the config stays what --config says
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        """Keep what was resolved: all that a rerun needs."""
+        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        self.resolved: Namespace = config
+        self.resolved_yaml: str = parser.dump(config, skip_none=True)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the checkpoint that selects on validation, and the callbacks of the context."""
+        self.checkpoint = ModelCheckpoint(monitor="val/accuracy", mode="max", save_last=True)
+        extra: list[Callback] = [*self.context.callbacks]
+        if self.subcommand == "fit":
+            extra.append(self.checkpoint)
+        if not self.context.quiet:
+            extra.append(EpochLines())
+        return self._instantiate_trainer(dict(self._get(self.config_init, "trainer")), extra)
+
+    def fit(self, model: ClassificationTask, datamodule: ClassificationData, **kwargs: Any) -> None:
+        """Train, select on validation, measure, test once."""
+        config = self.resolved
+        client, experiment = tracking.open_store(tracking.tracking_uri(config.tracking_uri), config.name)
+        params = flat_params(config, model)
+        tags = {"layer": params["layer"], "data": params["data"], "backend": backends(model), **self.context.tags}
+        name = f"{params['layer']} {params['training_width']} seed {params['seed']}"
+        with tracking.run(client, experiment, name, tags, self.context.parent) as run:
+            run.params(params)
+            run.text(self.resolved_yaml, "config.yaml")
+            self.trainer.logger = logger = tracking.RunLogger(run)
+            self.checkpoint.dirpath = str(CHECKPOINTS / run.id)
+            try:
+                _interruptible(self.trainer, model, datamodule, kwargs)
+                metrics = self._finish(model, datamodule, run)
+            finally:
+                logger.save()
+            run.metrics(metrics, self.trainer.global_step)
+        self.result = Result(run.id, metrics)
+
+    def _finish(
+        self, model: ClassificationTask, datamodule: ClassificationData, run: tracking.Run
+    ) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if best := self.checkpoint.best_model_path:
+            model.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
+            run.file(Path(best), "checkpoint")
+            metrics["val/best_accuracy"] = float(self.checkpoint.best_model_score or 0)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by a connector
+            if isinstance(callback, (Stability, TrainingSpeed)):
+                metrics |= callback.results()
+        device = model.device
+        metrics |= dead_leaves(model, datamodule.train_data[0].to(device))
+        make_reference = partial(FF, width=REFERENCE_WIDTH)
+        reference = MLP(make_reference, datamodule.in_shape, datamodule.num_classes).to(device)
+        metrics |= measure(model, datamodule.val_data[0].to(device), reference)
+        if self.context.fresh_process:
+            metrics["memory/peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if self.resolved.test:
+            self.trainer.logger = False  # type: ignore[assignment] # logged with the rest
+            (tested,) = self.trainer.test(model, datamodule=datamodule, verbose=False)
+            metrics |= {key: float(value) for key, value in tested.items()}
+        return metrics
+
+
+def _interruptible(trainer: Trainer, model: ClassificationTask, data: ClassificationData, kwargs: Any) -> None:
+    # Lightning turns Ctrl-C into SystemExit(1) and ignores further ones; a study has to tell them apart
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(model, datamodule=data, **kwargs)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+def flat_params(config: Namespace, model: ClassificationTask) -> dict[str, Any]:
+    """What is tracked of a config, under short flat names."""
+    settings = config.model
+    params: dict[str, Any] = {"layer": _short(settings.layer), "seed": config.seed_everything}
+    params |= {f"layer.{name}": _short(value) for name, value in _init_args(settings.layer).items()}
+    for layer in model.layers.values():
+        for name, size in layer.sizes().items():
+            params[name] = params.get(name, 0) + size
+    params |= {"data": _short(config.data), "data.batch_size": config.data.init_args.batch_size}
+    params |= {"optimizer": _short(settings.optimizer), "label_smoothing": settings.label_smoothing}
+    params |= {f"optimizer.{name}": value for name, value in _init_args(settings.optimizer).items()}
+    if settings.lr_scheduler is not None:
+        params["lr_scheduler"] = _short(settings.lr_scheduler)
+    for name, value in (settings.coefficients or {}).items():
+        arguments = ", ".join(f"{k}={v}" for k, v in _init_args(value).items())
+        params[f"coefficients.{name}"] = f"{_short(value)}({arguments})" if arguments else value
+    params["max_epochs"] = config.trainer.max_epochs
+    return params
+
+
+def _init_args(value: Any) -> dict[str, Any]:
+    return dict(vars(value.get("init_args") or Namespace())) if isinstance(value, Namespace) else {}
+
+
+def _short(value: Any) -> Any:
+    return value.class_path.rsplit(".", 1)[-1] if isinstance(value, Namespace) and "class_path" in value else value
+
+
+def backends(model: ClassificationTask) -> str:
+    """Names of the backends of its layers."""
+    return ",".join(sorted({layer.backend for layer in model.layers.values()}))
+
+
+def run(args: Sequence[str], context: Context | None = None) -> Result | None:
+    """Run a subcommand of LightningCLI, args[0]; a result if it was fit.
+
+    Raises:
+        UserError: a mistake in the arguments, the configs or the data, in one line.
+    """
+    try:
+        return ExperimentCLI(args, context or Context()).result
+    except ArgumentError as error:
+        raise UserError(one_line(str(error))) from error
+    except ValueError as error:
+        if isinstance(error, UserError) or not _from_constructor(error):
+            raise
+        raise UserError(one_line(str(error))) from error
+
+
+def one_line(message: str) -> str:
+    """The telling part of jsonargparse's messages, which begin with the key and end with the cause."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+
+
+def _from_constructor(error: ValueError) -> bool:
+    # layers, schedules and the task check their arguments as they are made
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        if traceback.tb_frame.f_code.co_name == "instantiate_classes":
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _data_seed(seed: int | bool) -> int:
+    # seed_everything: true draws one; the split then keeps to 0
+    return 0 if isinstance(seed, bool) else seed

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the computations that backends compete on."""

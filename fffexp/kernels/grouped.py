@@ -1,0 +1,71 @@
+"""Products of row groups, each with its own matrix, as one operator.
+
+torch's own grouped_mm refuses float64, unaligned strides and, under torch.compile, float32 on a CPU; this
+operator takes them all. Shape suffixes: R rows sorted by group, G groups, K summed over, N outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("fffexp::grouped_mm", mutates_args=())
+def grouped_mm(x_RK: Tensor, weight_GKN: Tensor, ends_G: Tensor) -> Tensor:
+    """(R, N): the rows of group g, which end before row ends_G[g], times weight_GKN[g]."""
+    if x_RK.dtype == torch.float64:
+        parts = zip(_split(x_RK, ends_G), weight_GKN.unbind(), strict=True)
+        return torch.cat([part @ weight for part, weight in parts])
+    pad_k, pad_n = _padding(x_RK, weight_GKN.shape[1]), _padding(x_RK, weight_GKN.shape[2])
+    if pad_k or pad_n:
+        x_RK, weight_GKN = F.pad(x_RK, (0, pad_k)), F.pad(weight_GKN, (0, pad_n, 0, pad_k))
+    product = F.grouped_mm(x_RK.contiguous(), weight_GKN, offs=ends_G.to(torch.int32))
+    return product[:, : product.shape[1] - pad_n].contiguous()
+
+
+@grouped_mm.register_fake
+def _(x_RK: Tensor, weight_GKN: Tensor, ends_G: Tensor) -> Tensor:
+    return x_RK.new_empty(x_RK.shape[0], weight_GKN.shape[2])
+
+
+@torch.library.custom_op("fffexp::grouped_outer", mutates_args=())
+def grouped_outer(x_RK: Tensor, y_RN: Tensor, ends_G: Tensor) -> Tensor:
+    """(G, K, N): for each group the product of its rows of x, transposed, with its rows of y."""
+    if x_RK.dtype == torch.float64:
+        parts = zip(_split(x_RK, ends_G), _split(y_RN, ends_G), strict=True)
+        return torch.stack([x.T @ y for x, y in parts])
+    k, n = x_RK.shape[1], y_RN.shape[1]
+    x_RK, y_RN = F.pad(x_RK, (0, _padding(x_RK, k))), F.pad(y_RN, (0, _padding(x_RK, n)))
+    product = F.grouped_mm(x_RK.T, y_RN.contiguous(), offs=ends_G.to(torch.int32))
+    return product[:, :k, :n].contiguous()
+
+
+@grouped_outer.register_fake
+def _(x_RK: Tensor, y_RN: Tensor, ends_G: Tensor) -> Tensor:
+    return x_RK.new_empty(ends_G.shape[0], x_RK.shape[1], y_RN.shape[1])
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _mm_backward(ctx: torch.autograd.function.FunctionCtx, grad_RN: Tensor) -> tuple[Tensor, Tensor, None]:
+    x_RK, weight_GKN, ends_G = ctx.saved_tensors  # type: ignore[attr-defined] # not in torch's annotations
+    return grouped_mm(grad_RN, weight_GKN.mT, ends_G), grouped_outer(x_RK, grad_RN, ends_G), None
+
+
+def _outer_backward(ctx: torch.autograd.function.FunctionCtx, grad_GKN: Tensor) -> tuple[Tensor, Tensor, None]:
+    x_RK, y_RN, ends_G = ctx.saved_tensors  # type: ignore[attr-defined] # not in torch's annotations
+    return grouped_mm(y_RN, grad_GKN.mT, ends_G), grouped_mm(x_RK, grad_GKN, ends_G), None
+
+
+grouped_mm.register_autograd(_mm_backward, setup_context=_setup)
+grouped_outer.register_autograd(_outer_backward, setup_context=_setup)
+
+
+def _split(rows: Tensor, ends_G: Tensor) -> tuple[Tensor, ...]:
+    return rows.tensor_split(ends_G[:-1].cpu())
+
+
+def _padding(like: Tensor, size: int) -> int:
+    # torch's grouped_mm wants strides that are multiples of 16 bytes
+    return -size % (16 // like.element_size())

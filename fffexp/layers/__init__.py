@@ -1,0 +1,8 @@
+"""Interchangeable feedforward layers: parameters and mathematics of one layer each."""
+
+from fffexp.layers.base import FeedforwardLayer
+from fffexp.layers.ff import FF
+from fffexp.layers.fff import FFF
+from fffexp.layers.moe import NoisyTopKMoE
+
+__all__ = ["FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE"]

@@ -1,0 +1,159 @@
+"""The contract that every feedforward layer keeps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+Decisions = Literal["auto", "soft", "hard"]
+Regularizer = Callable[[Any], Tensor]
+
+
+class FeedforwardLayer(nn.Module, ABC):
+    """A layer that replaces an MLP: (..., in_features) -> (..., out_features), one tensor.
+
+    Sizes are in neurons, as in paper.md section 1; `flops_per_sample` counts one inference pass, a
+    multiply-add as two. `decisions` matters to layers that harden: "auto" is soft in training and hard in
+    evaluation, "hard" in training is straight-through.
+    """
+
+    backend: ClassVar[str] = "eager"
+    hardens: ClassVar[bool] = False  # whether soft and hard decisions differ
+    regularizers: ClassVar[Mapping[str, Regularizer]] = {}  # losses, functions of `routing`
+    metrics: ClassVar[Mapping[str, Regularizer]] = {}  # tracked quantities, functions of `routing`
+    scheduled: ClassVar[frozenset[str]] = frozenset()  # buffers that a schedule may set
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = positive("in_features", in_features)
+        self.out_features = positive("out_features", out_features)
+        self.decisions: Decisions = "auto"
+        self._routing: Any = None
+        self._ran_twice = False
+
+    @property
+    def routing(self) -> Any:
+        """What the last training pass decided, or None; set it to None after each backward pass.
+
+        Raises:
+            RuntimeError: the layer ran more than once in training since `routing` was last set to None.
+        """
+        if self._ran_twice:
+            raise RuntimeError(
+                f"{type(self).__name__} ran more than once in training since its routing was read and cleared: "
+                "set layer.routing = None after each backward pass, and do not share a layer within a step"
+            )
+        return self._routing
+
+    @routing.setter
+    def routing(self, value: None) -> None:
+        if value is not None:
+            raise ValueError("routing is written by the layer; it can only be cleared: layer.routing = None")
+        self._routing = None
+        self._ran_twice = False
+
+    def _record(self, routing: Any) -> None:
+        self._ran_twice = self._routing is not None
+        self._routing = routing
+
+    def __getstate__(self) -> dict[str, Any]:
+        # routing holds the graph of one pass: neither pickled nor copied
+        return {**self.__dict__, "_routing": None, "_ran_twice": False}
+
+    @property
+    def hard(self) -> bool:
+        """Whether the next pass uses hard decisions."""
+        if self.decisions not in ("auto", "soft", "hard"):
+            raise ValueError(f"decisions is {self.decisions!r}; it must be 'auto', 'soft' or 'hard'")
+        return self.decisions == "hard" or (self.decisions == "auto" and not self.training)
+
+    def check_trainable(self) -> None:  # noqa: B027, most layers have nothing to refuse
+        """Raise ValueError if this layer can be timed but not trained."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """Number of leaves or experts; 1 for a dense layer."""
+
+    @property
+    @abstractmethod
+    def training_width(self) -> int:
+        """Hidden neurons that can produce output in training."""
+
+    @property
+    @abstractmethod
+    def training_size(self) -> int:
+        """All neurons, those that decide included."""
+
+    @property
+    @abstractmethod
+    def inference_width(self) -> int:
+        """Hidden neurons that produce output for one sample."""
+
+    @property
+    @abstractmethod
+    def inference_size(self) -> int:
+        """Neurons evaluated for one sample."""
+
+    @property
+    @abstractmethod
+    def flops_per_sample(self) -> int:
+        """Operations of the products of one inference pass."""
+
+    @abstractmethod
+    def route(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (rows, k) index of the blocks that hard decisions use for each row."""
+
+    @property
+    def parameter_count(self) -> int:
+        """Trainable scalars."""
+        return sum(p.numel() for p in self.parameters())
+
+    def sizes(self) -> dict[str, int]:
+        """Every size of this layer under its tracked name."""
+        return {
+            "training_width": self.training_width,
+            "training_size": self.training_size,
+            "inference_width": self.inference_width,
+            "inference_size": self.inference_size,
+            "parameters": self.parameter_count,
+            "flops_per_sample": self.flops_per_sample,
+        }
+
+
+def positive(name: str, value: int) -> int:
+    """Return value, or raise ValueError if it is below 1."""
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+    return value
+
+
+def probability(name: str, value: float) -> float:
+    """Return value, or raise ValueError if it is not in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+    return value
+
+
+def check_fits(scalars: int, mend: str) -> None:
+    """Raise ValueError before weights are allocated that this machine's memory cannot hold."""
+    needed = scalars * torch.get_default_dtype().itemsize
+    total = psutil.virtual_memory().total
+    if needed > total and torch.get_default_device().type == "cpu":
+        raise ValueError(
+            f"the weights would take {needed / 2**30:,.1f} GiB and this machine has {total / 2**30:,.1f} GiB: {mend}"
+        )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Decisions, gates, entropies and losses are computed in this precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def decision_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, in) -> (B, units) in at least float32, the same in training and inference, also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return at_least_float32(nn.functional.linear(x.to(weight.dtype), weight, bias))

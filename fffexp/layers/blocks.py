@@ -1,0 +1,43 @@
+"""The two-layer networks that a tree or a gate chooses among."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.kernels import eager
+from fffexp.kernels.naive import Blocks
+
+
+class BlockMLP(nn.Module):
+    """`blocks` networks Linear, activation, dropout, Linear of the same width, each initialised as an FF."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        blocks: int,
+        width: int,
+        activation: Callable[[], nn.Module],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.hidden_weight = nn.Parameter(torch.empty(blocks, width, in_features))
+        self.hidden_bias = nn.Parameter(torch.empty(blocks, width))
+        self.output_weight = nn.Parameter(torch.empty(blocks, width, out_features))
+        self.output_bias = nn.Parameter(torch.empty(blocks, out_features))
+        self.hidden = nn.Sequential(activation(), nn.Dropout(dropout))
+        for parameter, fan_in in zip(self.parameters(), (in_features, in_features, width, width), strict=False):
+            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+    def tensors(self) -> Blocks:
+        """The parameters as the kernels take them."""
+        return Blocks(self.hidden_weight, self.hidden_bias, self.output_weight, self.output_bias)
+
+    def mixture(self, x: Tensor, weights: Tensor) -> Tensor:
+        """(B, in), (B, blocks) -> (B, out): all blocks, weighted."""
+        return eager.mixture(x, weights, self.tensors(), self.hidden)
+
+    def selected(self, x: Tensor, block: Tensor, weights: Tensor | None = None) -> Tensor:
+        """(B, in), (B, k), (B, k) -> (B, out): only the chosen blocks, summed by weight."""
+        return eager.selected(x, block, weights, self.tensors(), self.hidden)

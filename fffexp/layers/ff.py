@@ -1,0 +1,83 @@
+"""The dense baseline."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.layers.base import FeedforwardLayer, check_fits, positive, probability
+
+
+class FF(FeedforwardLayer):
+    """Dense feedforward layer: Linear, activation, dropout, Linear.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        width: hidden neurons.
+        activation: makes the activation module.
+        dropout: probability of dropping a hidden activation in training.
+
+    Raises:
+        ValueError: a size below 1, or weights that do not fit in memory.
+    """
+
+    backend: ClassVar[str] = "linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        width: int,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.width = positive("width", width)
+        check_fits(width * (in_features + out_features + 1), "lower width")
+        self.network = nn.Sequential(
+            nn.Linear(in_features, width),
+            activation(),
+            nn.Dropout(probability("dropout", dropout)),
+            nn.Linear(width, out_features),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        output: Tensor = self.network(x)
+        return output
+
+    def route(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (rows, 1) zeros: there is one block."""
+        return torch.zeros(x.shape[:-1].numel(), 1, dtype=torch.long, device=x.device)
+
+    @property
+    def blocks(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def training_width(self) -> int:
+        """W."""
+        return self.width
+
+    @property
+    def training_size(self) -> int:
+        """W."""
+        return self.width
+
+    @property
+    def inference_width(self) -> int:
+        """W."""
+        return self.width
+
+    @property
+    def inference_size(self) -> int:
+        """W."""
+        return self.width
+
+    @property
+    def flops_per_sample(self) -> int:
+        """Two products."""
+        return 2 * self.width * (self.in_features + self.out_features)

@@ -1,0 +1,142 @@
+"""The Fast Feedforward layer."""
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.kernels import eager
+from fffexp.layers.base import (
+    FeedforwardLayer,
+    Regularizer,
+    check_fits,
+    decision_logits,
+    positive,
+    probability,
+)
+from fffexp.layers.blocks import BlockMLP
+from fffexp.routing import tree
+
+
+class FFF(FeedforwardLayer):
+    """Fast Feedforward layer (Belcak and Wattenhofer, arXiv 2308.14711, section 3).
+
+    A binary tree of linear nodes over 2^depth leaf networks: soft, the mixture of all leaves; hard, the one
+    leaf that is reached by going right wherever a node's logit is >= 0.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        depth: levels of decisions; 0 is an FF of width leaf_width.
+        leaf_width: hidden neurons of one leaf.
+        region_leak: probability, per sample and node, that a training pass swaps the two children
+            ("randomized child transposition", section 3).
+        activation: makes the activation module of the leaves.
+        dropout: probability of dropping a hidden activation of a leaf in training.
+
+    Raises:
+        ValueError: depth below 0, a size below 1, or weights that do not fit in memory.
+    """
+
+    hardens: ClassVar[bool] = True
+    regularizers: ClassVar[Mapping[str, Regularizer]] = {
+        "hardening_mean": tree.hardening_mean,
+        "hardening_sum": tree.hardening_sum,
+        "balance": tree.balance,
+        "importance": tree.leaf_importance,
+    }
+    metrics: ClassVar[Mapping[str, Regularizer]] = {"entropy": tree.hardening_mean}
+    scheduled: ClassVar[frozenset[str]] = frozenset({"choice_scale"})
+
+    choice_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        depth: int,
+        leaf_width: int,
+        region_leak: float = 0.0,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        if depth < 0:
+            raise ValueError(f"depth is {depth}; it must be at least 0")
+        self.depth = depth
+        self.leaf_width = positive("leaf_width", leaf_width)
+        self.region_leak = probability("region_leak", region_leak)
+        probability("dropout", dropout)
+        per_leaf = in_features + 1 + leaf_width * (in_features + out_features + 1) + out_features
+        check_fits(2**depth * per_leaf, f"lower depth (it is {depth}) or leaf_width (it is {leaf_width})")
+        self.node_weight = nn.Parameter(torch.empty(2**depth - 1, in_features))
+        self.node_bias = nn.Parameter(torch.empty(2**depth - 1))
+        for parameter in (self.node_weight, self.node_bias):
+            nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5)
+        # a factor on the node logits (inverse temperature); a buffer, so that soft evaluation survives saving
+        self.register_buffer("choice_scale", torch.ones(()))
+        self.leaves = BlockMLP(in_features, out_features, 2**depth, leaf_width, activation, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        rows = x.reshape(-1, self.in_features)
+        if self.hard and not self.training:
+            output = self.leaves.selected(rows, self.route(rows))
+        else:
+            output = self.leaves.mixture(rows, self._leaf_weights(rows))
+        return output.reshape(*x.shape[:-1], self.out_features)
+
+    def _leaf_weights(self, rows: Tensor) -> Tensor:
+        unscaled = decision_logits(rows, self.node_weight, self.node_bias)
+        logits = unscaled * self.choice_scale
+        soft = choices = torch.sigmoid(logits)
+        if self.hard:
+            choices = tree.straight_through(soft, logits)
+        if self.training and self.region_leak:
+            swap = torch.rand_like(choices) < self.region_leak
+            choices = torch.where(swap, 1 - choices, choices)
+            soft = torch.where(swap, 1 - soft, soft)
+        weights = tree.leaf_mixture(choices, self.depth)
+        if self.training:
+            soft_weights = tree.leaf_mixture(soft, self.depth) if self.hard else weights
+            entropy = tree.bernoulli_entropy(logits)
+            leaf = tree.descend(unscaled.detach(), self.depth)
+            self._record(tree.TreeRouting(entropy_BN=entropy, leaf_weights_BL=soft_weights, leaf_B=leaf))
+        return weights
+
+    def route(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (rows, 1) leaf of each row."""
+        rows = x.reshape(-1, self.in_features).to(self.node_weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return eager.route(rows, self.node_weight, self.node_bias, self.depth).unsqueeze(1)
+
+    @property
+    def blocks(self) -> int:
+        """Leaves."""
+        return 2**self.depth
+
+    @property
+    def training_width(self) -> int:
+        """2^d * l."""
+        return self.blocks * self.leaf_width
+
+    @property
+    def training_size(self) -> int:
+        """2^d - 1 + 2^d * l."""
+        return self.blocks - 1 + self.training_width
+
+    @property
+    def inference_width(self) -> int:
+        """L: the neurons of one leaf."""
+        return self.leaf_width
+
+    @property
+    def inference_size(self) -> int:
+        """D + l: the nodes on the path and one leaf."""
+        return self.depth + self.leaf_width
+
+    @property
+    def flops_per_sample(self) -> int:
+        """The nodes on the path and one leaf."""
+        return 2 * (self.depth * self.in_features + self.leaf_width * (self.in_features + self.out_features))

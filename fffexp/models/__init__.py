@@ -1,0 +1,1 @@
+"""Networks that take a layer factory and know no concrete layer."""

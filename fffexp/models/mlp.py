@@ -1,0 +1,29 @@
+"""The network of arXiv 2308.14711, section 4.1."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from fffexp.layers import FeedforwardLayer
+
+LayerFactory = Callable[[int, int], FeedforwardLayer]
+
+
+class MLP(nn.Module):
+    """One feedforward layer from the flattened input to the class logits.
+
+    Args:
+        layer: (in_features, out_features) -> layer.
+        in_shape: shape of one sample.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, layer: LayerFactory, in_shape: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.layer = layer(math.prod(in_shape), num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, *in_shape) -> (batch, num_classes)."""
+        logits: Tensor = self.layer(x.flatten(1))
+        return logits

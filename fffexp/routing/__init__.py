@@ -1,0 +1,1 @@
+"""Pure functions on tensors: how samples are assigned to leaves and experts."""

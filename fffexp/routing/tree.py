@@ -1,0 +1,85 @@
+"""Choices of a binary tree, and what is lost or gained by them.
+
+Shape suffixes: B samples, N = 2^depth - 1 nodes (breadth first), L = 2^depth leaves.
+Source: Belcak and Wattenhofer, arXiv 2308.14711, section 3 (paper.md sections 1 and 7).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fffexp.routing.gate import cv_squared
+
+
+@dataclass(frozen=True)
+class TreeRouting:
+    """What one training pass of a tree leaves behind for losses and metrics.
+
+    Args:
+        entropy_BN: (batch, nodes) Bernoulli entropy of each choice, in nats.
+        leaf_weights_BL: (batch, leaves) soft mixture; each row sums to 1.
+        leaf_B: (batch,) leaf that hard decisions reach.
+    """
+
+    entropy_BN: Tensor
+    leaf_weights_BL: Tensor
+    leaf_B: Tensor
+
+
+def bernoulli_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of choices with these logits; same shape, finite for any finite logit."""
+    return F.softplus(logits) - logits * torch.sigmoid(logits)
+
+
+def leaf_mixture(choices_BN: Tensor, depth: int) -> Tensor:
+    """(B, N) probabilities of going right -> (B, L) product of the choices on each leaf's path."""
+    weights = choices_BN.new_ones(choices_BN.shape[0], 1)
+    for level in range(depth):
+        right = choices_BN[:, 2**level - 1 : 2 ** (level + 1) - 1]
+        weights = torch.stack((weights * (1 - right), weights * right), dim=2).flatten(1)
+    return weights
+
+
+def straight_through(choices: Tensor, logits: Tensor) -> Tensor:
+    """Choices rounded to 0 or 1 (a logit of 0 goes right), with the gradient of the unrounded ones."""
+    # in this order the forward value is exact: choices - choices.detach() is 0
+    return (logits >= 0).to(choices.dtype) + (choices - choices.detach())
+
+
+def descend(logits_BN: Tensor, depth: int) -> Tensor:
+    """(B, N) node logits -> (B,) leaf reached by going right wherever the logit is >= 0."""
+    position = torch.zeros(logits_BN.shape[0], 1, dtype=torch.long, device=logits_BN.device)
+    for level in range(depth):
+        logit = logits_BN.gather(1, position + (2**level - 1))
+        position = 2 * position + (logit >= 0)
+    return position.squeeze(1)
+
+
+def hardening_mean(routing: TreeRouting) -> Tensor:
+    """Entropy of the choices, mean over batch and nodes (0 where there are no nodes)."""
+    return routing.entropy_BN.sum() / max(routing.entropy_BN.numel(), 1)
+
+
+def hardening_sum(routing: TreeRouting) -> Tensor:
+    """Entropy of the choices, summed over batch and nodes, as printed in arXiv 2308.14711, section 3."""
+    return routing.entropy_BN.sum()
+
+
+def balance(routing: TreeRouting) -> Tensor:
+    """Leaves times sum of (share of hard decisions x mean soft weight), arXiv 2405.16836: 1 if uniform."""
+    batch, leaves = routing.leaf_weights_BL.shape
+    counts = block_counts(routing.leaf_B, leaves)
+    return leaves * (counts / max(batch, 1) * routing.leaf_weights_BL.sum(0) / max(batch, 1)).sum()
+
+
+def leaf_importance(routing: TreeRouting) -> Tensor:
+    """CV^2 of the leaves' soft weights summed over the batch: 0 if uniform, leaves - 1 if collapsed."""
+    return cv_squared(routing.leaf_weights_BL.sum(0))
+
+
+def block_counts(block: Tensor, blocks: int) -> Tensor:
+    """Rows per leaf or expert, (blocks,) long; unlike bincount its shape does not depend on the data."""
+    flat = block.flatten()
+    return torch.zeros(blocks, dtype=torch.long, device=block.device).index_add_(0, flat, torch.ones_like(flat))

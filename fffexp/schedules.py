@@ -1,0 +1,97 @@
+"""Value of a coefficient as a function of training progress (0 at the first step, 1 after the last)."""
+
+import bisect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+
+class Schedule(ABC):
+    """A coefficient that changes during training."""
+
+    @abstractmethod
+    def __call__(self, progress: float) -> float:
+        """Value at this share of the training, in [0, 1]."""
+
+
+class Constant(Schedule):
+    """The same value throughout."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, progress: float) -> float:
+        return self.value
+
+
+class Linear(Schedule):
+    """From start to end in equal steps."""
+
+    def __init__(self, start: float, end: float) -> None:
+        self.start, self.end = start, end
+
+    def __call__(self, progress: float) -> float:
+        return self.start + (self.end - self.start) * progress
+
+
+class Exponential(Schedule):
+    """From start to end by equal factors; both above 0.
+
+    Raises:
+        ValueError: start or end is not above 0.
+    """
+
+    def __init__(self, start: float, end: float) -> None:
+        if start <= 0 or end <= 0:
+            raise ValueError(f"an exponential schedule from {start} to {end}: both must be above 0")
+        self.start, self.end = start, end
+
+    def __call__(self, progress: float) -> float:
+        return float(self.start * (self.end / self.start) ** progress)
+
+
+class Step(Schedule):
+    """Phases: values[i] from milestones[i - 1] (a share of the training) up to milestones[i].
+
+    Raises:
+        ValueError: not one value more than milestones, or milestones not rising within (0, 1).
+    """
+
+    def __init__(self, values: Sequence[float], milestones: Sequence[float]) -> None:
+        if len(values) != len(milestones) + 1:
+            raise ValueError(
+                f"{len(values)} values and {len(milestones)} milestones: give one value more than milestones"
+            )
+        if list(milestones) != sorted(set(milestones)) or any(not 0 < m < 1 for m in milestones):
+            raise ValueError(f"milestones {list(milestones)} must rise within 0 and 1, both excluded")
+        self.values, self.milestones = values, milestones
+
+    def __call__(self, progress: float) -> float:
+        return self.values[bisect.bisect_right(self.milestones, progress)]
+
+
+class Adaptive(Schedule):
+    """Raised by a factor after every epoch whose mean choice entropy is above the target.
+
+    Args:
+        start: first value, above 0.
+        factor: growth per epoch, above 1.
+        maximum: never above this.
+        target: entropy in nats; below 0.10 rounding the choices changes predictions very little
+            (arXiv 2308.14711, section 3).
+
+    Raises:
+        ValueError: start is not above 0, or factor not above 1.
+    """
+
+    def __init__(self, start: float, factor: float, maximum: float, target: float = 0.10) -> None:
+        if start <= 0 or factor <= 1:
+            raise ValueError(f"start {start} must be above 0 and factor {factor} above 1, or nothing is raised")
+        self.value, self.factor, self.maximum, self.target = start, factor, maximum, target
+
+    def __call__(self, progress: float) -> float:
+        return self.value
+
+    def observe(self, entropy: float) -> None:
+        """Take the mean entropy of an epoch."""
+        if entropy > self.target:
+            self.value = min(self.value * self.factor, self.maximum)

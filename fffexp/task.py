@@ -1,0 +1,173 @@
+"""Training one network with its layers' regularisers."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+from fffexp.callbacks.hardening import Hardening
+from fffexp.callbacks.routing import RoutingMonitor
+from fffexp.callbacks.speed import TrainingSpeed
+from fffexp.callbacks.stability import Stability
+from fffexp.layers import FeedforwardLayer
+from fffexp.models.mlp import MLP, LayerFactory
+from fffexp.schedules import Schedule
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ClassificationTask(LightningModule):
+    """Cross-entropy plus the regularisers of the layers, each with a scheduled coefficient.
+
+    Validation and test decide hard; validation also tracks the soft accuracy and the gap between the two.
+
+    Args:
+        layer: which feedforward layer, with all but its in_features and out_features.
+        optimizer: which optimizer, with all but the parameters.
+        lr_scheduler: which scheduler, with all but the optimizer. One that takes `total_steps` and is not given
+            it gets the length of the training and is stepped every batch; others are stepped every epoch.
+        coefficients: factor of each regulariser of the layer by its name (FFF: hardening_mean, hardening_sum,
+            balance, importance; NoisyTopKMoE: importance, load) and values of what else the layer lets a
+            schedule set (FFF: choice_scale). A number or a schedule.
+        label_smoothing: share of the target spread over all classes.
+        in_shape: shape of one sample; linked to the data.
+        num_classes: number of classes; linked to the data.
+
+    Raises:
+        ValueError: a coefficient that the layer does not know, or a layer that cannot be trained.
+    """
+
+    def __init__(
+        self,
+        layer: LayerFactory,
+        in_shape: Sequence[int],
+        num_classes: int,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        coefficients: dict[str, float | Schedule] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
+        self.network = MLP(layer, in_shape, num_classes)
+        self.optimizer, self.lr_scheduler, self.label_smoothing = optimizer, lr_scheduler, label_smoothing
+        self.schedules = dict(coefficients or {})
+        # what the schedules say now; written by the Hardening callback
+        self.coefficients: dict[str, float] = {}
+        self._check_layers()
+        make_accuracy = partial(MulticlassAccuracy, num_classes, average="micro", validate_args=False)
+        self.train_accuracy, self.val_accuracy = make_accuracy(), make_accuracy()
+        self.soft_accuracy, self.test_accuracy = make_accuracy(), make_accuracy()
+        self._train_steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @property
+    def layers(self) -> dict[str, FeedforwardLayer]:
+        """The feedforward layers of the network by their path in it."""
+        return {name: m for name, m in self.network.named_modules() if isinstance(m, FeedforwardLayer)}
+
+    def _check_layers(self) -> None:
+        known: set[str] = set()
+        for layer in self.layers.values():
+            layer.check_trainable()
+            known |= set(layer.regularizers) | layer.scheduled
+        kind = ", ".join(sorted({type(layer).__name__ for layer in self.layers.values()}))
+        for name in self.schedules:
+            if name not in known:
+                raise ValueError(
+                    f"coefficients.{name}: {kind} has no such regulariser; it has {', '.join(sorted(known)) or 'none'}"
+                )
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Set the coefficients; watch routing, stability and speed."""
+        return [Hardening(), RoutingMonitor(), Stability(), TrainingSpeed()]
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer, and the scheduler if there is one."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        given = getattr(self.lr_scheduler, "keywords", {})
+        if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
+            steps = int(self.trainer.estimated_stepping_batches)
+            scheduler = self.lr_scheduler(optimizer, total_steps=steps)  # type: ignore[call-arg] # seen above
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        scheduler = self.lr_scheduler(optimizer)
+        return [optimizer], [{"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", None)}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, *in_shape) -> (batch, num_classes) logits."""
+        logits: Tensor = self.network(x)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Prediction loss plus regularisers."""
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
+        total = loss
+        for layer in self._layer_list:
+            for name, regularizer in layer.regularizers.items():
+                if coefficient := self.coefficients.get(name, 0.0):
+                    total = total + coefficient * regularizer(layer.routing)
+        # metrics wait for the end of the epoch: updating them every step would cost as much as the step
+        self._train_steps.append((total.detach(), logits.detach().argmax(1), y))
+        return total
+
+    def on_fit_start(self) -> None:
+        """Look the layers up once, not every step."""
+        self._layer_list = list(self.layers.values())
+
+    def on_after_backward(self) -> None:
+        """Let go of the graph of this step."""
+        for layer in self._layer_list:
+            layer.routing = None
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch."""
+        losses, predicted, labels = zip(*self._train_steps, strict=True)
+        self._train_steps.clear()
+        self.train_accuracy(torch.cat(predicted), torch.cat(labels))
+        self.log("train/loss", torch.stack(losses).mean())
+        self.log("train/accuracy", self.train_accuracy)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Hard accuracy and loss, then soft accuracy where it can differ."""
+        x, y = batch
+        logits = self(x)
+        self.val_accuracy.update(logits, y)
+        self.log("val/loss", F.cross_entropy(logits.float(), y), batch_size=len(y))
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True, batch_size=len(y))
+        if hardening := [layer for layer in self.layers.values() if layer.hardens]:
+            for layer in hardening:
+                layer.decisions = "soft"
+            self.soft_accuracy.update(self(x), y)
+            for layer in hardening:
+                layer.decisions = "auto"
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how much is lost by hard decisions."""
+        if self.soft_accuracy.update_called:
+            soft = self.soft_accuracy.compute()
+            self.soft_accuracy.reset()
+            self.log("val/soft_accuracy", soft)
+            self.log("val/hardening_gap", soft - self.val_accuracy.compute())
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Hard accuracy."""
+        x, y = batch
+        self.test_accuracy.update(self(x), y)
+        self.log("test/accuracy", self.test_accuracy, batch_size=len(y))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Class of each sample."""
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        predicted: Tensor = self(x).argmax(1)
+        return predicted

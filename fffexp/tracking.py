@@ -1,0 +1,223 @@
+"""Everything that knows MLflow."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from filelock import FileLock
+
+from fffexp.errors import UserError
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# an unreachable server is told at the start, not after minutes of retries
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+from lightning.pytorch.loggers import Logger  # noqa: E402, the settings above come first
+from mlflow.entities import Metric, Param  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+
+DEFAULT_URI = "sqlite:///outputs/mlflow.db"
+FLUSH_S = 2.0
+
+
+def tracking_uri(given: str | None) -> str:
+    """The store to use: what was given, else MLFLOW_TRACKING_URI, else SQLite under outputs/."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
+    """Client, and id of the experiment, which is created if need be.
+
+    Raises:
+        UserError: the store cannot be reached.
+    """
+    with creation_lock(uri):
+        try:
+            client = MlflowClient(uri)
+            found = client.get_experiment_by_name(experiment)
+            if found is not None and found.lifecycle_stage == "deleted":
+                client.restore_experiment(found.experiment_id)
+            location = None if uri.startswith("http") else str(Path("outputs/artifacts").absolute() / experiment)
+            experiment_id = found.experiment_id if found else client.create_experiment(experiment, location)
+        except Exception as error:  # every store and driver has errors of its own
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"the tracking store {uri} cannot be used ({reason}): start it, or give another by --tracking_uri"
+            ) from error
+    _fail_dead_runs(client, experiment_id)
+    return client, experiment_id
+
+
+@contextmanager
+def creation_lock(uri: str) -> Iterator[None]:
+    """Only one process at a time creates the tables of a SQLite store, which two can break for good."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"the store {uri} cannot be created ({error}): give a path that can be written") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fail_dead_runs(client: MlflowClient, experiment_id: str) -> None:
+    """Mark runs of this machine that were killed before they could say so."""
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
+        tags = run.data.tags
+        if tags.get("host") == socket.gethostname() and not _alive(tags.get("process", "")):
+            client.set_terminated(run.info.run_id, "FAILED")
+
+
+def _process_id() -> str:
+    # the start time tells a process from a later one with the same number
+    return f"{os.getpid()} {psutil.Process().create_time():.2f}"
+
+
+def _alive(process: str) -> bool:
+    number, _, started = process.partition(" ")
+    try:
+        return f"{psutil.Process(int(number)).create_time():.2f}" == started
+    except (ValueError, psutil.NoSuchProcess):
+        return False
+
+
+@cache
+def environment_tags() -> dict[str, str]:
+    """What a run's figures depend on besides its config."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "git_commit": git.stdout.strip() or "unknown",
+        "host": socket.gethostname(),
+        "torch": torch.__version__,
+    }
+
+
+class Run:
+    """One MLflow run; params, metrics and artifacts by the names in the README."""
+
+    def __init__(
+        self, client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str], parent: str | None
+    ) -> None:
+        all_tags = {**environment_tags(), **tags, "process": _process_id()}
+        if parent is not None:
+            all_tags["mlflow.parentRunId"] = parent
+        self.client = client
+        self.id: str = client.create_run(experiment_id, tags=all_tags, run_name=name).info.run_id
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Log params; they cannot change."""
+        self.client.log_batch(self.id, params=[Param(name, str(value)) for name, value in params.items()])
+
+    def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log metrics at a step."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.id, [Metric(k, float(v), now, step) for k, v in metrics.items()])
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag."""
+        self.client.set_tag(self.id, name, value)
+
+    def text(self, text: str, file: str) -> None:
+        """Store a text artifact."""
+        self.client.log_text(self.id, text, file)
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """Store a file as an artifact."""
+        self.client.log_artifact(self.id, str(path), folder)
+
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Set the final status."""
+        self.client.set_terminated(self.id, status)
+
+
+@contextmanager
+def run(
+    client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str], parent: str | None = None
+) -> Iterator[Run]:
+    """A run that is FINISHED if the block ends well, KILLED if it was pruned, else FAILED at once."""
+    started = Run(client, experiment_id, name, tags, parent)
+    try:
+        yield started
+    except BaseException as error:
+        pruned = type(error).__name__ == "TrialPruned"
+        if pruned:
+            started.tag("pruned", "true")
+        started.end("KILLED" if pruned else "FAILED")
+        raise
+    started.end("FINISHED")
+
+
+class RunLogger(Logger):
+    """Lightning's metrics to a run.
+
+    Not Lightning's MLFlowLogger: that one writes every epoch, which costs as much as a short epoch, and calls
+    a run FINISHED after fit, before it is tested.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+        self._pending: list[Metric] = []
+        self._flushed = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "mlflow"
+
+    @property
+    def version(self) -> str:
+        """Id of the run."""
+        return self._run.id
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Params are logged by the experiment, under flat names."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep them for the next write."""
+        now = int(time.time() * 1000)
+        self._pending += [Metric(k, float(v), now, step or 0) for k, v in metrics.items() if k != "epoch"]
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is pending, in the portions that MLflow accepts."""
+        pending, self._pending = self._pending, []
+        for start in range(0, len(pending), 1000):
+            self._run.client.log_batch(self._run.id, pending[start : start + 1000])
+        self._flushed = time.monotonic()
+
+    def finalize(self, status: str) -> None:
+        """Write what is pending; the status is set when the run ends."""
+        self.save()
+
+
+@contextmanager
+def terminated_by_signal() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that runs are marked and the exit status is not 0."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
