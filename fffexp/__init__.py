@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fffexp.data import Digits, FashionMNIST, Hub, IDX
+    from fffexp.data import IDX, Digits, FashionMNIST, Hub
     from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
     from fffexp.task import ClassificationTask
 

@@ -4,7 +4,9 @@ import logging
 import resource
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from fffexp.callbacks.routing import dead_leaves
 from fffexp.callbacks.speed import TrainingSpeed
 from fffexp.callbacks.stability import Stability
 from fffexp.data.base import ClassificationData
+from fffexp.errors import UserError
 from fffexp.layers import FF
 from fffexp.models.mlp import MLP
 from fffexp.task import ClassificationTask
@@ -45,6 +48,7 @@ class Context:
     callbacks: Sequence[Callback] = ()
     quiet: bool = False
     fresh_process: bool = False  # peak memory means this run's alone
+    dry: bool = False
 
 
 @dataclass
@@ -52,7 +56,9 @@ class Result:
     """What came of a run."""
 
     run_id: str
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # val/accuracy is that of the selected checkpoint
+    params: dict[str, Any]
+    sizes: dict[str, int]
 
 
 class ExperimentCLI(LightningCLI):
@@ -88,10 +94,16 @@ class ExperimentCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
         parser.add_argument("--name", type=str, default="default", help="MLflow experiment that runs go to")
         parser.add_argument(
-            "--tracking_uri", type=str | None, default=None, help=f"MLflow store (default {tracking.DEFAULT_URI})"
+            "--tracking_uri",
+            type=str | None,
+            default=None,
+            help=f"MLflow store (default {tracking.DEFAULT_URI})",
         )
         parser.add_argument(
-            "--test", type=bool, default=True, help="read the test set once, with the best checkpoint, after fit"
+            "--test",
+            type=bool,
+            default=True,
+            help="read the test set once, with the best checkpoint, after fit",
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # static there, all four built
@@ -124,10 +136,17 @@ class ExperimentCLI(LightningCLI):
 
     def fit(self, model: ClassificationTask, datamodule: ClassificationData, **kwargs: Any) -> None:
         """Train, select on validation, measure, test once."""
+        if self.context.dry:
+            return
         config = self.resolved
         client, experiment = tracking.open_store(tracking.tracking_uri(config.tracking_uri), config.name)
         params = flat_params(config, model)
-        tags = {"layer": params["layer"], "data": params["data"], "backend": backends(model), **self.context.tags}
+        tags = {
+            "layer": params["layer"],
+            "data": params["data"],
+            "backend": backends(model),
+            **self.context.tags,
+        }
         name = f"{params['layer']} {params['training_width']} seed {params['seed']}"
         with tracking.run(client, experiment, name, tags, self.context.parent) as run:
             run.params(params)
@@ -140,11 +159,11 @@ class ExperimentCLI(LightningCLI):
             finally:
                 logger.save()
             run.metrics(metrics, self.trainer.global_step)
-        self.result = Result(run.id, metrics)
+        if "val/best_accuracy" in metrics:
+            metrics["val/accuracy"] = metrics["val/best_accuracy"]
+        self.result = Result(run.id, metrics, params, total_sizes(model))
 
-    def _finish(
-        self, model: ClassificationTask, datamodule: ClassificationData, run: tracking.Run
-    ) -> dict[str, float]:
+    def _finish(self, model: ClassificationTask, datamodule: ClassificationData, run: tracking.Run) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if best := self.checkpoint.best_model_path:
             model.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
@@ -186,9 +205,7 @@ def flat_params(config: Namespace, model: ClassificationTask) -> dict[str, Any]:
     settings = config.model
     params: dict[str, Any] = {"layer": _short(settings.layer), "seed": config.seed_everything}
     params |= {f"layer.{name}": _short(value) for name, value in _init_args(settings.layer).items()}
-    for layer in model.layers.values():
-        for name, size in layer.sizes().items():
-            params[name] = params.get(name, 0) + size
+    params |= total_sizes(model)
     params |= {"data": _short(config.data), "data.batch_size": config.data.init_args.batch_size}
     params |= {"optimizer": _short(settings.optimizer), "label_smoothing": settings.label_smoothing}
     params |= {f"optimizer.{name}": value for name, value in _init_args(settings.optimizer).items()}
@@ -199,6 +216,11 @@ def flat_params(config: Namespace, model: ClassificationTask) -> dict[str, Any]:
         params[f"coefficients.{name}"] = f"{_short(value)}({arguments})" if arguments else value
     params["max_epochs"] = config.trainer.max_epochs
     return params
+
+
+def total_sizes(model: ClassificationTask) -> dict[str, int]:
+    """Sizes of all its feedforward layers together."""
+    return dict(sum((Counter(layer.sizes()) for layer in model.layers.values()), Counter()))
 
 
 def _init_args(value: Any) -> dict[str, Any]:
@@ -220,8 +242,25 @@ def run(args: Sequence[str], context: Context | None = None) -> Result | None:
     Raises:
         UserError: a mistake in the arguments, the configs or the data, in one line.
     """
-    try:
+    with user_errors():
         return ExperimentCLI(args, context or Context()).result
+
+
+def check(args: Sequence[str]) -> None:
+    """Parse the arguments and make data and model, without training.
+
+    Raises:
+        UserError: a mistake in them, in one line.
+    """
+    with user_errors():
+        ExperimentCLI(args, Context(quiet=True, dry=True))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Tell mistakes in arguments from faults of the program."""
+    try:
+        yield
     except ArgumentError as error:
         raise UserError(one_line(str(error))) from error
     except ValueError as error:

@@ -4,6 +4,8 @@ import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 
 class Schedule(ABC):
     """A coefficient that changes during training."""
@@ -19,6 +21,7 @@ class Constant(Schedule):
     def __init__(self, value: float) -> None:
         self.value = value
 
+    @override
     def __call__(self, progress: float) -> float:
         return self.value
 
@@ -29,6 +32,7 @@ class Linear(Schedule):
     def __init__(self, start: float, end: float) -> None:
         self.start, self.end = start, end
 
+    @override
     def __call__(self, progress: float) -> float:
         return self.start + (self.end - self.start) * progress
 
@@ -45,6 +49,7 @@ class Exponential(Schedule):
             raise ValueError(f"an exponential schedule from {start} to {end}: both must be above 0")
         self.start, self.end = start, end
 
+    @override
     def __call__(self, progress: float) -> float:
         return float(self.start * (self.end / self.start) ** progress)
 
@@ -65,6 +70,7 @@ class Step(Schedule):
             raise ValueError(f"milestones {list(milestones)} must rise within 0 and 1, both excluded")
         self.values, self.milestones = values, milestones
 
+    @override
     def __call__(self, progress: float) -> float:
         return self.values[bisect.bisect_right(self.milestones, progress)]
 
@@ -88,6 +94,7 @@ class Adaptive(Schedule):
             raise ValueError(f"start {start} must be above 0 and factor {factor} above 1, or nothing is raised")
         self.value, self.factor, self.maximum, self.target = start, factor, maximum, target
 
+    @override
     def __call__(self, progress: float) -> float:
         return self.value
 

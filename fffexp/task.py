@@ -68,6 +68,13 @@ class ClassificationTask(LightningModule):
         self.soft_accuracy, self.test_accuracy = make_accuracy(), make_accuracy()
         self._train_steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes every hook it calls, some 50 a step; Module's own way of setting is slow
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def layers(self) -> dict[str, FeedforwardLayer]:
         """The feedforward layers of the network by their path in it."""

@@ -22,9 +22,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
-from lightning.pytorch.loggers import Logger  # noqa: E402, the settings above come first
-from mlflow.entities import Metric, Param  # noqa: E402
-from mlflow.tracking import MlflowClient  # noqa: E402
+from lightning.pytorch.loggers import Logger
+from mlflow.entities import Metric, Param
+from mlflow.tracking import MlflowClient
 
 DEFAULT_URI = "sqlite:///outputs/mlflow.db"
 FLUSH_S = 2.0
@@ -120,6 +120,15 @@ class Run:
             all_tags["mlflow.parentRunId"] = parent
         self.client = client
         self.id: str = client.create_run(experiment_id, tags=all_tags, run_name=name).info.run_id
+
+    @classmethod
+    def resume(cls, client: MlflowClient, run_id: str) -> "Run":
+        """Go on with a run that has ended or whose process is gone."""
+        run = cls.__new__(cls)
+        run.client, run.id = client, run_id
+        run.tag("process", _process_id())
+        client.update_run(run_id, status="RUNNING")
+        return run
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Log params; they cannot change."""

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 # One file for all processes of this machine, whoever started them.
 _LOCK = Path(tempfile.gettempdir()) / "fffexp-timing.lock"
 _open_lock: IO[str] | None = None
+_looked = 0.0
+# Less than the warm-up of a timing, which therefore outlasts the batches still under way.
+LOOK_S = 0.01
 
 # Latencies are timed beside this dense layer, so that they can be compared when the machine's speed drifts.
 REFERENCE_WIDTH = 128
@@ -33,8 +36,11 @@ def exclusive_timing() -> Iterator[None]:
 
 
 def wait_for_timing() -> None:
-    """Return once no other process of this machine is timing; a few microseconds if none is."""
-    global _open_lock
+    """Return once no other process of this machine is timing; meant to be called at every batch."""
+    global _open_lock, _looked
+    if time.monotonic() - _looked < LOOK_S:
+        return
+    _looked = time.monotonic()
     if _open_lock is None:
         _open_lock = _lock_file()
     fcntl.flock(_open_lock, fcntl.LOCK_SH)

@@ -22,9 +22,7 @@ class Hardening(Callback):
         self._adaptive = {n: s for n, s in pl_module.schedules.items() if isinstance(s, Adaptive)}
         self._steps = trainer.estimated_stepping_batches
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Evaluate every schedule."""
         progress = trainer.global_step / self._steps
         for name, schedule in pl_module.schedules.items():

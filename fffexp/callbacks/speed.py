@@ -14,21 +14,32 @@ class TrainingSpeed(Callback):
     def __init__(self) -> None:
         self._samples = 0
         self._seconds = 0.0
+        self._start: float | None = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Pause while another process times, then start the clock."""
-        wait_for_timing()
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
         self._start = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop the clock."""
-        self._seconds += time.perf_counter() - self._start
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Pause while another process times, which does not count."""
+        before = time.perf_counter()
+        wait_for_timing()
+        self._seconds -= time.perf_counter() - before
         self._samples += len(batch[1])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock; validation comes after the last batch of an epoch."""
+        self._stop()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock where there was no validation."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._start is not None:
+            self._seconds += time.perf_counter() - self._start
+            self._start = None
 
     def results(self) -> dict[str, float]:
         """Final metrics."""
-        return {"speed/train_samples_per_s": self._samples / self._seconds if self._seconds else 0.0}
+        return {"speed/train_samples_per_s": self._samples / self._seconds} if self._seconds > 0 else {}

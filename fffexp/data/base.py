@@ -41,9 +41,7 @@ class ClassificationData(LightningDataModule, ABC):
     val_data: Rows
     test_data: Rows
 
-    def __init__(
-        self, batch_size: int = 256, seed: int = 0, normalize: Literal["unit", "standard"] = "unit"
-    ) -> None:
+    def __init__(self, batch_size: int = 256, seed: int = 0, normalize: Literal["unit", "standard"] = "unit") -> None:
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: give at least 1")
@@ -90,9 +88,7 @@ class ClassificationData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> Batches:
         """Shuffled by (seed, epoch)."""
-        return Batches(
-            *self.train_data, self.batch_size, seed=self.seed, epoch=self._epoch, device=self._device()
-        )
+        return Batches(*self.train_data, self.batch_size, seed=self.seed, epoch=self._epoch, device=self._device())
 
     def val_dataloader(self) -> Batches:
         """Large batches in order."""
@@ -105,6 +101,10 @@ class ClassificationData(LightningDataModule, ABC):
     def predict_dataloader(self) -> InputBatches:
         """The test inputs in order, without labels."""
         return InputBatches(self._evaluation(self.test_data))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Nothing to do: the whole data is there already, and walking each batch to find out takes time."""
+        return batch
 
     def _evaluation(self, rows: Rows) -> Batches:
         return Batches(*rows, max(self.batch_size, EVALUATION_ROWS), device=self._device())

@@ -110,9 +110,7 @@ def _open(path: Path) -> BufferedIOBase:
             packed = file.read(2) == b"\x1f\x8b"
         return gzip.GzipFile(path) if packed else path.open("rb")
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): mend its permissions, or {MEND}"
-        ) from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions, or {MEND}") from error
 
 
 def _read(path: Path, file: BufferedIOBase, size: int) -> bytes:
@@ -151,9 +149,5 @@ PREFIXES: dict[Part, str] = {"train": "train", "test": "t10k"}
 
 
 def _path(folder: Path, part: Part, kind: Kind) -> Path | None:
-    names = [
-        f"{PREFIXES[part]}-{kind}{mark}idx{DIMENSIONS[kind]}-ubyte{end}"
-        for end in ("", ".gz")
-        for mark in "-."
-    ]
+    names = [f"{PREFIXES[part]}-{kind}{mark}idx{DIMENSIONS[kind]}-ubyte{end}" for end in ("", ".gz") for mark in "-."]
     return next((path for name in names if (path := folder / name).is_file()), None)

@@ -70,7 +70,7 @@ class FeedforwardLayer(nn.Module, ABC):
             raise ValueError(f"decisions is {self.decisions!r}; it must be 'auto', 'soft' or 'hard'")
         return self.decisions == "hard" or (self.decisions == "auto" and not self.training)
 
-    def check_trainable(self) -> None:  # noqa: B027, most layers have nothing to refuse
+    def check_trainable(self) -> None:
         """Raise ValueError if this layer can be timed but not trained."""
 
     @property

@@ -1,0 +1,1 @@
+"""Searches over layers: what a study file says, running it, and what came out."""

@@ -1,0 +1,97 @@
+"""`fffexp study run|show|resume`."""
+
+import json
+import os
+from pathlib import Path
+
+from jsonargparse import ArgumentError, auto_cli
+
+from fffexp.errors import UserError
+
+
+def run(file: Path, jobs: int = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
+    """Run a study, or join it where it is already running.
+
+    Args:
+        file: study file, such as studies/digits_depth_leaf.yaml.
+        jobs: worker processes on this machine.
+        storage: Optuna storage (default: FFFEXP_STORAGE, else sqlite:///outputs/optuna.db).
+        tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else sqlite:///outputs/mlflow.db).
+    """
+    from fffexp.study.spec import load
+
+    spec, text = load(file)
+    _run(spec, text, jobs, _storage_url(storage), tracking_uri)
+
+
+def resume(name: str, jobs: int = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
+    """Go on with a study that was interrupted.
+
+    Args:
+        name: of the study.
+        jobs: worker processes on this machine.
+        storage: Optuna storage (default: FFFEXP_STORAGE, else sqlite:///outputs/optuna.db).
+        tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else sqlite:///outputs/mlflow.db).
+    """
+    import optuna
+
+    from fffexp.study.spec import parse
+    from fffexp.study.store import open_storage
+
+    url = _storage_url(storage)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    opened = open_storage(url)
+    known = [n for n in optuna.get_all_study_names(opened) if not n.endswith("/finalists")]
+    if name not in known:
+        raise UserError(f"no study {name!r} in {url}; there are: {', '.join(known) or 'none'}")
+    attrs = optuna.load_study(study_name=name, storage=opened).user_attrs
+    if "digest" not in attrs:
+        raise UserError(f"study {name!r} was interrupted before it began: use `fffexp study run` with its file")
+    spec = parse(attrs["text"], Path(attrs["folder"]), f"of study {name}")
+    _run(spec, attrs["text"], jobs, url, tracking_uri)
+
+
+def show(name: str, max_latency_ms: float | None = None) -> None:
+    """Print the best finalist within a latency budget, beside the best FF.
+
+    Args:
+        name: of the study.
+        max_latency_ms: largest latency of a batch of 256, in milliseconds.
+    """
+    from fffexp.study import summary
+
+    path = Path("outputs/studies") / name / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{path} is not there: run the study first, from this folder (fffexp study run FILE)")
+    print(summary.show(json.loads(path.read_text()), max_latency_ms))
+
+
+def _storage_url(given: str | None) -> str:
+    from fffexp.study.store import DEFAULT_STORAGE
+
+    return given or os.environ.get("FFFEXP_STORAGE") or DEFAULT_STORAGE
+
+
+def _run(spec, text: str, jobs: int, url: str, tracking_uri: str | None) -> None:  # type: ignore[no-untyped-def]
+    from fffexp import tracking
+    from fffexp.study import summary
+    from fffexp.study.runner import OUTPUTS, StudyRunner
+
+    uri = tracking.tracking_uri(tracking_uri)
+    print(
+        f"study {spec.name}: {spec.trials} trials, {jobs} jobs; Ctrl-C stops, `fffexp study resume {spec.name}` goes on"
+    )
+    with tracking.terminated_by_signal():
+        result = StudyRunner(spec, text, url, uri, jobs).run()
+    print(f"\n{summary.table(result)}\n")
+    print(f"took {result['wall_s']:.0f} s; written to {OUTPUTS / spec.name}: report.html, pareto.png, history.png")
+    print(f"next: make ui, or fffexp study show {spec.name} --max_latency_ms 0.5")
+
+
+def main(args: list[str]) -> int:
+    """Parse and run."""
+    try:
+        auto_cli({"run": run, "resume": resume, "show": show}, args=args, exit_on_error=False, as_positional=True)
+    except ArgumentError as error:
+        raise UserError(str(error).strip().splitlines()[-1].strip(" -")) from error
+    return 0

@@ -1,0 +1,231 @@
+"""Running a study: workers that share a storage, progress, and the summary."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from fffexp import tracking
+from fffexp.errors import UserError
+from fffexp.experiment import check
+from fffexp.study import store, summary, worker
+from fffexp.study.plan import chosen, finalists, finals_name, finals_work, pareto, search_work
+from fffexp.study.spec import Direction, StudySpec, digest
+
+OUTPUTS = Path("outputs/studies")
+STOP_S = 60  # for a worker to mark its trial when it is told to stop
+
+
+class StudyRunner:
+    """One command's share in a study."""
+
+    def __init__(self, spec: StudySpec, text: str, url: str, uri: str, jobs: int) -> None:
+        if jobs < 1:
+            raise UserError(f"--jobs is {jobs}; it must be at least 1")
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.spec, self.text, self.url, self.uri, self.jobs = spec, text, url, uri, jobs
+        self.storage = store.open_storage(url)
+        self.client, experiment = tracking.open_store(uri, spec.name)
+        self._check_corners()
+        with tracking.creation_lock(url):
+            self.search = self._create(spec.name, list(spec.objectives.values()))
+            self.finals = self._create(finals_name(spec), ["maximize"])
+            self._describe(experiment)
+        self.run_id: str = self.search.user_attrs["run_id"]
+
+    def _check_corners(self) -> None:
+        # a mistake in the space should be told now, not by the trial that meets it
+        for layer, part in self.spec.layers.items():
+            for end in (0, 1):
+                values = {name: parameter.corners()[end] for name, parameter in part.space.items()}
+                try:
+                    check(self.spec.arguments(layer, values, self.spec.seeds[0], test=False))
+                except UserError as error:
+                    raise UserError(f"study {self.spec.name}, layer {layer} with {values}: {error}") from error
+
+    def _create(self, name: str, directions: Sequence[Direction]) -> optuna.Study:
+        return optuna.create_study(
+            study_name=name,
+            storage=self.storage,
+            directions=directions,
+            load_if_exists=True,
+            sampler=self.spec.sampler,
+        )
+
+    def _describe(self, experiment: str) -> None:
+        mark, attrs = digest(self.spec, self.text), self.search.user_attrs
+        if attrs.get("digest", mark) != mark:
+            raise UserError(
+                f"study {self.spec.name} was begun with another definition: "
+                "restore its file and configs, or give the new one another name"
+            )
+        if "run_id" not in attrs:
+            run = tracking.Run(self.client, experiment, self.spec.name, {"study": self.spec.name}, None)
+            run.text(self.text, "study.yaml")
+            self.search.set_user_attr("text", self.text)
+            self.search.set_user_attr("folder", str(self.spec.folder))
+            self.search.set_user_attr("started", time.time())
+            self.search.set_user_attr("run_id", run.id)
+            self.search.set_user_attr("digest", mark)
+
+    def run(self) -> summary.Summary:
+        """Do what is left, and summarise."""
+        run = tracking.Run.resume(self.client, self.run_id)
+        try:
+            store.fill(self.search, self.url, search_work(self.spec))
+            if not self._complete():
+                self._work()
+            result = self.summarize()
+            for path in summary.write(result, OUTPUTS / self.spec.name):
+                run.file(path)
+        except BaseException:
+            run.end("FAILED")
+            raise
+        run.end("FINISHED")
+        return result
+
+    def _complete(self) -> bool:
+        parts = [(self.search, search_work(self.spec))]
+        if all(store.finished(t) for t in store.current(self.search).values()):
+            parts.append((self.finals, finals_work(self.spec, self.search)))
+        else:
+            return False
+        return all(
+            s in slots and store.finished(slots[s]) for st, w in parts for slots in [store.current(st)] for s in w
+        )
+
+    def _work(self) -> None:
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        # libraries read these when they start, which is before a worker can set them
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        context = multiprocessing.get_context("spawn")
+        shared = (self.text, self.spec.folder, self.url, self.uri)
+        workers = [context.Process(target=worker.main, args=(*shared, i, threads)) for i in range(self.jobs)]
+        progress = Progress(self.spec, self.search, self.finals)
+        try:
+            for process in workers:
+                process.start()
+            while any(process.is_alive() for process in workers):
+                progress.update()
+                if failed := [p for p in workers if p.exitcode]:
+                    raise _failure(failed[0].exitcode)
+                time.sleep(worker.POLL_S)
+            progress.update()
+        finally:
+            for process in workers:
+                if process.is_alive():
+                    process.terminate()
+            for process in workers:
+                if process.pid is not None:
+                    process.join(STOP_S)
+
+    def summarize(self) -> summary.Summary:
+        """What came out so far."""
+        trials = self.search.get_trials(deepcopy=False)
+        slots = store.current(self.search)
+        records = [self._record(slots[slot]) for slot in sorted(slots) if "layer" in slots[slot].params]
+        front = pareto(self.spec, trials)
+        latency = {t.number: t.user_attrs.get("latency_ms", 0.0) for t in trials}
+        by_number = {t.number: t for t in trials}
+        best = max(front, key=lambda n: (by_number[n].values[0], -latency[n]), default=None)
+        result: summary.Summary = {
+            "study": self.spec.name,
+            "directions": list(self.spec.objectives.values()),
+            "metrics": list(self.spec.objectives),
+            "trials": sorted(records, key=lambda r: r["number"]),
+            "pareto": front,
+            "finalists": finalists(self.spec, self.search),
+            "best": best,
+            "wall_s": time.time() - self.search.user_attrs["started"],
+        }
+        summary.fill_statistics(result)
+        return result
+
+    def _record(self, trial: FrozenTrial) -> summary.Trial:
+        layer, values = chosen(trial)
+        finals = sorted(
+            (t.params["seed"], t.user_attrs["metrics"])
+            for t in self.finals.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            if t.params["trial"] == trial.number
+        )
+        final: summary.Final = {
+            "val/accuracy": [m["val/accuracy"] for _, m in finals],
+            "test/accuracy": [m["test/accuracy"] for _, m in finals],
+            "latency_ms": [m["speed/latency_b256_ms"] for _, m in finals],
+        }
+        return {
+            "number": trial.number,
+            "state": trial.state.name,
+            "params": {"layer": layer, **values},
+            "values": trial.values,
+            "run_id": trial.user_attrs.get("run_id"),
+            "seeds": [seed for seed, _ in finals],
+            "mean": None,
+            "ci95": None,
+            "sizes": trial.user_attrs.get("sizes"),
+            "final": final if finals else None,
+            "test_mean": None,
+            "test_ci95": None,
+            "ties": [],
+        }
+
+
+def _failure(exitcode: int | None) -> Exception:
+    if exitcode == 2:
+        return UserError("a worker met the mistake above; nothing that was finished is lost")
+    return RuntimeError(f"a worker ended with status {exitcode}; `fffexp study resume` goes on from what is finished")
+
+
+class Progress:
+    """Lines that tell how far a study is."""
+
+    def __init__(self, spec: StudySpec, search: optuna.Study, finals: optuna.Study) -> None:
+        self.spec = spec
+        self._phases = [("trial", search, lambda: spec.trials), ("final", finals, self._finals_total)]
+        self._search = search
+        self._seen = {study.study_name: self._done(study) for _, study, _ in self._phases}
+        self._begun = {name: (time.monotonic(), len(done)) for name, done in self._seen.items()}
+
+    def _finals_total(self) -> int:
+        return len(finals_work(self.spec, self._search))
+
+    @staticmethod
+    def _done(study: optuna.Study) -> dict[int, FrozenTrial]:
+        return {slot: trial for slot, trial in store.current(study).items() if store.finished(trial)}
+
+    def update(self) -> None:
+        """Print what was finished since the last call."""
+        for label, study, total in self._phases:
+            name, done = study.study_name, self._done(study)
+            for slot in [slot for slot in done if slot not in self._seen[name]]:
+                self._seen[name][slot] = done[slot]
+                print(self._line(label, name, done[slot], len(self._seen[name]), total()), flush=True)
+
+    def _line(self, label: str, name: str, trial: FrozenTrial, count: int, total: int) -> str:
+        start, before = self._begun[name]
+        if label == "final" and count - before == 1:
+            self._begun[name] = start, before = time.monotonic(), count  # the search is over only now
+        left = (time.monotonic() - start) / max(count - before, 1) * (total - count)
+        if label == "final":
+            source = self._search.get_trials(deepcopy=False)[trial.params["trial"]]
+            layer, values = chosen(source)
+            what = f"{describe(layer, values)}  seed {trial.params['seed']}"
+        else:
+            what = describe(*chosen(trial))
+        score = f"{100 * trial.values[0]:.1f}%" if trial.values else trial.user_attrs.get("error", trial.state.name)
+        best = ""
+        if label == "trial" and (scores := [t for t in self._seen[name].values() if t.values]):
+            top = max(scores, key=lambda t: t.values[0])
+            best = f"  best {100 * top.values[0]:.1f}% ({top.params['layer']})"
+        return f"{label} {count} of {total}  {what}  {score}{best}  {left:.0f} s left"
+
+
+def describe(layer: str, values: dict[str, Any]) -> str:
+    """`FFF depth=3 leaf_width=8 lr=0.0123`."""
+    shown = (f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
+    return " ".join((layer, *shown))

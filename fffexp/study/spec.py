@@ -1,0 +1,205 @@
+"""What a study file may say."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+
+from fffexp.errors import UserError
+
+Number = int | float
+Direction = Literal["maximize", "minimize"]
+
+
+@dataclass
+class Parameter:
+    """One dimension of a search space: either `choices`, or a range from `low` to `high`.
+
+    Args:
+        set: keys of the config that get the value, as on the command line without the dashes.
+        choices: the values to choose from.
+        low: least value; a range of whole numbers if both ends are.
+        high: largest value, included.
+        log: whether the range is searched by its logarithm.
+    """
+
+    set: list[str]
+    choices: list[int | float | str] | None = None
+    low: Number | None = None
+    high: Number | None = None
+    log: bool = False
+
+    def check(self, where: str) -> None:
+        """Raise UserError if no value, or no single meaning, is left."""
+        ranged = self.low is not None and self.high is not None
+        if (self.choices is not None) == ranged or (self.low is None) != (self.high is None):
+            raise UserError(f"{where}: give either choices, or low and high")
+        if self.choices is not None and not self.choices:
+            raise UserError(f"{where}.choices is empty: name at least one value")
+        if not self.set:
+            raise UserError(f"{where}.set is empty: name the config key that gets the value")
+        if ranged:
+            assert self.low is not None and self.high is not None
+            if self.low > self.high:
+                raise UserError(f"{where}: low is {self.low} and high is {self.high}: swap them")
+            if self.log and self.low <= 0:
+                raise UserError(f"{where}: low is {self.low}, which has no logarithm: raise it or drop log")
+
+    def suggest(self, trial: optuna.Trial, name: str) -> int | float | str:
+        """Value of this trial."""
+        if self.choices is not None:
+            value = trial.suggest_categorical(name, self.choices)
+            assert value is not None
+            return value
+        assert self.low is not None and self.high is not None
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return trial.suggest_int(name, self.low, self.high, log=self.log)
+        return trial.suggest_float(name, self.low, self.high, log=self.log)
+
+    def corners(self) -> tuple[Any, Any]:
+        """First and last value."""
+        return (self.choices[0], self.choices[-1]) if self.choices else (self.low, self.high)
+
+
+@dataclass
+class LayerSpace:
+    """One of the layers that a study compares.
+
+    Args:
+        config: config of the layer, relative to the study file.
+        space: its parameters, by the short names that tables show.
+    """
+
+    config: str
+    space: dict[str, Parameter]
+
+
+@dataclass
+class StudySpec:
+    """A search over layers; every layer gets the same number of trials.
+
+    Args:
+        name: of the study, and of its MLflow experiment.
+        configs: what all trials share, relative to the study file.
+        layers: search space of each layer, by the layer's class name.
+        trials_per_layer: trials of each layer.
+        seeds: every trial is the mean over these.
+        final_seeds: finalists are trained again on these, which selection has not seen.
+        overrides: further config keys and their values.
+        objectives: metrics and what to do with them; the first is the accuracy to maximise.
+        constraints: metrics and the largest value that is feasible; with one objective only.
+        sampler: how Optuna chooses.
+        pruner: stops hopeless trials early; with one objective only.
+    """
+
+    name: str
+    configs: list[str]
+    layers: dict[str, LayerSpace]
+    trials_per_layer: int
+    seeds: list[int]
+    final_seeds: list[int]
+    sampler: BaseSampler
+    overrides: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[str, Direction] = field(default_factory=lambda: dict(OBJECTIVES))
+    constraints: dict[str, float] = field(default_factory=dict)
+    pruner: BasePruner | None = None
+    folder: Path = Path()
+
+    def check(self) -> None:
+        """Raise UserError at a contradiction."""
+        if not self.layers:
+            raise UserError("layers is empty: name at least one layer and its space")
+        if self.trials_per_layer < 1:
+            raise UserError(f"trials_per_layer is {self.trials_per_layer}; it must be at least 1")
+        for key in ("seeds", "final_seeds"):
+            seeds = getattr(self, key)
+            if not seeds or len(set(seeds)) < len(seeds):
+                raise UserError(f"{key} is {seeds}: name at least one seed, and none twice")
+        if shared := sorted(set(self.seeds) & set(self.final_seeds)):
+            raise UserError(f"final_seeds shares {shared} with seeds: finalists need seeds that selection did not see")
+        if next(iter(self.objectives.items()), None) != ("val/accuracy", "maximize"):
+            raise UserError("objectives must begin with val/accuracy: maximize")
+        if len(self.objectives) > 1 and self.pruner is not None:
+            raise UserError(
+                "pruner: trials with several objectives cannot be pruned; "
+                "drop the pruner, or make all but the first objective a constraint"
+            )
+        if len(self.objectives) > 1 and self.constraints:
+            raise UserError("constraints go with a single objective; drop them or the further objectives")
+        for layer, part in self.layers.items():
+            for name, parameter in part.space.items():
+                parameter.check(f"layers.{layer}.space.{name}")
+
+    @property
+    def trials(self) -> int:
+        """Trials of all layers."""
+        return self.trials_per_layer * len(self.layers)
+
+    def arguments(self, layer: str, values: dict[str, Any], seed: int, test: bool) -> list[str]:
+        """Command line of one fit."""
+        part = self.layers[layer]
+        settings = {key: values[name] for name, parameter in part.space.items() for key in parameter.set}
+        settings = {**self.overrides, **settings, "name": self.name, "seed_everything": seed, "test": test}
+        configs = [f"--config={self.folder / config}" for config in (*self.configs, part.config)]
+        return ["fit", *configs, *(f"--{key}={json.dumps(value)}" for key, value in settings.items())]
+
+
+OBJECTIVES: dict[str, Direction] = {
+    "val/accuracy": "maximize",
+    "speed/latency_b256_ms": "minimize",
+}
+
+
+def load(path: Path) -> tuple[StudySpec, str]:
+    """Read a study file; the study, and its text for `parse`.
+
+    Raises:
+        UserError: no such file, or what it says cannot be.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"study file {path}: {error.strerror}; give the path of a YAML file") from error
+    return parse(text, path.parent.absolute(), str(path)), text
+
+
+def parse(text: str, folder: Path, source: str) -> StudySpec:
+    """The study that a text describes; its paths are relative to the folder."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(StudySpec, None, skip={"folder"})
+    try:
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise UserError(f"study file {source} is not a mapping of keys to values")
+        spec = StudySpec(**parser.instantiate(parser.parse_object(content)).as_dict(), folder=folder)
+        spec.check()
+    except yaml.YAMLError as error:
+        raise UserError(f"study file {source} is not YAML: {str(error).splitlines()[-1].strip()}") from error
+    except ArgumentError as error:
+        raise UserError(f"study file {source}: {_one_line(str(error))}") from error
+    except UserError as error:
+        raise UserError(f"study file {source}: {error}") from error
+    for config in (*spec.configs, *(part.config for part in spec.layers.values())):
+        if not (folder / config).is_file():
+            raise UserError(f"study file {source}: config {config} is not there; paths are relative to the study file")
+    return spec
+
+
+def digest(spec: StudySpec, text: str) -> str:
+    """Changes when anything that decides a trial's result does; comments do not."""
+    parts = [json.dumps(yaml.safe_load(text), sort_keys=True)]
+    for config in (*spec.configs, *(part.config for part in spec.layers.values())):
+        parts.append(json.dumps(yaml.safe_load((spec.folder / config).read_text()), sort_keys=True))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _one_line(message: str) -> str:
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"

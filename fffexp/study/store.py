@@ -1,0 +1,88 @@
+"""Optuna studies with a fixed list of trials to do, shared by any number of processes.
+
+Every piece of work is a slot. A slot is enqueued as a waiting trial, taken by a worker, and enqueued again if
+that worker is interrupted or dies; so nothing is done twice and nothing is left out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from fffexp.errors import UserError
+from fffexp.tracking import creation_lock
+
+DEFAULT_STORAGE = "sqlite:///outputs/optuna.db"
+# a worker that has not been heard of for this long is taken for dead
+HEARTBEAT_S = 5
+GRACE_S = 20
+
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def open_storage(url: str) -> RDBStorage:
+    """The storage of studies.
+
+    Raises:
+        UserError: it cannot be reached.
+    """
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    try:
+        with creation_lock(url):
+            return RDBStorage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+    except UserError:
+        raise
+    except Exception as error:  # every database and driver has errors of its own
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"the storage {url} cannot be used ({reason}): start it, or give another by --storage"
+        ) from error
+
+
+def finished(trial: FrozenTrial) -> bool:
+    """Whether the slot of this trial needs no other: it has a result, or failed for a reason of its own."""
+    return trial.state in DONE or (trial.state == TrialState.FAIL and "error" in trial.user_attrs)
+
+
+def current(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """For each slot the trial that stands for it: a finished one, else the newest."""
+    slots: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        slot = trial.user_attrs.get("slot")
+        if slot is None or "surplus" in trial.user_attrs:
+            continue
+        if not (slot in slots and finished(slots[slot])):
+            slots[slot] = trial
+    return slots
+
+
+def fill(study: optuna.Study, url: str, work: Mapping[int, dict[str, Any]]) -> None:
+    """Enqueue every slot of the work that is neither finished, running nor waiting."""
+    with creation_lock(url):
+        optuna.storages.fail_stale_trials(study)
+        slots = current(study)
+        for slot, params in work.items():
+            trial = slots.get(slot)
+            if trial is None:
+                study.enqueue_trial(params, user_attrs={"slot": slot})
+            elif trial.state == TrialState.FAIL and not finished(trial):
+                # with what the interrupted trial had drawn, so that an interruption does not change the search
+                study.enqueue_trial({**params, **trial.params}, user_attrs={"slot": slot})
+
+
+def waiting(study: optuna.Study) -> bool:
+    """Whether there is a trial to take."""
+    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+
+def taken_elsewhere(study: optuna.Study, trial: optuna.Trial) -> bool:
+    """Whether this trial is not wanted: it was not enqueued, or an earlier one stands for its slot."""
+    slot = trial.user_attrs.get("slot")
+    return slot is None or any(
+        other.number < trial.number
+        and other.user_attrs.get("slot") == slot
+        and (finished(other) or other.state == TrialState.RUNNING)
+        for other in study.get_trials(deepcopy=False)
+    )

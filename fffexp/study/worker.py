@@ -1,0 +1,171 @@
+"""One process that takes trials and trains them."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+from optuna_integration import PyTorchLightningPruningCallback
+
+from fffexp import tracking
+from fffexp.errors import NonFiniteLossError, UserError
+from fffexp.experiment import Context, Result, run
+from fffexp.study import store
+from fffexp.study.plan import chosen, finals_name, finals_work, search_work
+from fffexp.study.spec import StudySpec, parse
+from fffexp.tracking import terminated_by_signal
+
+POLL_S = 0.5
+
+
+class SurplusError(Exception):
+    """A trial that nobody needs."""
+
+
+def main(text: str, folder: Path, url: str, uri: str, index: int, threads: int) -> None:
+    """Entry of a worker process; returns when no work is left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which then stops its workers
+    _follow_parent()
+    torch.set_num_threads(threads)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with terminated_by_signal():
+            Worker(parse(text, folder, "in the storage"), url, uri, index).work()
+    except UserError as error:
+        print(f"fffexp: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _follow_parent() -> None:
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Worker:
+    """Takes the trials of the search, then those of the finalists."""
+
+    def __init__(self, spec: StudySpec, url: str, uri: str, index: int) -> None:
+        self.spec, self.url, self.uri = spec, url, uri
+        storage = store.open_storage(url)
+        if index:
+            spec.sampler.reseed_rng()  # or all workers would begin with the same draws
+        self.search = optuna.load_study(study_name=spec.name, storage=storage, sampler=spec.sampler, pruner=spec.pruner)
+        self.finals = optuna.load_study(study_name=finals_name(spec), storage=storage)
+        self.client, self.experiment = tracking.open_store(uri, spec.name)
+        self.parent: str = self.search.user_attrs["run_id"]
+
+    def work(self) -> None:
+        """Do all there is to do."""
+        self._drain(self.search, search_work(self.spec), self._search_trial)
+        self._drain(self.finals, finals_work(self.spec, self.search), self._final_trial)
+
+    def _drain(
+        self, study: optuna.Study, work: dict[int, dict[str, Any]], objective: Callable[[optuna.Trial], Any]
+    ) -> None:
+        checked = 0.0
+        while not all(s in slots and store.finished(slots[s]) for slots in [store.current(study)] for s in work):
+            if store.waiting(study):
+                study.optimize(self._guarded(study, objective), n_trials=1, catch=(SurplusError, NonFiniteLossError))
+            elif time.monotonic() - checked > store.HEARTBEAT_S:
+                store.fill(study, self.url, work)  # another worker may have died
+                checked = time.monotonic()
+            else:
+                time.sleep(POLL_S)
+
+    def _guarded(self, study: optuna.Study, objective: Callable[[optuna.Trial], Any]) -> Callable[[optuna.Trial], Any]:
+        def guarded(trial: optuna.Trial) -> Any:
+            if store.taken_elsewhere(study, trial):
+                trial.set_user_attr("surplus", True)
+                raise SurplusError
+            try:
+                return objective(trial)
+            except NonFiniteLossError as error:
+                trial.set_user_attr("error", str(error))
+                raise
+            except SystemExit:
+                # Optuna would leave it running; its slot is filled again by whoever goes on
+                study.tell(trial, state=TrialState.FAIL)
+                raise
+
+        return guarded
+
+    def _search_trial(self, trial: optuna.Trial) -> tuple[float, ...]:
+        layer = trial.suggest_categorical("layer", list(self.spec.layers))
+        space = self.spec.layers[layer].space
+        values = {name: parameter.suggest(trial, f"{layer}.{name}") for name, parameter in space.items()}
+        results = self._train_seeds(trial, layer, values)
+        means = {name: fmean(r.metrics[name] for r in results) for name in results[0].metrics}
+        trial.set_user_attr("sizes", results[0].sizes)
+        trial.set_user_attr("latency_ms", means["speed/latency_b256_ms"])
+        missing = [name for name in (*self.spec.objectives, *self.spec.constraints) if name not in means]
+        if missing:
+            raise UserError(f"metric {missing[0]} is not measured; there are {', '.join(sorted(means))}")
+        trial.set_user_attr("feasible", all(means[n] <= limit for n, limit in self.spec.constraints.items()))
+        for name, limit in self.spec.constraints.items():
+            trial.set_constraint(name, means[name] - limit)
+        return tuple(means[name] for name in self.spec.objectives)
+
+    def _train_seeds(self, trial: optuna.Trial, layer: str, values: dict[str, Any]) -> list[Result]:
+        tags = {"study": self.spec.name, "trial": str(trial.number)}
+        seeds = self.spec.seeds
+        if len(seeds) == 1:
+            results = [self._train(layer, values, seeds[0], self.parent, tags, trial)]
+            trial.set_user_attr("run_id", results[0].run_id)
+            return results
+        with tracking.run(
+            self.client,
+            self.experiment,
+            f"trial {trial.number} {layer}",
+            {**tags, "layer": layer},
+            self.parent,
+        ) as mean_run:
+            trial.set_user_attr("run_id", mean_run.id)
+            results = [
+                self._train(layer, values, seed, mean_run.id, tags, None if i else trial)
+                for i, seed in enumerate(seeds)
+            ]
+            mean_run.params({k: v for k, v in results[0].params.items() if k != "seed"} | {"seeds": seeds})
+            shared = set.intersection(*(set(r.metrics) for r in results))
+            mean_run.metrics({name: fmean(r.metrics[name] for r in results) for name in shared})
+        return results
+
+    def _final_trial(self, trial: optuna.Trial) -> float:
+        number, seed = (trial.suggest_int(name, 0, 2**31 - 1) for name in ("trial", "seed"))
+        layer, values = chosen(self.search.trials[number])
+        tags = {"study": self.spec.name, "trial": str(number), "finalist": "true"}
+        result = self._train(layer, values, seed, self.parent, tags, None, test=True)
+        trial.set_user_attr("metrics", result.metrics)
+        trial.set_user_attr("run_id", result.run_id)
+        return result.metrics["val/accuracy"]
+
+    def _train(
+        self,
+        layer: str,
+        values: dict[str, Any],
+        seed: int,
+        parent: str,
+        tags: dict[str, str],
+        trial: optuna.Trial | None,
+        test: bool = False,
+    ) -> Result:
+        args = [*self.spec.arguments(layer, values, seed, test), f"--tracking_uri={self.uri}"]
+        callbacks = []
+        if trial is not None and self.spec.pruner is not None:
+            callbacks = [PyTorchLightningPruningCallback(trial, "val/accuracy")]
+        result = run(args, Context(parent=parent, tags=tags, callbacks=callbacks, quiet=True))
+        assert result is not None
+        return result

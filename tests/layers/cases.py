@@ -1,0 +1,135 @@
+"""The layers that the contract tests walk over: a new layer adds its line to CASES."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fffexp.kernels.naive import Blocks
+from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
+
+IN, OUT = 6, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer with options.
+
+    Args:
+        layer: the class.
+        options: what its constructor takes beyond the two sizes.
+        sizes: training width and size, inference width and size, parameters, FLOPs at (IN, OUT), by hand.
+    """
+
+    layer: type[FeedforwardLayer]
+    options: dict[str, Any]
+    sizes: tuple[int, int, int, int, int, int]
+
+    def __str__(self) -> str:
+        return "-".join([self.layer.__name__, *(f"{name}{value}" for name, value in self.options.items())])
+
+    def make(self, seed: int = 0, **options: Any) -> Any:
+        """The layer with weights that nothing in it could have chosen: no zeros, no small biases."""
+        return randomized(self.layer(IN, OUT, **self.options | options), seed)
+
+
+def randomized(layer: Any, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.5, generator=generator)
+    return layer
+
+
+def blocks_of(mlp: Any) -> Blocks:
+    return Blocks(mlp.hidden_weight, mlp.hidden_bias, mlp.output_weight, mlp.output_bias)
+
+
+def copy_block(ff: FF, mlp: Any, index: int) -> FF:
+    """Give a dense layer the weights of one leaf or expert."""
+    copy_dense(ff, mlp.hidden_weight[index], mlp.hidden_bias[index], mlp.output_weight[index], mlp.output_bias[index])
+    return ff
+
+
+def copy_dense(ff: FF, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> FF:
+    first, last = ff.network[0], ff.network[-1]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        for parameter, value in ((first.weight, w1), (first.bias, b1), (last.weight, w2.T), (last.bias, b2)):
+            parameter.copy_(value)
+    return ff
+
+
+def inputs(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, IN, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def routing_tensors(layer: FeedforwardLayer) -> dict[str, Tensor]:
+    routing = layer.routing
+    return {} if routing is None else {f.name: getattr(routing, f.name) for f in fields(routing)}
+
+
+def loss_of(layer: FeedforwardLayer, output: Tensor) -> Tensor:
+    """A loss that every regulariser takes part in."""
+    loss = output.float().square().sum()
+    for regularizer in layer.regularizers.values():
+        loss = loss + regularizer(layer.routing)
+    return loss
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that run, and the scalars of the largest tensor that one of them returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += 1
+        returned = result if isinstance(result, (tuple, list)) else [result]
+        self.largest = max([self.largest, *(t.numel() for t in returned if isinstance(t, Tensor))])
+        return result
+
+
+CASES = (
+    # 6*7 + 7 + 7*4 + 4 parameters, 2 * 7 * (6 + 4) operations
+    Case(FF, {"width": 7}, (7, 7, 7, 7, 81, 140)),
+    # 7 nodes * (6 + 1) + 8 leaves * (6*5 + 5 + 5*4 + 4); 2 * (3*6 + 5*10)
+    Case(FFF, {"depth": 3, "leaf_width": 5}, (40, 47, 5, 8, 521, 136)),
+    Case(FFF, {"depth": 0, "leaf_width": 7}, (7, 7, 7, 7, 81, 140)),
+    # 2 * 5*6 + 5 experts * (6*3 + 3 + 3*4 + 4); 2 * (5*6 + 2*3*10)
+    Case(NoisyTopKMoE, {"num_experts": 5, "expert_width": 3, "k": 2}, (15, 20, 6, 11, 245, 180)),
+    # 2 * 3*6 + 3 experts * (6*2 + 2 + 2*4 + 4); 2 * (3*6 + 3*2*10)
+    Case(NoisyTopKMoE, {"num_experts": 3, "expert_width": 2, "k": 3}, (6, 9, 6, 9, 114, 156)),
+)
+
+# Options to draw, and the parameters they should give: (inputs, outputs, **options) -> scalars.
+DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Callable[..., int]]] = {
+    FF: (
+        st.fixed_dictionaries({"width": st.integers(1, 9)}),
+        lambda i, o, width: width * (i + 1) + (width + 1) * o,
+    ),
+    FFF: (
+        st.fixed_dictionaries({"depth": st.integers(0, 5), "leaf_width": st.integers(1, 5)}),
+        lambda i, o, depth, leaf_width: (
+            (2**depth - 1) * (i + 1) + 2**depth * (leaf_width * (i + 1) + (leaf_width + 1) * o)
+        ),
+    ),
+    NoisyTopKMoE: (
+        st.integers(1, 6).flatmap(
+            lambda experts: st.fixed_dictionaries(
+                {"num_experts": st.just(experts), "expert_width": st.integers(1, 5), "k": st.integers(1, experts)}
+            )
+        ),
+        lambda i, o, num_experts, expert_width, k: (
+            num_experts * (2 * i + expert_width * (i + 1) + (expert_width + 1) * o)
+        ),
+    ),
+}

@@ -1,0 +1,299 @@
+"""What every layer promises (fffexp/layers/base.py), walked over all of them."""
+
+import copy
+import inspect
+import io
+import itertools
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, DRAWN, IN, OUT, Case, inputs, loss_of, randomized, routing_tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_all_close, assert_close
+from torch import Tensor
+
+import fffexp.layers
+from fffexp.layers import FeedforwardLayer
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def run(layer: Any, x: Tensor) -> Tensor:
+    """One pass with the same noise every time, nothing left behind."""
+    torch.manual_seed(7)
+    output = layer(x)
+    assert type(output) is Tensor
+    layer.routing = None
+    return output
+
+
+def parameter_gradients(layer: FeedforwardLayer) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in layer.named_parameters()}
+    assert all(g is not None for g in found.values()), "some parameters got no gradient"
+    return found
+
+
+def test_every_layer_has_a_case() -> None:
+    exported = {getattr(fffexp.layers, name) for name in fffexp.layers.__all__}
+    concrete = {
+        c for c in exported if inspect.isclass(c) and issubclass(c, FeedforwardLayer) and not inspect.isabstract(c)
+    }
+    assert concrete
+    assert {case.layer for case in CASES} == concrete == set(DRAWN)
+
+
+@every_case
+@both_modes
+def test_leading_dimensions(case: Case, training: bool) -> None:
+    layer = case.make().train(training)
+    x = inputs(12)
+    flat = run(layer, x)
+    assert flat.shape == (12, OUT)
+    assert_close(run(layer, x.view(2, 3, 2, IN)), flat.view(2, 3, 2, OUT))
+    assert_close(run(layer, x[0]), run(layer, x[:1])[0])
+
+
+@every_case
+@both_modes
+def test_non_contiguous_input(case: Case, training: bool) -> None:
+    layer = case.make().train(training)
+    x = inputs(4, 3)
+    strided = x.transpose(0, 1)
+    assert not strided.is_contiguous()
+    assert_close(run(layer, strided), run(layer, strided.contiguous()))
+
+
+@every_case
+@both_modes
+@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
+def test_empty_batch(case: Case, training: bool, shape: tuple[int, ...]) -> None:
+    layer = case.make().train(training)
+    output = layer(inputs(*shape).requires_grad_())
+    assert output.shape == (*shape, OUT)
+    if training:
+        loss = loss_of(layer, output)
+        assert loss.isfinite()
+        loss.backward()
+        assert all(g.isfinite().all() for g in parameter_gradients(layer).values())
+
+
+@every_case
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dtypes(case: Case, training: bool, dtype: torch.dtype) -> None:
+    layer = case.make().to(dtype).train(training)
+    x = inputs(5, dtype=dtype)
+    output = run(layer, x)
+    assert output.dtype == dtype
+    if not training:  # noise is drawn differently in each dtype
+        assert_close(output, copy.deepcopy(layer).double()(x.double()))
+    loss_of(layer.train(), layer(x)).backward()
+    assert all(t.dtype == torch.promote_types(dtype, torch.float32) for t in decided(layer))
+    assert all(g.dtype == dtype and g.isfinite().all() for g in parameter_gradients(layer).values())
+
+
+def decided(layer: FeedforwardLayer) -> list[Tensor]:
+    return [t for t in routing_tensors(layer).values() if t.is_floating_point()]
+
+
+@every_case
+def test_autocast(case: Case) -> None:
+    layer = case.make()
+    exact = run(layer, inputs(9))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(7)
+        output = layer(inputs(9))
+    assert output.dtype == torch.bfloat16
+    assert_close(output, exact)  # the decisions are those of float32
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in decided(layer))
+    loss_of(layer, output).backward()
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in parameter_gradients(layer).values())
+
+
+@pytest.mark.parametrize(
+    ("case", "decisions"),
+    [
+        (case, decisions)
+        for case in CASES
+        for decisions in ("soft", "hard")
+        if case.layer.hardens or decisions == "soft"
+    ],
+    ids=str,
+)
+def test_compiled_training_pass(case: Case, decisions: str) -> None:
+    eager = case.make()
+    eager.decisions = decisions
+    compiled = copy.deepcopy(eager)
+    forward = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    outputs = {}
+    for name, layer, call in (("eager", eager, eager), ("compiled", compiled, forward)):
+        torch.manual_seed(7)
+        outputs[name] = call(inputs(9))
+        loss_of(layer, outputs[name]).backward()
+    assert_close(outputs["compiled"], outputs["eager"])
+    assert_all_close(routing_tensors_as_float(compiled), routing_tensors_as_float(eager))
+    assert_all_close(parameter_gradients(compiled), parameter_gradients(eager))
+
+
+def routing_tensors_as_float(layer: FeedforwardLayer) -> dict[str, Tensor]:
+    return {name: t.float() for name, t in routing_tensors(layer).items()}
+
+
+@every_case
+def test_state_dict_round_trip(case: Case) -> None:
+    layer = case.make(seed=0)
+    for name in layer.scheduled:
+        getattr(layer, name).fill_(3)
+    layer(inputs(5))
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    restored = case.make(seed=1)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    layer.routing = None
+    for training, decisions in itertools.product((True, False), ("soft", "hard")):
+        for each in (layer, restored):
+            each.train(training).decisions = decisions
+        assert torch.equal(run(restored, inputs(5)), run(layer, inputs(5)))
+
+
+@every_case
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_leave_routing_behind(case: Case, duplicate: Any) -> None:
+    layer = case.make()
+    layer(inputs(5))
+    kept = layer.routing
+    twin = duplicate(layer)
+    assert twin.routing is None
+    assert layer.routing is kept
+    twin(inputs(5))
+    layer(inputs(5))
+    if kept is not None:
+        assert duplicate(layer).routing is None  # nor is it copied that the layer ran twice
+    assert torch.equal(run(twin.eval(), inputs(5)), run(layer.eval(), inputs(5)))
+
+
+@every_case
+def test_routing_is_written_once_and_cleared(case: Case) -> None:
+    layer = case.make()
+    assert layer.routing is None
+    layer.eval()(inputs(5))
+    assert layer.routing is None, "written in evaluation"
+    layer.train()(inputs(5))
+    if not layer.regularizers:
+        assert layer.routing is None
+        layer(inputs(5))
+        assert layer.routing is None
+        return
+    assert all(t.shape[:1] in ((5,), (layer.blocks,)) for t in routing_tensors(layer).values())
+    first = layer.routing
+    layer.routing = None
+    assert layer.routing is None
+    layer(inputs(5))
+    assert layer.routing is not first
+    for _ in range(2):  # two passes in a step, then three
+        layer(inputs(5))
+        with pytest.raises(RuntimeError, match=r"more than once.*routing = None"):
+            _ = layer.routing
+    layer.routing = None
+    layer(inputs(5))
+    assert layer.routing is not None
+    with pytest.raises(ValueError, match="only be cleared"):
+        layer.routing = first
+
+
+@every_case
+def test_sizes(case: Case) -> None:
+    names = ("training_width", "training_size", "inference_width", "inference_size", "parameters", "flops_per_sample")
+    assert case.make().sizes() == dict(zip(names, case.sizes, strict=True))
+
+
+@every_case
+def test_memorises_one_batch(case: Case) -> None:
+    torch.manual_seed(0)
+    layer = case.layer(IN, OUT, **case.options | {name: 24 for name in case.options if "width" in name})
+    x, labels = inputs(32), torch.randint(OUT, (32,), generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    for _ in range(250):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(x), labels)
+        layer.routing = None
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@every_case
+def test_route(case: Case) -> None:
+    layer = case.make().eval()
+    blocks = layer.route(inputs(3, 40))
+    assert blocks.shape[0] == 120
+    assert blocks.dtype == torch.long
+    assert set(blocks.flatten().tolist()) <= set(range(layer.blocks))
+    assert len(blocks.unique()) > min(layer.blocks - 1, 1), "every row takes the same blocks"
+
+
+@every_case
+def test_mistakes_are_named(case: Case) -> None:
+    sizes = {"in_features": IN, "out_features": OUT, **case.options}
+    for name in sizes:
+        wrong = -1 if name == "depth" else 0
+        with pytest.raises(ValueError, match=f"{name} is {wrong}; it must be at least {wrong + 1}"):
+            case.layer(**sizes | {name: wrong})
+    for dropout in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="dropout is"):
+            case.make(dropout=dropout)
+    layer = case.make()
+    layer.decisions = "sharp"
+    with pytest.raises(ValueError, match=r"'sharp'.*'auto', 'soft' or 'hard'"):
+        _ = layer.hard
+
+
+@every_case
+def test_dropout_acts_in_training_only(case: Case) -> None:
+    plain, dropping = case.make(), case.make(dropout=0.5)
+    x = inputs(20)
+    for decisions in ("soft", "hard"):
+        plain.decisions = dropping.decisions = decisions
+        assert not torch.allclose(run(dropping.train(), x), run(plain.train(), x))
+        assert torch.equal(run(dropping.eval(), x), run(plain.eval(), x))
+
+
+@pytest.mark.parametrize("layer_type", DRAWN)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_properties(layer_type: type[FeedforwardLayer], data: st.DataObject) -> None:
+    options, count = DRAWN[layer_type]
+    drawn = data.draw(options)
+    in_features, out_features = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
+    seed = data.draw(st.integers(0, 2**16))
+
+    layer = randomized(layer_type(in_features, out_features, **drawn), seed).double()
+    assert layer.parameter_count == count(in_features, out_features, **drawn)
+    assert layer.inference_width <= layer.training_width <= layer.training_size
+    assert layer.inference_width <= layer.inference_size <= layer.training_size
+
+    generator = torch.Generator().manual_seed(seed)
+    scale = data.draw(st.sampled_from([1e-3, 1.0, 1e3]))
+    x = scale * torch.randn(*shape, in_features, generator=generator, dtype=torch.float64)
+    outputs = {}
+    for decisions, training in itertools.product(("soft", "hard"), (True, False)):
+        layer.decisions = decisions
+        outputs[decisions, training] = output = run(layer.train(training), x)
+        assert output.shape == (*shape, out_features)
+        assert output.isfinite().all()
+    if layer.hardens:
+        # random logits in float64 have no ties
+        assert_close(outputs["hard", True], outputs["hard", False])
+        assert_close(outputs["soft", True], outputs["soft", False])
+        layer.decisions = "auto"
+        assert torch.equal(run(layer.train(), x), outputs["soft", True])
+        assert torch.equal(run(layer.eval(), x), outputs["hard", False])
+    assert torch.equal(outputs["hard", False], run(layer.eval(), x)), "evaluation is not repeatable"

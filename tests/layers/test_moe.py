@@ -1,0 +1,224 @@
+"""Each row of the failures known from other implementations, and the definition itself, arXiv 1701.06538."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import IN, OUT, Calls, blocks_of, copy_block, inputs, randomized
+from tolerances import assert_all_close, assert_close, gradients
+from torch import Tensor
+
+from fffexp.kernels import eager, naive
+from fffexp.layers import FF, NoisyTopKMoE
+from fffexp.routing import gate
+
+EXPERTS, WIDTH, K = 5, 3, 2
+
+
+def make(num_experts: int = EXPERTS, k: int = K, dtype: torch.dtype = torch.float64, **options: Any) -> NoisyTopKMoE:
+    return randomized(NoisyTopKMoE(IN, OUT, num_experts, WIDTH, k, **options)).to(dtype)
+
+
+def fix_noise(monkeypatch: pytest.MonkeyPatch, rows: int, experts: int = EXPERTS, seed: int = 3) -> Tensor:
+    """Let the layer draw these values."""
+    eps = torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    monkeypatch.setattr(torch, "randn_like", lambda like: eps.to(like.dtype))
+    return eps
+
+
+def noisy_logits(layer: NoisyTopKMoE, x: Tensor, eps: Tensor) -> Tensor:
+    return x @ layer.gate_weight.T + eps * torch.log1p(torch.exp(x @ layer.noise_weight.T))
+
+
+def train_loss(layer: NoisyTopKMoE, x: Tensor) -> Tensor:
+    output = layer(x)
+    return output.square().sum() + gate.importance(layer.routing) + gate.load(layer.routing)
+
+
+@pytest.mark.parametrize("k", range(1, EXPERTS + 1))
+@pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.Tanh])
+def test_training_equals_naive_with_every_gradient(
+    monkeypatch: pytest.MonkeyPatch, k: int, activation: type[torch.nn.Module]
+) -> None:
+    layer, x = make(k=k, activation=activation), inputs(9, dtype=torch.float64)
+    eps = fix_noise(monkeypatch, 9)
+    wanted = {"x": x.requires_grad_(), **dict(layer.named_parameters())}
+    expected = naive.moe(x, noisy_logits(layer, x, eps), k, blocks_of(layer.experts), activation())
+    output = layer(x)
+    assert_close(output, expected)
+    assert_all_close(gradients(output, wanted), gradients(expected, wanted))
+
+
+@pytest.mark.parametrize("k", range(1, EXPERTS + 1))
+def test_inference_equals_naive_without_noise(k: int) -> None:
+    layer, x = make(k=k).eval(), inputs(9, dtype=torch.float64)
+    logits = x @ layer.gate_weight.T
+    wanted = {"x": x.requires_grad_(), "gate": layer.gate_weight, **dict(layer.experts.named_parameters())}
+    expected = naive.moe(x, x @ layer.gate_weight.T, k, blocks_of(layer.experts), torch.relu)
+    output = layer(x)
+    assert_close(output, expected)
+    assert_all_close(gradients(output, wanted), gradients(expected, wanted))
+    assert torch.equal(layer.route(x), logits.argsort(dim=1, descending=True)[:, :k])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 63, 257])
+def test_batches_that_fill_no_tile(batch: int) -> None:
+    layer, x = make(dtype=torch.float32).eval(), inputs(batch)
+    assert_close(layer(x), naive.moe(x, x @ layer.gate_weight.T, K, blocks_of(layer.experts), torch.relu))
+
+
+def test_load_is_the_probability_of_being_chosen_when_one_noise_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, draws = make(), 200_000
+    generator = torch.Generator().manual_seed(5)
+    for seed in range(3):
+        x = inputs(1, seed=seed, dtype=torch.float64)
+        eps = fix_noise(monkeypatch, 1, seed=seed)
+        layer(x)
+        for expert in range(EXPERTS):
+            redrawn = eps.repeat(draws, 1)
+            redrawn[:, expert] = torch.randn(draws, generator=generator, dtype=torch.float64)
+            chosen = noisy_logits(layer, x, redrawn).topk(K, dim=1).indices
+            share = (chosen == expert).any(1).double().mean()
+            assert abs(layer.routing.load_E[expert] - share) < 0.01
+        layer.routing = None
+
+
+def test_gates_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make(), inputs(20, dtype=torch.float64)
+    logits = noisy_logits(layer, x, fix_noise(monkeypatch, 20))
+    layer(x)
+    kept = logits >= logits.sort(dim=1, descending=True).values[:, K - 1 : K]
+    assert_close(layer.routing.gates_BE, torch.softmax(logits.masked_fill(~kept, -math.inf), dim=1))
+    assert ((layer.routing.gates_BE > 0).sum(1) == K).all()
+
+
+def test_inference_is_repeatable_whatever_the_options() -> None:
+    layer, x = make(dropout=0.5).eval(), inputs(50, dtype=torch.float64)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.allclose(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tied", [False, True])
+def test_finite_without_noise(dtype: torch.dtype, tied: bool) -> None:
+    layer, x = make(dtype=dtype), inputs(30, dtype=dtype).abs()
+    torch.nn.init.constant_(layer.noise_weight, -1e4)  # softplus underflows to 0
+    if tied:
+        torch.nn.init.zeros_(layer.gate_weight)
+    loss = train_loss(layer, x)
+    assert loss.isfinite()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_noise_has_its_own_weights() -> None:
+    for regularizer in (None, gate.load):  # by the prediction loss, and by the load
+        layer, x = make(), inputs(30, dtype=torch.float64)
+        output = layer(x)
+        loss = output.square().sum() if regularizer is None else regularizer(layer.routing)
+        loss.backward()
+        assert (layer.noise_weight.grad.abs().sum(1) > 0).all()
+        assert (layer.gate_weight.grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_expert_is_a_dense_layer(training: bool) -> None:
+    layer, x = make(num_experts=1, k=1).train(training), inputs(9, dtype=torch.float64)
+    ff = copy_block(FF(IN, OUT, WIDTH).double(), layer.experts, 0)
+    output, expected = layer(x), ff(x)
+    assert_close(output, expected)
+    ours = gradients(output, dict(layer.experts.named_parameters()))
+    theirs = gradients(expected, dict(ff.named_parameters()))
+    for name, other in (("hidden_weight", "network.0.weight"), ("hidden_bias", "network.0.bias")):
+        assert_close(ours[name][0], theirs[other])
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_at_initialisation_every_expert_is_equally_likely(k: int) -> None:
+    torch.manual_seed(0)
+    layer, rows = NoisyTopKMoE(IN, OUT, EXPERTS, WIDTH, k), 20_000
+    layer(inputs(rows))
+    # the standard deviation of P over draws is at most 1/2: 4 * 0.5 / sqrt(20,000) = 0.0142
+    assert (layer.routing.load_E / rows - k / EXPERTS).abs().max() < 0.0142
+
+
+def test_initial_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = NoisyTopKMoE(IN, OUT, EXPERTS, WIDTH, EXPERTS)
+    assert {name for name, _ in layer.named_parameters(recurse=False)} == {"gate_weight", "noise_weight"}  # no bias
+    assert not layer.gate_weight.any()
+    assert not layer.noise_weight.any()
+    eps = fix_noise(monkeypatch, 9)
+    layer(inputs(9))
+    assert_close(layer.routing.gates_BE, torch.softmax(math.log(2) * eps, dim=1))  # softplus(0) = ln 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("k", [1, 2, EXPERTS])
+def test_rows_sent_to_experts_are_counted(monkeypatch: pytest.MonkeyPatch, k: int, training: bool) -> None:
+    sent = []
+
+    def count(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        assert weight.shape[0] == EXPERTS
+        sent.append((x.shape[0], int(ends[-1])))
+        return grouped(x, weight, ends)
+
+    grouped = eager.grouped_mm
+    monkeypatch.setattr(eager, "grouped_mm", count)
+    make(k=k).train(training)(inputs(13, dtype=torch.float64))
+    assert sent == [(13 * k, 13 * k)] * 2  # the hidden and the output product
+
+
+def test_only_the_chosen_experts_are_read() -> None:
+    layer = make().eval()
+    for x in inputs(5, dtype=torch.float64):
+        expected, poisoned = layer(x), make().eval()
+        others = torch.ones(EXPERTS, dtype=torch.bool)
+        others[layer.route(x)[0]] = False
+        with torch.no_grad():
+            for parameter in poisoned.experts.parameters():
+                parameter[others] = math.nan
+        assert torch.equal(poisoned(x), expected)
+
+
+def test_all_experts_chosen_makes_the_load_a_count() -> None:
+    layer = make(k=EXPERTS)
+    layer(inputs(13, dtype=torch.float64))
+    assert_close(layer.routing.load_E, torch.full((EXPERTS,), 13.0))
+    assert gate.load(layer.routing) == 0
+
+
+def test_one_expert_at_a_time_is_for_timing() -> None:
+    layer = make(k=1)
+    output = layer(inputs(9, dtype=torch.float64))
+    assert not gradients(output, {"gate": layer.gate_weight})["gate"].any()
+    with pytest.raises(ValueError, match=r"k is 1: .*Switch gate"):
+        layer.check_trainable()
+    make(k=2).check_trainable()
+    make(num_experts=1, k=1).check_trainable()
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match="k is 6 but there are 5 experts"):
+        make(k=6)
+    with pytest.raises(ValueError, match=r"weights would take [\d,.]+ GiB .*: lower num_experts or expert_width"):
+        NoisyTopKMoE(IN, OUT, num_experts=10**15, expert_width=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operators_of_inference_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    layer, counts = make(dtype=dtype).eval(), set()
+    for batch in (2, 64, 300):
+        with torch.no_grad(), Calls() as calls:
+            layer(inputs(batch, dtype=dtype))
+        counts.add(calls.count)
+    assert len(counts) == 1
+
+
+def test_training_keeps_no_tensor_of_batch_experts_hidden() -> None:
+    # (batch, experts, width) would be four times the bound
+    batch, layer = 512, randomized(NoisyTopKMoE(IN, OUT, num_experts=8, expert_width=20, k=2))
+    with Calls() as calls:
+        layer(inputs(batch)).sum().backward()
+    assert calls.largest == batch * layer.inference_width

@@ -1,0 +1,257 @@
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer, seed_everything
+from tolerances import assert_close
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from fffexp.callbacks.routing import block_usage
+from fffexp.callbacks.stability import DEVIATIONS, WINDOW, Stability, count_spikes
+from fffexp.errors import NonFiniteLossError
+from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
+from fffexp.models.mlp import MLP
+from fffexp.schedules import Exponential
+from fffexp.task import ClassificationTask
+
+SHAPE, CLASSES = (1, 2, 3), 3
+
+LAYERS: dict[str, Callable[[int, int], FeedforwardLayer]] = {
+    "FF": partial(FF, width=8),
+    "FFF": partial(FFF, depth=2, leaf_width=4),
+    "MoE": partial(NoisyTopKMoE, num_experts=4, expert_width=4, k=2),
+}
+REGULARIZERS = [
+    *(("FFF", name) for name in ("hardening_mean", "hardening_sum", "balance", "importance")),
+    *(("MoE", name) for name in ("importance", "load")),
+]
+
+
+def make(layer: str = "FFF", **options: Any) -> ClassificationTask:
+    seed_everything(0, verbose=False)
+    return ClassificationTask(LAYERS[layer], SHAPE, CLASSES, **options)
+
+
+def samples(count: int = 48) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, *SHAPE, generator=generator)
+    return x, x.flatten(1)[:, :CLASSES].argmax(1)
+
+
+def loader(x: Tensor | None = None) -> DataLoader[Any]:
+    inputs, labels = samples()
+    return DataLoader(TensorDataset(inputs if x is None else x, labels), batch_size=16)
+
+
+def fit(
+    task: ClassificationTask, train: DataLoader[Any] | None = None, epochs: int = 2, *callbacks: Callback
+) -> Trainer:
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(task, train or loader(), loader())
+    return trainer
+
+
+def training_loss(task: ClassificationTask, **coefficients: float) -> Tensor:
+    """Of one step outside of a Trainer, with the same noise every time."""
+    task.on_fit_start()
+    task.coefficients = coefficients
+    torch.manual_seed(1)
+    return task.training_step(samples(), 0)
+
+
+def only_layer(task: ClassificationTask) -> Any:
+    (layer,) = task.layers.values()
+    return layer
+
+
+class Watch(Callback):
+    """Remembers the choice scale of each step, and what routing it leaves behind."""
+
+    def __init__(self) -> None:
+        self.scales: list[float] = []
+        self.routings: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        layer = only_layer(pl_module)
+        self.scales.append(float(layer.choice_scale) if hasattr(layer, "choice_scale") else 1.0)
+        self.routings.append(layer.routing)
+
+
+@pytest.mark.parametrize(
+    ("layer", "known"),
+    [
+        ("FF", "none"),
+        ("FFF", "balance, choice_scale, hardening_mean, hardening_sum, importance"),
+        ("MoE", "importance, load"),
+    ],
+)
+def test_an_unknown_coefficient_is_named_in_one_line(layer: str, known: str) -> None:
+    with pytest.raises(ValueError, match="has no such regulariser") as error:
+        make(layer, coefficients={"harden": 0.1})
+    message = str(error.value)
+    assert message.startswith("coefficients.harden: ")
+    assert message.endswith(f"it has {known}")
+    assert "\n" not in message
+
+
+def test_k_1_is_refused_unless_there_is_one_expert() -> None:
+    with pytest.raises(ValueError, match=r"k is 1: .*Switch gate"):
+        ClassificationTask(partial(NoisyTopKMoE, num_experts=4, expert_width=2, k=1), SHAPE, CLASSES)
+    ClassificationTask(partial(NoisyTopKMoE, num_experts=1, expert_width=2, k=1), SHAPE, CLASSES)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_label_smoothing_is_checked(smoothing: float) -> None:
+    with pytest.raises(ValueError, match="label_smoothing is"):
+        make(label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_network_is_the_layer_on_flattened_samples(layer: str) -> None:
+    network = MLP(LAYERS[layer], SHAPE, CLASSES).eval()
+    x, _ = samples()
+    assert (network.layer.in_features, network.layer.out_features) == (math.prod(SHAPE), CLASSES)
+    assert_close(network(x), network.layer(x.reshape(48, -1)))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_loss_without_coefficients_is_the_cross_entropy(layer: str) -> None:
+    task = make(layer, label_smoothing=0.1)
+    loss = training_loss(task)
+    only_layer(task).routing = None
+    x, y = samples()
+    torch.manual_seed(1)
+    assert_close(loss, F.cross_entropy(task(x), y, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize(("layer", "name"), REGULARIZERS)
+def test_a_coefficient_adds_its_regulariser(layer: str, name: str) -> None:
+    task = make(layer)
+    plain = training_loss(task)
+    only_layer(task).routing = None
+    loss = training_loss(task, **{name: 0.3})
+    term = only_layer(task).regularizers[name](only_layer(task).routing)
+    assert float(term.detach()) > 0
+    assert_close(loss, plain + 0.3 * term)
+    deciding = [p for n, p in task.named_parameters() if "node" in n or "gate" in n]
+    found = torch.autograd.grad(loss - plain, deciding)
+    assert all(g.any() for g in found), "the regulariser has no say in training"
+
+
+def test_every_regulariser_is_tested() -> None:
+    assert {name: set(only_layer(make(name)).regularizers) for name in LAYERS} == {
+        layer: {name for owner, name in REGULARIZERS if owner == layer} for layer in LAYERS
+    }
+
+
+def test_validation_measures_soft_accuracy_and_leaves_decisions_alone() -> None:
+    task = make()
+    layer = only_layer(task)
+    torch.nn.init.normal_(layer.node_weight)
+    torch.nn.init.normal_(layer.leaves.output_bias, std=2)
+    x, y = samples()
+    task.eval()
+    hard = float((task(x).argmax(1) == y).float().mean())
+    layer.decisions = "soft"
+    soft = float((task(x).argmax(1) == y).float().mean())
+    layer.decisions = "auto"
+    assert hard != soft, "the test cannot tell them apart"
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (metrics,) = trainer.validate(task, loader(), verbose=False)
+    assert layer.decisions == "auto"
+    assert metrics["val/accuracy"] == pytest.approx(hard, abs=1e-6)
+    assert metrics["val/soft_accuracy"] == pytest.approx(soft, abs=1e-6)
+    assert metrics["val/hardening_gap"] == pytest.approx(soft - hard, abs=1e-6)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fit(layer: str) -> None:
+    coefficients = {
+        "FF": {},
+        "FFF": {"choice_scale": Exponential(1, 50), "hardening_mean": 0.01},
+        "MoE": {"importance": 0.1, "load": 0.1},
+    }[layer]
+    task, watch = make(layer, coefficients=coefficients, optimizer=partial(torch.optim.Adam, lr=0.03)), Watch()
+    before = float(training_loss(task).detach())
+    only_layer(task).routing = None
+    task._train_steps.clear()
+    trainer = fit(task, None, 8, watch)
+    assert trainer.global_step == 24
+    assert watch.routings == [None] * 24
+    assert only_layer(task).routing is None
+    assert float(trainer.callback_metrics["train/loss"]) < 0.8 * before
+    assert ("val/soft_accuracy" in trainer.callback_metrics) == (layer == "FFF")
+    if layer == "FFF":
+        # the last of 24 steps stands at progress 23/24
+        expected = [50 ** (step / 24) for step in range(24)]
+        assert watch.scales == pytest.approx(expected, rel=1e-6)
+        assert float(only_layer(task).choice_scale) == pytest.approx(expected[-1], rel=1e-6)
+
+
+def test_a_non_finite_loss_stops_training_at_its_step() -> None:
+    x, _ = samples()
+    x[16:32] = math.nan  # the second of three batches
+    task = make()
+    with pytest.raises(NonFiniteLossError, match=r"the loss is nan at step 1 \(epoch 0\)"):
+        fit(task, loader(x))
+    assert all(p.isfinite().all() for p in task.parameters()), "it reached the weights"
+
+
+def test_stability_reports_the_course() -> None:
+    task = make()
+    trainer = fit(task, None, 3)
+    (stability,) = (c for c in trainer.callbacks if isinstance(c, Stability))
+    results = stability.results()
+    assert 1 <= results["epochs_to_best"] <= 3
+    assert 1 <= results["epochs_to_fit"] <= 3
+    assert results["stability/loss_spikes"] == 0
+    assert results["stability/nonfinite_steps"] == 0
+    assert len(stability.state_dict()["losses"]) == 9
+    assert len(stability.state_dict()["train_accuracy"]) == len(stability.state_dict()["val_accuracy"]) == 3
+
+
+def test_count_spikes() -> None:
+    # 0, 1, 0, 1, ...: median 1/2 and deviation 1/2 in every window, so above 3 is a spike
+    losses = np.tile([0.0, 1.0], WINDOW)
+    edge = 0.5 + DEVIATIONS * 0.5
+    assert count_spikes(losses) == 0
+    assert count_spikes(losses[:WINDOW]) == 0
+    for position, value, expected in (
+        (WINDOW - 1, edge + 9, 0),  # no full window before it
+        (WINDOW, edge + 0.01, 1),
+        (WINDOW + 50, edge - 0.01, 0),
+        (WINDOW + 50, edge + 0.01, 1),
+        (len(losses) - 1, edge + 0.01, 1),
+        (WINDOW + 50, -9.0, 0),  # downwards is no spike
+    ):
+        made = losses.copy()
+        made[position] = value
+        assert count_spikes(made) == expected, (position, value)
+    two = losses.copy()
+    two[[WINDOW + 10, WINDOW + 60]] = edge + 1
+    assert count_spikes(two) == 2
+    assert count_spikes(np.array([])) == 0
+
+
+def test_block_usage() -> None:
+    # 1 in 2000 is less than the thousandth that counts as use
+    assert block_usage(torch.tensor([1999, 1, 0, 0]))["used_leaves"] == 1
+    assert block_usage(torch.tensor([999, 1, 0, 0]))["used_leaves"] == 2
+    assert block_usage(torch.tensor([5, 5, 5, 5]))["usage_cv"] == 0
+    # one of four: shares 1, 0, 0, 0 with mean 1/4 and deviation sqrt(3)/4
+    assert_close(block_usage(torch.tensor([8, 0, 0, 0]))["usage_cv"], torch.tensor(math.sqrt(3)))
+    assert block_usage(torch.zeros(4, dtype=torch.long))["used_leaves"] == 0
