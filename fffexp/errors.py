@@ -1,5 +1,7 @@
 """Errors that are told to the user in one line, without a traceback."""
 
+import re
+
 
 class UserError(ValueError):
     """A mistake in what the user gave; the message says what, where, and how to mend it."""
@@ -7,3 +9,27 @@ class UserError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """Training met a NaN or infinite loss; the message names the step."""
+
+
+# what jsonargparse says besides the key and the cause
+_NOISE = re.compile(
+    r"Expected a path but |Does not validate against|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>"
+)
+
+
+def one_line(message: str) -> str:
+    """The key and the causes out of jsonargparse's messages, which list every type that it tried."""
+    if linked := re.search(r"argument (\S+) --> (\S+): invalid|Linked \"(\S+)\" must be given via \"(\S+)\"", message):
+        source, target = linked[1] or linked[4], linked[2] or linked[3]
+        return f"{target} is linked to {source} and cannot be given: leave it out"
+    message = re.sub(r"Type \S.*? expects a function or a callable class: ", "", message)
+    message = re.sub(r"\.? Got value: .*", "", message)
+    message = re.sub(
+        r"Expected a dot import path string: (\S+)", r"no class \1 is known, nor can it be imported", message
+    )
+    keys = re.findall(r'Parser key "([^"]+)":', message)
+    message = re.sub(r'Parser key "[^"]+":', "", message)
+    lines = [line.strip(" -\t") for line in message.splitlines()]
+    causes = [line for line in lines if line and not _NOISE.match(line)]
+    # what is left of the last cause names the type that was wanted
+    return f"{'.'.join(keys)}: {'; '.join(causes)}" if keys else "; ".join(causes)

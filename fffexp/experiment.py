@@ -4,6 +4,7 @@ import logging
 import resource
 import signal
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,15 +29,18 @@ from fffexp.callbacks.routing import dead_leaves
 from fffexp.callbacks.speed import TrainingSpeed
 from fffexp.callbacks.stability import Stability
 from fffexp.data.base import ClassificationData
-from fffexp.errors import UserError
+from fffexp.errors import UserError, one_line
 from fffexp.layers import FF
 from fffexp.models.mlp import MLP
 from fffexp.task import ClassificationTask
 
 CHECKPOINTS = Path("outputs/checkpoints")
 
-# what hardware is present and how to buy more is not news on every run
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+# what hardware is present, which seed is set and how to buy more is not news on every run
+for _package in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_package).setLevel(logging.WARNING)
+# Lightning's own use of torch, which we cannot mend
+warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
 
 
 @dataclass
@@ -81,6 +85,7 @@ class ExperimentCLI(LightningCLI):
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
                 "logger": False,
+                "log_every_n_steps": 1,  # metrics are logged by the epoch; a longer interval only warns of short ones
                 "enable_progress_bar": False,
             },
             parser_kwargs={"exit_on_error": False, self._wanted: {"exit_on_error": False}},
@@ -91,7 +96,6 @@ class ExperimentCLI(LightningCLI):
         """Links, and what is ours."""
         parser.link_arguments("data.in_shape", "model.in_shape", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
         parser.add_argument("--name", type=str, default="default", help="MLflow experiment that runs go to")
         parser.add_argument(
             "--tracking_uri",
@@ -111,8 +115,14 @@ class ExperimentCLI(LightningCLI):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name == self._wanted}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, without the warning about arguments given from Python."""
+        """Parse, without the warning about arguments given from Python; the data takes the seed of the run."""
         self.config = parser.parse_args(args)
+        config = self.config[self._wanted]
+        # not by link_arguments, which would override a value of the user's without a word
+        if config.data.init_args.seed not in (0, config.seed_everything):
+            raise UserError("data.init_args.seed is linked to seed_everything and cannot be given: leave it out")
+        if not isinstance(config.seed_everything, bool):
+            config.data.init_args.seed = config.seed_everything
 
     def _parse_ckpt_path(self) -> None:
         # a checkpoint gives weights; the config stays what --config says
@@ -269,12 +279,6 @@ def user_errors() -> Iterator[None]:
         raise UserError(one_line(str(error))) from error
 
 
-def one_line(message: str) -> str:
-    """The telling part of jsonargparse's messages, which begin with the key and end with the cause."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
-
-
 def _from_constructor(error: ValueError) -> bool:
     # layers, schedules and the task check their arguments as they are made
     traceback = error.__traceback__
@@ -283,8 +287,3 @@ def _from_constructor(error: ValueError) -> bool:
             return True
         traceback = traceback.tb_next
     return False
-
-
-def _data_seed(seed: int | bool) -> int:
-    # seed_everything: true draws one; the split then keeps to 0
-    return 0 if isinstance(seed, bool) else seed

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import sqlalchemy
 import torch
 from filelock import FileLock
 
@@ -28,6 +29,7 @@ from mlflow.tracking import MlflowClient
 
 DEFAULT_URI = "sqlite:///outputs/mlflow.db"
 FLUSH_S = 2.0
+LOCK_S = 30.0  # creating a store takes a few seconds
 
 
 def tracking_uri(given: str | None) -> str:
@@ -43,6 +45,9 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """
     with creation_lock(uri):
         try:
+            if "://" in uri and not uri.startswith(("http", "sqlite")):
+                # MLflow would try again for minutes
+                sqlalchemy.create_engine(uri).connect().close()
             client = MlflowClient(uri)
             found = client.get_experiment_by_name(experiment)
             if found is not None and found.lifecycle_stage == "deleted":
@@ -67,9 +72,11 @@ def creation_lock(uri: str) -> Iterator[None]:
     path = Path(uri.removeprefix("sqlite:///"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path.parent} cannot be written")
+        lock = FileLock(f"{path}.lock", timeout=LOCK_S)
         lock.acquire()
-    except OSError as error:
+    except OSError as error:  # filelock's Timeout is one
         raise UserError(f"the store {uri} cannot be created ({error}): give a path that can be written") from error
     try:
         yield

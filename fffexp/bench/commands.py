@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from fffexp.bench.latency import exclusive_timing
 from fffexp.data import FashionMNIST
 from fffexp.data.base import ClassificationData
-from fffexp.errors import UserError
+from fffexp.errors import UserError, one_line
 from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
 from fffexp.models.mlp import MLP
 from fffexp.task import ClassificationTask
@@ -82,5 +82,5 @@ def main(args: list[str]) -> int:
     try:
         auto_cli({"fit": fit}, args=args, exit_on_error=False)
     except ArgumentError as error:
-        raise UserError(str(error).strip().splitlines()[-1].strip(" -")) from error
+        raise UserError(one_line(str(error))) from error
     return 0

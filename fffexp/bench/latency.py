@@ -23,8 +23,10 @@ LOOK_S = 0.01
 
 # Latencies are timed beside this dense layer, so that they can be compared when the machine's speed drifts.
 REFERENCE_WIDTH = 128
-ROUNDS = 30
 WARM_UP_S = 0.1
+# Rounds of a timing: enough for a steady median of a fast layer, few for a slow one.
+ROUNDS_S = 0.3
+MIN_ROUNDS, MAX_ROUNDS = 15, 300
 
 
 @contextmanager
@@ -52,14 +54,17 @@ def _lock_file() -> IO[str]:
     return _LOCK.open()
 
 
-def interleaved_medians(contenders: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+def interleaved_medians(contenders: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Median seconds of each, run in turn after a warm-up, so that drift of the machine meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     warm_until = time.perf_counter() + WARM_UP_S
     while time.perf_counter() < warm_until:
         for run in contenders.values():
             run()
-    for _ in range(rounds):
+    begun = time.perf_counter()
+    for done in range(MAX_ROUNDS):
+        if done >= MIN_ROUNDS and time.perf_counter() - begun > ROUNDS_S:
+            break
         for name, run in contenders.items():
             start = time.perf_counter()
             run()

@@ -14,6 +14,7 @@ class Hardening(Callback):
     def __init__(self) -> None:
         self._entropies: list[torch.Tensor] = []
         self._restored: dict[str, float] = {}
+        self._adaptive: dict[str, Adaptive] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue adaptive schedules where a resumed run left them."""

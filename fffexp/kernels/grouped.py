@@ -12,9 +12,13 @@ from torch import Tensor
 @torch.library.custom_op("fffexp::grouped_mm", mutates_args=())
 def grouped_mm(x_RK: Tensor, weight_GKN: Tensor, ends_G: Tensor) -> Tensor:
     """(R, N): the rows of group g, which end before row ends_G[g], times weight_GKN[g]."""
-    if x_RK.dtype == torch.float64:
-        parts = zip(_split(x_RK, ends_G), weight_GKN.unbind(), strict=True)
-        return torch.cat([part @ weight for part, weight in parts])
+    used = _used(ends_G)
+    if x_RK.dtype == torch.float64 or len(used) < len(ends_G):
+        # torch's grouped_mm visits empty groups too, which in a deep tree are nearly all
+        out = x_RK.new_empty(x_RK.shape[0], weight_GKN.shape[2])
+        for group, start, end in used:
+            torch.mm(x_RK[start:end], weight_GKN[group], out=out[start:end])
+        return out
     pad_k, pad_n = _padding(x_RK, weight_GKN.shape[1]), _padding(x_RK, weight_GKN.shape[2])
     if pad_k or pad_n:
         x_RK, weight_GKN = F.pad(x_RK, (0, pad_k)), F.pad(weight_GKN, (0, pad_n, 0, pad_k))
@@ -30,13 +34,10 @@ def _(x_RK: Tensor, weight_GKN: Tensor, ends_G: Tensor) -> Tensor:
 @torch.library.custom_op("fffexp::grouped_outer", mutates_args=())
 def grouped_outer(x_RK: Tensor, y_RN: Tensor, ends_G: Tensor) -> Tensor:
     """(G, K, N): for each group the product of its rows of x, transposed, with its rows of y."""
-    if x_RK.dtype == torch.float64:
-        parts = zip(_split(x_RK, ends_G), _split(y_RN, ends_G), strict=True)
-        return torch.stack([x.T @ y for x, y in parts])
-    k, n = x_RK.shape[1], y_RN.shape[1]
-    x_RK, y_RN = F.pad(x_RK, (0, _padding(x_RK, k))), F.pad(y_RN, (0, _padding(x_RK, n)))
-    product = F.grouped_mm(x_RK.T, y_RN.contiguous(), offs=ends_G.to(torch.int32))
-    return product[:, :k, :n].contiguous()
+    out = x_RK.new_zeros(ends_G.shape[0], x_RK.shape[1], y_RN.shape[1])
+    for group, start, end in _used(ends_G):
+        torch.mm(x_RK[start:end].T, y_RN[start:end], out=out[group])
+    return out
 
 
 @grouped_outer.register_fake
@@ -62,8 +63,11 @@ grouped_mm.register_autograd(_mm_backward, setup_context=_setup)
 grouped_outer.register_autograd(_outer_backward, setup_context=_setup)
 
 
-def _split(rows: Tensor, ends_G: Tensor) -> tuple[Tensor, ...]:
-    return rows.tensor_split(ends_G[:-1].cpu())
+def _used(ends_G: Tensor) -> list[tuple[int, int, int]]:
+    """Group, first row and end of every group that has rows."""
+    ends = ends_G.tolist()
+    starts = [0, *ends[:-1]]
+    return [(g, start, end) for g, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
 
 
 def _padding(like: Tensor, size: int) -> int:

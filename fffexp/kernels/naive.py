@@ -65,7 +65,7 @@ def moe(x_BI: Tensor, logits_BE: Tensor, k: int, blocks: Blocks, activation: Act
     """(B, in) -> (B, out): the k experts of the largest logits, weighted by the softmax over those."""
     rows = []
     for x, logits in zip(x_BI, logits_BE, strict=True):
-        chosen = sorted(range(len(logits)), key=lambda i: -float(logits[i]))[:k]
+        chosen = sorted(range(len(logits)), key=lambda i: -float(logits[i].detach()))[:k]
         gates = torch.softmax(logits[chosen], dim=0)
         rows.append(
             torch.stack([g * block(x, i, blocks, activation) for g, i in zip(gates, chosen, strict=True)]).sum(0)

@@ -143,9 +143,9 @@ def check_fits(scalars: int, mend: str) -> None:
     needed = scalars * torch.get_default_dtype().itemsize
     total = psutil.virtual_memory().total
     if needed > total and torch.get_default_device().type == "cpu":
-        raise ValueError(
-            f"the weights would take {needed / 2**30:,.1f} GiB and this machine has {total / 2**30:,.1f} GiB: {mend}"
-        )
+        # whole numbers, for no float holds 2 to the power of an absurd depth
+        size = f"{needed // 2**30:,}" if needed < 2**100 else f"2^{needed.bit_length() - 31}"
+        raise ValueError(f"the weights would take {size} GiB and this machine has {total / 2**30:,.1f} GiB: {mend}")
 
 
 def at_least_float32(x: Tensor) -> Tensor:

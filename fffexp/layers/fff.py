@@ -92,7 +92,7 @@ class FFF(FeedforwardLayer):
         logits = unscaled * self.choice_scale
         soft = choices = torch.sigmoid(logits)
         if self.hard:
-            choices = tree.straight_through(soft, logits)
+            choices = tree.straight_through(soft, unscaled)
         if self.training and self.region_leak:
             swap = torch.rand_like(choices) < self.region_leak
             choices = torch.where(swap, 1 - choices, choices)

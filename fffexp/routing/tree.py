@@ -30,7 +30,8 @@ class TreeRouting:
 
 def bernoulli_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of choices with these logits; same shape, finite for any finite logit."""
-    return F.softplus(logits) - logits * torch.sigmoid(logits)
+    magnitude = logits.abs()  # symmetric, and in this form nothing cancels for large logits
+    return F.softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)
 
 
 def leaf_mixture(choices_BN: Tensor, depth: int) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, auto_cli
 
-from fffexp.errors import UserError
+from fffexp.errors import UserError, one_line
 
 
 def run(file: Path, jobs: int = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
@@ -93,5 +93,5 @@ def main(args: list[str]) -> int:
     try:
         auto_cli({"run": run, "resume": resume, "show": show}, args=args, exit_on_error=False, as_positional=True)
     except ArgumentError as error:
-        raise UserError(str(error).strip().splitlines()[-1].strip(" -")) from error
+        raise UserError(one_line(str(error))) from error
     return 0

@@ -28,7 +28,9 @@ def pareto(summary: Summary) -> Figure:
     figure = cast(Figure, axes.figure)
     trials = _complete(summary) if LATENCY in summary["metrics"] else []
     at = summary["metrics"].index(LATENCY) if trials else 0
-    found = [(t, ms, 100 * t["mean"]) for t in finalist_trials(summary) if t["mean"] and (ms := latency_ms(t))]
+    found = [
+        (t, ms, 100 * t["mean"]) for t in finalist_trials(summary) if t["mean"] is not None and (ms := latency_ms(t))
+    ]
     if not trials and not found:
         return _empty(axes, "no trial has both an accuracy and a latency yet")
     floor = _floor([_percent(t) for t in trials], [y for _, _, y in found])
@@ -76,10 +78,11 @@ def pareto(summary: Summary) -> Figure:
     if found:
         seeds = max(len(t["seeds"]) for t, _, _ in found)
         bars = f"bars: 95% interval over {seeds} fresh seeds" if seeds > 1 else "large marks: one fresh seed"
-        _note(axes, f"{bars}; faint marks: the search's own seeds")
+        _note(axes, f"{bars}; faint marks: the search's own seeds" if trials else bars)
     lines = list(itertools.pairwise(corners))
     lines += [((x, y - below), (x, y + above)) for t, x, y in found for below, above in [_bars(t, y)] if below > 0]
-    _annotate(axes, [(x, y, label(t), styles[t["params"]["layer"]][0]) for t, x, y in found], lines)
+    if found:
+        _annotate(axes, [(x, y, label(t), styles[t["params"]["layer"]][0]) for t, x, y in found], lines)
     return figure
 
 

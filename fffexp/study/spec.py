@@ -12,7 +12,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
-from fffexp.errors import UserError
+import fffexp.study.store  # noqa: F401, which says what of optuna may be experimental
+from fffexp.errors import UserError, one_line
 
 Number = int | float
 Direction = Literal["maximize", "minimize"]
@@ -183,7 +184,7 @@ def parse(text: str, folder: Path, source: str) -> StudySpec:
     except yaml.YAMLError as error:
         raise UserError(f"study file {source} is not YAML: {str(error).splitlines()[-1].strip()}") from error
     except ArgumentError as error:
-        raise UserError(f"study file {source}: {_one_line(str(error))}") from error
+        raise UserError(f"study file {source}: {one_line(str(error))}") from error
     except UserError as error:
         raise UserError(f"study file {source}: {error}") from error
     for config in (*spec.configs, *(part.config for part in spec.layers.values())):
@@ -198,8 +199,3 @@ def digest(spec: StudySpec, text: str) -> str:
     for config in (*spec.configs, *(part.config for part in spec.layers.values())):
         parts.append(json.dumps(yaml.safe_load((spec.folder / config).read_text()), sort_keys=True))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _one_line(message: str) -> str:
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"

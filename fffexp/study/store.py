@@ -4,6 +4,7 @@ Every piece of work is a slot. A slot is enqueued as a waiting trial, taken by a
 that worker is interrupted or dies; so nothing is done twice and nothing is left out.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fffexp.errors import UserError
 from fffexp.tracking import creation_lock
+
+# heartbeats and the grouped sampler are chosen knowingly, and pinned
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 DEFAULT_STORAGE = "sqlite:///outputs/optuna.db"
 # a worker that has not been heard of for this long is taken for dead

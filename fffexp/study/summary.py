@@ -331,9 +331,11 @@ def _interval(trial: Trial, metric: str) -> tuple[float | None, list[float] | No
 
 
 def _by_seed(trial: Trial, metric: str) -> dict[int, float]:
+    if trial["final"] is None:
+        return {}
+    values: Mapping[str, Any] = trial["final"]
     # a value that was not finite is null once it has been through JSON
-    values: Mapping[str, Any] = trial["final"] or {}
-    pairs = zip(trial["seeds"], values.get(metric, trial["seeds"]), strict=True) if values else ()
+    pairs = zip(trial["seeds"], values[metric], strict=True)
     return {seed: value for seed, value in pairs if value is not None and math.isfinite(value)}
 
 

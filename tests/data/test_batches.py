@@ -120,9 +120,7 @@ def test_resumed_run_sees_the_rows_of_the_uninterrupted_run(tmp_path: Path, limi
     trainer(tmp_path, callbacks=[saving], **options).fit(whole, Numbered(batch_size=20))
     resumed = Recorder()
     path = str(tmp_path / f"step={steps}.ckpt")
-    trainer(tmp_path, enable_checkpointing=False, **options).fit(
-        resumed, Numbered(batch_size=20), ckpt_path=path
-    )
+    trainer(tmp_path, enable_checkpointing=False, **options).fit(resumed, Numbered(batch_size=20), ckpt_path=path)
     assert resumed.seen == whole.seen[steps:]
 
 

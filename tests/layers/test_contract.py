@@ -6,8 +6,10 @@ import io
 import itertools
 import math
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,13 +107,17 @@ def decided(layer: FeedforwardLayer) -> list[Tensor]:
 @every_case
 def test_autocast(case: Case) -> None:
     layer = case.make()
-    exact = run(layer, inputs(9))
+    torch.manual_seed(7)
+    exact = layer(inputs(9))
+    routing = routing_tensors_as_float(layer)
+    layer.routing = None
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(7)
         output = layer(inputs(9))
     assert output.dtype == torch.bfloat16
-    assert_close(output, exact)  # the decisions are those of float32
-    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in decided(layer))
+    assert_close(output, exact)
+    assert all(t.dtype == torch.float32 for t in decided(layer))
+    assert_all_close(routing_tensors_as_float(layer), routing)
     loss_of(layer, output).backward()
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in parameter_gradients(layer).values())
 
@@ -202,6 +208,7 @@ def test_routing_is_written_once_and_cleared(case: Case) -> None:
         with pytest.raises(RuntimeError, match=r"more than once.*routing = None"):
             _ = layer.routing
     layer.routing = None
+    assert layer.routing is None
     layer(inputs(5))
     assert layer.routing is not None
     with pytest.raises(ValueError, match="only be cleared"):
@@ -212,6 +219,17 @@ def test_routing_is_written_once_and_cleared(case: Case) -> None:
 def test_sizes(case: Case) -> None:
     names = ("training_width", "training_size", "inference_width", "inference_size", "parameters", "flops_per_sample")
     assert case.make().sizes() == dict(zip(names, case.sizes, strict=True))
+
+
+@every_case
+def test_memory_is_checked_for_about_the_weights_it_takes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, parameters, _ = case.sizes
+    memory = SimpleNamespace(total=1.1 * 4 * parameters)  # bytes, of float32
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    case.make()
+    memory.total = 0.9 * 4 * parameters
+    with pytest.raises(ValueError, match="weights would take"):
+        case.make()
 
 
 @every_case

@@ -116,6 +116,14 @@ def test_leaf_weights_sum_to_1(decisions: str, region_leak: float) -> None:
     assert_close(weights.sum(1), torch.ones(50))
 
 
+def test_regularisers_see_soft_weights_under_hard_decisions_too() -> None:
+    soft, hard, x = make(), make(), inputs(9, dtype=torch.float64)
+    hard.decisions = "hard"
+    soft(x)
+    hard(x)
+    assert_close(hard.routing.leaf_weights_BL, soft.routing.leaf_weights_BL)
+
+
 @pytest.mark.parametrize("depth", [1, 3, DEEP])
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_ties_go_right(depth: int, zero: float) -> None:

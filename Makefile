@@ -1,0 +1,51 @@
+# every target sets up what it needs; `make` lists them
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+export MLFLOW_TRACKING_URI ?= sqlite:///outputs/mlflow.db
+
+.DEFAULT_GOAL := help
+.PHONY: help setup study test test-all lint format typecheck bench ui data
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: .venv/.complete ## create .venv from pinned versions (done by every other target)
+
+.venv/.complete: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	# torch first and by its exact version: any other install would bring the CUDA build and gigabytes
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub,peers]'
+	@touch $@
+
+study: setup ## the main job: which layer for the embedded digits, over depth and leaf width
+	$(BIN)/fffexp study run studies/digits_depth_leaf.yaml --jobs $(JOBS)
+
+test: setup ## the default tests, on a CPU
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: setup ## all tests, also what needs minutes, a server, a browser or a GPU
+	$(BIN)/pytest -ra
+
+lint: setup ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: setup ## mypy, strict
+	$(BIN)/mypy
+
+bench: setup ## what the framework costs beside a bare PyTorch loop
+	$(BIN)/fffexp bench fit
+
+ui: setup ## the MLflow UI on http://127.0.0.1:5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+	$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri $(MLFLOW_TRACKING_URI)
+
+data: setup ## fetch Fashion-MNIST into data/
+	$(BIN)/python -m fffexp.data.fetch

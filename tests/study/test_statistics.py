@@ -1,0 +1,90 @@
+import math
+
+import pytest
+
+from fffexp.study.statistics import mean_interval, overlap, paired_difference
+
+# 97.5% quantiles of Student's t, from a printed table
+T_2, T_3 = 4.302653, 3.182446
+
+
+def test_mean_interval() -> None:
+    # mean 0.2, standard deviation sqrt((0.01 + 0 + 0.01) / 2) = 0.1, standard error 0.1 / sqrt(3)
+    mean, interval = mean_interval([0.1, 0.2, 0.3])
+    half = T_2 * 0.1 / math.sqrt(3)
+    assert mean == pytest.approx(0.2)
+    assert interval == pytest.approx((0.2 - half, 0.2 + half), rel=1e-6)
+
+
+def test_confidence_widens_the_interval() -> None:
+    # 95% quantile of t with 2 degrees of freedom: 2.919986
+    half = 2.919986 * 0.1 / math.sqrt(3)
+    assert mean_interval([0.1, 0.2, 0.3], 0.9)[1] == pytest.approx((0.2 - half, 0.2 + half), rel=1e-6)
+
+
+def test_one_value_has_no_interval() -> None:
+    assert mean_interval([0.5]) == (0.5, None)
+
+
+def test_equal_values_have_an_interval_without_width() -> None:
+    assert mean_interval([0.5, 0.5, 0.5]) == (0.5, (0.5, 0.5))
+
+
+def test_values_that_differ_by_rounding_only() -> None:
+    mean, interval = mean_interval([0.3, 0.1 + 0.2])
+    assert interval == (mean, mean)
+
+
+def test_no_values() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])
+
+
+def test_paired_difference_over_common_seeds() -> None:
+    # seeds 1 to 4 are common; differences 0.01, 0.02, 0.03, 0.02: mean 0.02,
+    # standard deviation sqrt(2e-4 / 3), standard error sqrt(2e-4 / 3) / 2
+    a = {1: 0.91, 2: 0.82, 3: 0.73, 4: 0.64, 9: 0.1}
+    b = {0: 0.5, 4: 0.62, 3: 0.70, 2: 0.80, 1: 0.90}
+    mean, interval, n = paired_difference(a, b)
+    half = T_3 * math.sqrt(2e-4 / 3) / 2
+    assert (mean, n) == (pytest.approx(0.02), 4)
+    assert interval == pytest.approx((0.02 - half, 0.02 + half), rel=1e-6)
+
+
+def test_paired_difference_is_antisymmetric() -> None:
+    a, b = {0: 0.9, 1: 0.8, 2: 0.85}, {0: 0.7, 1: 0.8, 2: 0.9}
+    forth, back = paired_difference(a, b), paired_difference(b, a)
+    assert back[0] == pytest.approx(-forth[0])
+    assert forth[1] is not None
+    assert back[1] == pytest.approx((-forth[1][1], -forth[1][0]))
+
+
+def test_equal_differences_have_an_interval_without_width() -> None:
+    # 0.9 - 0.8 and 0.8 - 0.7 differ by rounding
+    mean, interval, n = paired_difference({0: 0.9, 1: 0.8}, {0: 0.8, 1: 0.7})
+    assert (mean, n) == (pytest.approx(0.1), 2)
+    assert interval == (mean, mean)
+
+
+def test_one_common_seed_has_no_interval() -> None:
+    assert paired_difference({0: 0.75, 1: 0.5}, {0: 0.5, 2: 0.5}) == (0.25, None, 1)
+
+
+def test_no_common_seed() -> None:
+    with pytest.raises(ValueError, match="no seed"):
+        paired_difference({0: 0.5}, {1: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((0, 1), (2, 3), False),
+        ((0, 2), (1, 3), True),
+        ((0, 3), (1, 2), True),
+        ((0, 1), (1, 2), True),
+        ((-1, 1), (0, 0), True),
+        ((0.1, 1), (0, 0), False),
+    ],
+)
+def test_overlap(a: tuple[float, float], b: tuple[float, float], expected: bool) -> None:
+    assert overlap(a, b) is overlap(b, a) is expected
