@@ -41,6 +41,8 @@ for _package in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_package).setLevel(logging.WARNING)
 # Lightning's own use of torch, which we cannot mend
 warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
+# validate, test and predict have no use for the callback that wrote the checkpoint
+warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`", UserWarning)
 
 
 @dataclass
@@ -131,6 +133,8 @@ class ExperimentCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Keep what was resolved: all that a rerun needs."""
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+            raise UserError(f"ckpt_path: {config.ckpt_path} is not there; give the path of a checkpoint")
         self.resolved: Namespace = config
         self.resolved_yaml: str = parser.dump(config, skip_none=True)
 
@@ -172,6 +176,12 @@ class ExperimentCLI(LightningCLI):
         if "val/best_accuracy" in metrics:
             metrics["val/accuracy"] = metrics["val/best_accuracy"]
         self.result = Result(run.id, metrics, params, total_sizes(model))
+
+    def predict(self, model: ClassificationTask, datamodule: ClassificationData, **kwargs: Any) -> None:
+        """Print the class of each test input, a line each."""
+        for classes in self.trainer.predict(model, datamodule=datamodule, **kwargs) or []:
+            assert isinstance(classes, torch.Tensor)
+            print(*classes.tolist(), sep="\n")
 
     def _finish(self, model: ClassificationTask, datamodule: ClassificationData, run: tracking.Run) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -273,6 +283,10 @@ def user_errors() -> Iterator[None]:
         yield
     except ArgumentError as error:
         raise UserError(one_line(str(error))) from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise UserError(f"the checkpoint does not fit the config: {str(error).splitlines()[1].strip()}") from error
     except ValueError as error:
         if isinstance(error, UserError) or not _from_constructor(error):
             raise

@@ -1,5 +1,6 @@
 """Everything that knows MLflow."""
 
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,9 @@ from lightning.pytorch.loggers import Logger
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
+for _name in ("mlflow.store.db.utils", "alembic"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # creating tables is not news
+
 DEFAULT_URI = "sqlite:///outputs/mlflow.db"
 FLUSH_S = 2.0
 LOCK_S = 30.0  # creating a store takes a few seconds
@@ -53,7 +57,8 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             if found is not None and found.lifecycle_stage == "deleted":
                 client.restore_experiment(found.experiment_id)
             location = None if uri.startswith("http") else str(Path("outputs/artifacts").absolute() / experiment)
-            experiment_id = found.experiment_id if found else client.create_experiment(experiment, location)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs, not chats
+            experiment_id = found.experiment_id if found else client.create_experiment(experiment, location, kind)
         except Exception as error:  # every store and driver has errors of its own
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(

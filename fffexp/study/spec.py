@@ -149,7 +149,7 @@ class StudySpec:
         settings = {key: values[name] for name, parameter in part.space.items() for key in parameter.set}
         settings = {**self.overrides, **settings, "name": self.name, "seed_everything": seed, "test": test}
         configs = [f"--config={self.folder / config}" for config in (*self.configs, part.config)]
-        return ["fit", *configs, *(f"--{key}={json.dumps(value)}" for key, value in settings.items())]
+        return ["fit", *configs, *(f"--{key}={_flag(value)}" for key, value in settings.items())]
 
 
 OBJECTIVES: dict[str, Direction] = {
@@ -199,3 +199,7 @@ def digest(spec: StudySpec, text: str) -> str:
     for config in (*spec.configs, *(part.config for part in spec.layers.values())):
         parts.append(json.dumps(yaml.safe_load((spec.folder / config).read_text()), sort_keys=True))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _flag(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
