@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
-export MLFLOW_TRACKING_URI ?= sqlite:///outputs/mlflow.db
 
 .DEFAULT_GOAL := help
 .PHONY: help setup study test test-all lint format typecheck bench ui data
@@ -43,9 +42,11 @@ typecheck: setup ## mypy, strict
 bench: setup ## what the framework costs beside a bare PyTorch loop
 	$(BIN)/fffexp bench fit
 
-ui: setup ## the MLflow UI on http://127.0.0.1:5000
+ui: setup ## the MLflow UI on http://127.0.0.1:5000 (PORT=... for another port)
+	@mkdir -p outputs
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
-	$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $${PORT:-5000} --backend-store-uri $(MLFLOW_TRACKING_URI)
+	$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $${PORT:-5000} \
+	  --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///outputs/mlflow.db}
 
 data: setup ## fetch Fashion-MNIST into data/
 	$(BIN)/python -m fffexp.data.fetch

@@ -65,6 +65,7 @@ class Result:
     metrics: dict[str, float]  # val/accuracy is that of the selected checkpoint
     params: dict[str, Any]
     sizes: dict[str, int]
+    config: str  # YAML, enough to rerun it
 
 
 class ExperimentCLI(LightningCLI):
@@ -175,7 +176,7 @@ class ExperimentCLI(LightningCLI):
             run.metrics(metrics, self.trainer.global_step)
         if "val/best_accuracy" in metrics:
             metrics["val/accuracy"] = metrics["val/best_accuracy"]
-        self.result = Result(run.id, metrics, params, total_sizes(model))
+        self.result = Result(run.id, metrics, params, total_sizes(model), self.resolved_yaml)
 
     def predict(self, model: ClassificationTask, datamodule: ClassificationData, **kwargs: Any) -> None:
         """Print the class of each test input, a line each."""

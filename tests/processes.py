@@ -12,15 +12,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import yaml
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from fffexp import tracking
+# threads that wait for each other make tiny layers ten times slower on a busy machine
+torch.set_num_threads(1)
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 LIMIT_S = 180.0  # for a process on a busy machine
+
+
+def user_environment() -> dict[str, str]:
+    """Without what a test has set, so that a process takes the stores of its folder."""
+    ours = ("MLFLOW_TRACKING_URI", "FFFEXP_STORAGE")
+    return {k: v for k, v in os.environ.items() if k not in ours} | ONE_THREAD | {"PYTHONUNBUFFERED": "1"}
 
 
 class Process:
@@ -35,7 +45,7 @@ class Process:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                env={**user_environment(), **environment},
             )
 
     def output(self) -> str:
@@ -94,6 +104,16 @@ def with_store(folder: Path) -> Path:
     return folder
 
 
+def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Work in a folder, with its store as the default one."""
+    patch.chdir(folder)
+    # absolute: MLflow keeps a store by its address for as long as the process lives
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute()}/outputs/mlflow.db")
+    patch.setenv("FFFEXP_STORAGE", f"sqlite:///{folder.absolute()}/outputs/optuna.db")
+    for name in ONE_THREAD:
+        patch.setenv(name, "1")
+
+
 def client(folder: Path) -> MlflowClient:
     return MlflowClient(f"sqlite:///{folder.absolute() / 'outputs' / 'mlflow.db'}")
 
@@ -123,21 +143,3 @@ def digits(layer: str = "fff", *args: str, epochs: int = 1) -> list[str]:
 def write_yaml(path: Path, content: Any) -> Path:
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
-
-
-__all__ = [
-    "CONFIGS",
-    "ROOT",
-    "Process",
-    "artifact",
-    "client",
-    "digits",
-    "empty_store",
-    "history",
-    "runs",
-    "started",
-    "tracking",
-    "wait_until",
-    "with_store",
-    "write_yaml",
-]

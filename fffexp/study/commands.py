@@ -58,12 +58,12 @@ def show(name: str, max_latency_ms: float | None = None) -> None:
         name: of the study.
         max_latency_ms: largest latency of a batch of 256, in milliseconds.
     """
-    from fffexp.study import summary
+    from fffexp.study.text import show as answer
 
     path = Path("outputs/studies") / name / "summary.json"
     if not path.is_file():
         raise UserError(f"{path} is not there: run the study first, from this folder (fffexp study run FILE)")
-    print(summary.show(json.loads(path.read_text()), max_latency_ms))
+    print(answer(json.loads(path.read_text()), max_latency_ms))
 
 
 def _storage_url(given: str | None) -> str:
@@ -74,8 +74,8 @@ def _storage_url(given: str | None) -> str:
 
 def _run(spec, text: str, jobs: int, url: str, tracking_uri: str | None) -> None:  # type: ignore[no-untyped-def]
     from fffexp import tracking
-    from fffexp.study import summary
     from fffexp.study.runner import OUTPUTS, StudyRunner
+    from fffexp.study.text import table
 
     uri = tracking.tracking_uri(tracking_uri)
     print(
@@ -83,7 +83,7 @@ def _run(spec, text: str, jobs: int, url: str, tracking_uri: str | None) -> None
     )
     with tracking.terminated_by_signal():
         result = StudyRunner(spec, text, url, uri, jobs).run()
-    print(f"\n{summary.table(result)}\n")
+    print(f"\n{table(result)}\n")
     print(f"took {result['wall_s']:.0f} s; written to {OUTPUTS / spec.name}: report.html, pareto.png, history.png")
     print(f"next: make ui, or fffexp study show {spec.name} --max_latency_ms 0.5")
 

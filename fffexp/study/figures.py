@@ -14,7 +14,8 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from fffexp.study.summary import LATENCY, Summary, Trial, finalist_trials, label, latency_ms, pareto_front
+from fffexp.study.summary import LATENCY, Summary, Trial, finalist_trials, latency_ms, pareto_front
+from fffexp.study.text import label
 
 # colours of Okabe and Ito, which the colour-blind can tell apart
 _STYLES = {"FF": ("#0072B2", "o"), "NoisyTopKMoE": ("#009E73", "s"), "FFF": ("#D55E00", "^")}

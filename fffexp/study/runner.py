@@ -13,9 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 from fffexp import tracking
 from fffexp.errors import UserError
 from fffexp.experiment import check
-from fffexp.study import store, summary, worker
+from fffexp.study import report, store, summary, worker
 from fffexp.study.plan import chosen, finalists, finals_name, finals_work, pareto, search_work
 from fffexp.study.spec import Direction, StudySpec, digest
+from fffexp.study.text import settings
 
 OUTPUTS = Path("outputs/studies")
 STOP_S = 60  # for a worker to mark its trial when it is told to stop
@@ -81,7 +82,7 @@ class StudyRunner:
             if not self._complete():
                 self._work()
             result = self.summarize()
-            for path in summary.write(result, OUTPUTS / self.spec.name):
+            for path in report.write(result, OUTPUTS / self.spec.name):
                 run.file(path)
         except BaseException:
             run.end("FAILED")
@@ -185,47 +186,44 @@ class Progress:
     """Lines that tell how far a study is."""
 
     def __init__(self, spec: StudySpec, search: optuna.Study, finals: optuna.Study) -> None:
-        self.spec = spec
-        self._phases = [("trial", search, lambda: spec.trials), ("final", finals, self._finals_total)]
-        self._search = search
-        self._seen = {study.study_name: self._done(study) for _, study, _ in self._phases}
-        self._begun = {name: (time.monotonic(), len(done)) for name, done in self._seen.items()}
-
-    def _finals_total(self) -> int:
-        return len(finals_work(self.spec, self._search))
-
-    @staticmethod
-    def _done(study: optuna.Study) -> dict[int, FrozenTrial]:
-        return {slot: trial for slot, trial in store.current(study).items() if store.finished(trial)}
+        self.spec, self.search, self.finals = spec, search, finals
+        self._trials = Phase(search, spec.trials)
+        self._finals: Phase | None = None
 
     def update(self) -> None:
         """Print what was finished since the last call."""
-        for label, study, total in self._phases:
-            name, done = study.study_name, self._done(study)
-            for slot in [slot for slot in done if slot not in self._seen[name]]:
-                self._seen[name][slot] = done[slot]
-                print(self._line(label, name, done[slot], len(self._seen[name]), total()), flush=True)
+        for trial in self._trials.news():
+            top = max((t for t in self._trials.done.values() if t.values), key=lambda t: t.values[0], default=None)
+            best = f"  best {100 * top.values[0]:.1f}% ({top.params['layer']})" if top else ""
+            print(f"trial {self._trials.line(trial, *chosen(trial))}{best}", flush=True)
+        if len(self._trials.done) < self.spec.trials:
+            return
+        self._finals = self._finals or Phase(self.finals, len(finals_work(self.spec, self.search)))
+        for trial in self._finals.news():
+            layer, values = chosen(self.search.get_trials(deepcopy=False)[trial.params["trial"]])
+            line = self._finals.line(trial, layer, {**values, "seed": trial.params["seed"]})
+            print(f"final {line}", flush=True)
 
-    def _line(self, label: str, name: str, trial: FrozenTrial, count: int, total: int) -> str:
-        start, before = self._begun[name]
-        if label == "final" and count - before == 1:
-            self._begun[name] = start, before = time.monotonic(), count  # the search is over only now
-        left = (time.monotonic() - start) / max(count - before, 1) * (total - count)
-        if label == "final":
-            source = self._search.get_trials(deepcopy=False)[trial.params["trial"]]
-            layer, values = chosen(source)
-            what = f"{describe(layer, values)}  seed {trial.params['seed']}"
-        else:
-            what = describe(*chosen(trial))
+
+class Phase:
+    """Finished slots of one Optuna study, and the time that the others will take."""
+
+    def __init__(self, study: optuna.Study, total: int) -> None:
+        self.study, self.total = study, total
+        self.done = self._finished()
+        self._begun, self._before = time.monotonic(), len(self.done)
+
+    def _finished(self) -> dict[int, FrozenTrial]:
+        return {slot: trial for slot, trial in store.current(self.study).items() if store.finished(trial)}
+
+    def news(self) -> list[FrozenTrial]:
+        """Trials finished since the last call."""
+        known, self.done = self.done, self._finished()
+        return [trial for slot, trial in self.done.items() if slot not in known]
+
+    def line(self, trial: FrozenTrial, layer: str, values: dict[str, Any]) -> str:
+        """How far it is, what the trial was and what came of it."""
+        count = len(self.done)
+        left = (time.monotonic() - self._begun) / max(count - self._before, 1) * (self.total - count)
         score = f"{100 * trial.values[0]:.1f}%" if trial.values else trial.user_attrs.get("error", trial.state.name)
-        best = ""
-        if label == "trial" and (scores := [t for t in self._seen[name].values() if t.values]):
-            top = max(scores, key=lambda t: t.values[0])
-            best = f"  best {100 * top.values[0]:.1f}% ({top.params['layer']})"
-        return f"{label} {count} of {total}  {what}  {score}{best}  {left:.0f} s left"
-
-
-def describe(layer: str, values: dict[str, Any]) -> str:
-    """`FFF depth=3 leaf_width=8 lr=0.0123`."""
-    shown = (f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
-    return " ".join((layer, *shown))
+        return f"{count} of {self.total}  {layer} {settings(values)}  {score}  {left:.0f} s left"

@@ -138,6 +138,7 @@ class Worker:
                 self._train(layer, values, seed, mean_run.id, tags, None if i else trial)
                 for i, seed in enumerate(seeds)
             ]
+            mean_run.text(results[0].config, "config.yaml")
             mean_run.params({k: v for k, v in results[0].params.items() if k != "seed"} | {"seeds": seeds})
             shared = set.intersection(*(set(r.metrics) for r in results))
             mean_run.metrics({name: fmean(r.metrics[name] for r in results) for name in shared})

@@ -10,6 +10,7 @@ import pytest
 
 from fffexp.errors import UserError
 from fffexp.study import figures
+from fffexp.study.report import write
 from fffexp.study.summary import (
     LATENCY,
     Summary,
@@ -17,13 +18,10 @@ from fffexp.study.summary import (
     answer,
     fill_statistics,
     finalist_trials,
-    label,
     latency_ms,
     pareto_front,
-    show,
-    table,
-    write,
 )
+from fffexp.study.text import label, show, table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 T_2 = 4.302653  # 97.5% quantile of Student's t, 2 degrees of freedom

@@ -1,0 +1,125 @@
+"""Every file in configs/ and studies/ goes through the real command line."""
+
+import gzip
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from processes import CONFIGS, ROOT, artifact, enter, runs, with_store
+
+from fffexp.experiment import Context, check, run
+from fffexp.study.spec import load
+
+EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
+LAYERS = sorted((CONFIGS / "layer").glob("*.yaml"))
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+IMAGES = {"train": 600, "t10k": 100}
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random files of the same form as Fashion-MNIST's, but few rows."""
+    folder, random = tmp_path_factory.mktemp("fashion"), np.random.default_rng(0)
+    for part, rows in IMAGES.items():
+        images = random.integers(0, 256, (rows, 28, 28)).astype("u1")
+        labels = random.integers(0, 10, rows).astype("u1")
+        for name, array in ((f"{part}-images-idx3-ubyte.gz", images), (f"{part}-labels-idx1-ubyte.gz", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (folder / name).write_bytes(gzip.compress(header + array.tobytes()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_store(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.fixture(autouse=True)
+def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(workplace, monkeypatch)
+
+
+def content(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+def data_arguments(path: Path, fashion: Path) -> list[str]:
+    uses_files = content(path).get("data", {}).get("class_path") == "fffexp.data.FashionMNIST"
+    return [f"--data.init_args.root={fashion}"] if uses_files else []
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_stands_alone(path: Path, fashion: Path, workplace: Path) -> None:
+    result = run(["fit", f"--config={path}", *SHORT, *data_arguments(path, fashion)], Context(quiet=True))
+    assert result is not None
+    assert 0 <= result.metrics["test/accuracy"] <= 1
+    (ours,) = (r for r in runs(workplace) if r.info.run_id == result.run_id)
+    assert ours.info.status == "FINISHED"
+    written = yaml.safe_load(artifact(workplace, result.run_id, "config.yaml").read_text())
+    said = content(path)
+    assert written["name"] == said["name"]
+    assert written["model"]["layer"]["class_path"] == said["model"]["layer"]["class_path"]
+    assert written["model"]["layer"]["init_args"].items() >= said["model"]["layer"]["init_args"].items()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda path: path.stem)
+def test_the_pieces_compose(layer: Path) -> None:
+    pieces = ("data/digits", "model/one_cycle", "trainer/averaged")
+    configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
+    result = run(["fit", *configs, f"--config={layer}", *SHORT], Context(quiet=True))
+    assert result is not None
+    assert result.params["layer"] == content(layer)["model"]["layer"]["class_path"].rsplit(".", 1)[-1]
+    assert result.params["lr_scheduler"] == "OneCycleLR"
+    assert "test/accuracy" in result.metrics
+
+
+def test_the_default_optimizer_will_do_without_a_model_config() -> None:
+    configs = [f"--config={CONFIGS / piece}.yaml" for piece in ("data/digits", "layer/ff")]
+    assert run(["fit", *configs, *SHORT, "--test=false"], Context(quiet=True)) is not None
+
+
+@pytest.mark.parametrize("data", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_data_config_is_accepted_without_a_network(
+    data: Path, fashion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    pieces = ("model/one_cycle", "layer/fff", "trainer/averaged")
+    configs = [f"--config={path}" for path in (data, *(CONFIGS / f"{piece}.yaml" for piece in pieces))]
+    check(["fit", *configs, *data_arguments(data, fashion)])
+
+
+def test_every_config_is_run_here() -> None:
+    known = {*EXPERIMENTS, *LAYERS, *(CONFIGS / "data").glob("*.yaml")}
+    known |= {CONFIGS / "model" / "one_cycle.yaml", CONFIGS / "trainer" / "averaged.yaml"}
+    assert set(CONFIGS.rglob("*.yaml")) == known
+    assert STUDIES
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_is_sound_to_the_corners_of_its_space(path: Path, fashion: Path) -> None:
+    spec, text = load(path)
+    assert spec.name == path.stem
+    assert text == path.read_text()
+    assert spec.trials == spec.trials_per_layer * len(spec.layers)
+    uses_files = any("fashion" in config for config in spec.configs)
+    extra = [f"--data.init_args.root={fashion}"] if uses_files else []
+    for layer, part in spec.layers.items():
+        for end in (0, 1):
+            values = {name: parameter.corners()[end] for name, parameter in part.space.items()}
+            check([*spec.arguments(layer, values, spec.seeds[0], test=False), *extra])
+
+
+def test_the_layers_of_a_study_are_those_of_its_configs() -> None:
+    for path in STUDIES:
+        spec, _ = load(path)
+        for layer, part in spec.layers.items():
+            class_path = content(spec.folder / part.config)["model"]["layer"]["class_path"]
+            assert class_path == f"fffexp.layers.{layer}"
