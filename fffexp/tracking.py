@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import sqlalchemy
 import torch
-from filelock import FileLock
 
 from fffexp.errors import UserError
+from fffexp.stores import first_line, store_lock
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # an unreachable server is told at the start, not after minutes of retries
@@ -33,7 +32,6 @@ for _name in ("mlflow.store.db.utils", "alembic"):
 
 DEFAULT_URI = "sqlite:///outputs/mlflow.db"
 FLUSH_S = 2.0
-LOCK_S = 30.0  # creating a store takes a few seconds
 
 
 def tracking_uri(given: str | None) -> str:
@@ -47,11 +45,9 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     Raises:
         UserError: the store cannot be reached.
     """
-    with creation_lock(uri):
+    # for a database that cannot be reached the lock fails at once, where MLflow would try again for minutes
+    with store_lock(uri):
         try:
-            if "://" in uri and not uri.startswith(("http", "sqlite")):
-                # MLflow would try again for minutes
-                sqlalchemy.create_engine(uri).connect().close()
             client = MlflowClient(uri)
             found = client.get_experiment_by_name(experiment)
             if found is not None and found.lifecycle_stage == "deleted":
@@ -60,33 +56,12 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs, not chats
             experiment_id = found.experiment_id if found else client.create_experiment(experiment, location, kind)
         except Exception as error:  # every store and driver has errors of its own
-            reason = str(error).strip().splitlines()[0][:200]
             raise UserError(
-                f"the tracking store {uri} cannot be used ({reason}): start it, or give another by --tracking_uri"
+                f"the tracking store {uri} cannot be used ({first_line(error)}): "
+                "start it, or give another by --tracking_uri"
             ) from error
     _fail_dead_runs(client, experiment_id)
     return client, experiment_id
-
-
-@contextmanager
-def creation_lock(uri: str) -> Iterator[None]:
-    """Only one process at a time creates the tables of a SQLite store, which two can break for good."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(uri.removeprefix("sqlite:///"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(f"{path.parent} cannot be written")
-        lock = FileLock(f"{path}.lock", timeout=LOCK_S)
-        lock.acquire()
-    except OSError as error:  # filelock's Timeout is one
-        raise UserError(f"the store {uri} cannot be created ({error}): give a path that can be written") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _fail_dead_runs(client: MlflowClient, experiment_id: str) -> None:

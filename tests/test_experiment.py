@@ -109,9 +109,9 @@ def test_what_the_fff_metrics_say(fits: dict[str, Result], workplace: Path) -> N
         assert gap == pytest.approx(soft - hard, abs=1e-6)
     scale = history(workplace, run_id, "schedule/choice_scale")
     assert scale == sorted(scale)
-    assert 1 <= scale[0]
+    assert scale[0] >= 1
     assert scale[-1] < 100
-    assert 1 <= min(history(workplace, run_id, "routing/used_leaves"))
+    assert min(history(workplace, run_id, "routing/used_leaves")) >= 1
     assert max(history(workplace, run_id, "routing/used_leaves")) <= 16
     params = client(workplace).get_run(run_id).data.params
     assert {name: int(params[name]) for name in fits["fff"].sizes} == FFF(64, 10, 4, 8).sizes()

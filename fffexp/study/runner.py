@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from fffexp import tracking
 from fffexp.errors import UserError
 from fffexp.experiment import check
+from fffexp.stores import store_lock
 from fffexp.study import report, store, summary, worker
 from fffexp.study.plan import chosen, finalists, finals_name, finals_work, pareto, search_work
 from fffexp.study.spec import Direction, StudySpec, digest
@@ -33,7 +34,7 @@ class StudyRunner:
         self.storage = store.open_storage(url)
         self.client, experiment = tracking.open_store(uri, spec.name)
         self._check_corners()
-        with tracking.creation_lock(url):
+        with store_lock(url):
             self.search = self._create(spec.name, list(spec.objectives.values()))
             self.finals = self._create(finals_name(spec), ["maximize"])
             self._describe(experiment)
@@ -65,7 +66,8 @@ class StudyRunner:
                 f"study {self.spec.name} was begun with another definition: "
                 "restore its file and configs, or give the new one another name"
             )
-        if "run_id" not in attrs:
+        self.begun_here = "digest" not in attrs
+        if self.begun_here:
             run = tracking.Run(self.client, experiment, self.spec.name, {"study": self.spec.name}, None)
             run.text(self.text, "study.yaml")
             self.search.set_user_attr("text", self.text)
@@ -106,7 +108,9 @@ class StudyRunner:
         os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         context = multiprocessing.get_context("spawn")
         shared = (self.text, self.spec.folder, self.url, self.uri)
-        workers = [context.Process(target=worker.main, args=(*shared, i, threads)) for i in range(self.jobs)]
+        # the first worker of whoever begins a study keeps to the sampler's seed; any other with it would draw the same
+        seeded = [self.begun_here and i == 0 for i in range(self.jobs)]
+        workers = [context.Process(target=worker.main, args=(*shared, keep, threads)) for keep in seeded]
         progress = Progress(self.spec, self.search, self.finals)
         try:
             for process in workers:

@@ -13,7 +13,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from fffexp.errors import UserError
-from fffexp.tracking import creation_lock
+from fffexp.stores import first_line, store_lock
 
 # heartbeats and the grouped sampler are chosen knowingly, and pinned
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -34,14 +34,13 @@ def open_storage(url: str) -> RDBStorage:
     """
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     try:
-        with creation_lock(url):
+        with store_lock(url):
             return RDBStorage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
     except UserError:
         raise
     except Exception as error:  # every database and driver has errors of its own
-        reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"the storage {url} cannot be used ({reason}): start it, or give another by --storage"
+            f"the storage {url} cannot be used ({first_line(error)}): start it, or give another by --storage"
         ) from error
 
 
@@ -64,7 +63,7 @@ def current(study: optuna.Study) -> dict[int, FrozenTrial]:
 
 def fill(study: optuna.Study, url: str, work: Mapping[int, dict[str, Any]]) -> None:
     """Enqueue every slot of the work that is neither finished, running nor waiting."""
-    with creation_lock(url):
+    with store_lock(url):
         optuna.storages.fail_stale_trials(study)
         slots = current(study)
         for slot, params in work.items():

@@ -176,7 +176,6 @@ def _brief(value: object) -> str:
 
 
 def count_text(value: float | None) -> str:
-    """`5.48k`."""
     """`812`, `12.3k`, `1.23M`."""
     if value is None:
         return "-"

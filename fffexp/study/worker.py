@@ -30,7 +30,7 @@ class SurplusError(Exception):
     """A trial that nobody needs."""
 
 
-def main(text: str, folder: Path, url: str, uri: str, index: int, threads: int) -> None:
+def main(text: str, folder: Path, url: str, uri: str, keep_seed: bool, threads: int) -> None:
     """Entry of a worker process; returns when no work is left."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which then stops its workers
     _follow_parent()
@@ -38,7 +38,7 @@ def main(text: str, folder: Path, url: str, uri: str, index: int, threads: int) 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         with terminated_by_signal():
-            Worker(parse(text, folder, "in the storage"), url, uri, index).work()
+            Worker(parse(text, folder, "in the storage"), url, uri, keep_seed).work()
     except UserError as error:
         print(f"fffexp: {error}", file=sys.stderr)
         sys.exit(2)
@@ -58,11 +58,11 @@ def _follow_parent() -> None:
 class Worker:
     """Takes the trials of the search, then those of the finalists."""
 
-    def __init__(self, spec: StudySpec, url: str, uri: str, index: int) -> None:
+    def __init__(self, spec: StudySpec, url: str, uri: str, keep_seed: bool) -> None:
         self.spec, self.url, self.uri = spec, url, uri
         storage = store.open_storage(url)
-        if index:
-            spec.sampler.reseed_rng()  # or all workers would begin with the same draws
+        if not keep_seed:
+            spec.sampler.reseed_rng()
         self.search = optuna.load_study(study_name=spec.name, storage=storage, sampler=spec.sampler, pruner=spec.pruner)
         self.finals = optuna.load_study(study_name=finals_name(spec), storage=storage)
         self.client, self.experiment = tracking.open_store(uri, spec.name)
