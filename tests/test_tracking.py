@@ -1,0 +1,121 @@
+"""The tracking store under several processes, and under signals at a bad moment."""
+
+import os
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+from mlflow.tracking import MlflowClient
+from processes import artifact, client, digits, enter, history, runs, started, with_store
+
+from fffexp import tracking
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(tmp_path, monkeypatch)
+
+
+def test_two_fits_that_create_the_store_at_once(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(
+                started(*digits("ff"), f"--seed_everything={seed}", folder=tmp_path, label=f"fit{seed}")
+            )
+            for seed in (0, 1)
+        ]
+        for process in both:
+            assert process.wait() == 0, process.errors()
+            assert "Traceback" not in process.errors()
+    found = runs(tmp_path)
+    assert [r.info.status for r in found] == ["FINISHED"] * 2
+    assert {r.data.params["seed"] for r in found} == {"0", "1"}
+    assert len({r.info.experiment_id for r in found}) == 1
+    for run in found:
+        assert set(run.data.metrics) >= {"train/loss", "val/accuracy", "test/accuracy", "memory/peak_mb"}
+        assert artifact(tmp_path, run.info.run_id, "config.yaml").is_file()
+        assert run.info.run_id in "".join(process.output() for process in both)
+
+
+def test_the_store_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///b")
+    assert tracking.tracking_uri("sqlite:///a") == "sqlite:///a"
+    assert tracking.tracking_uri(None) == "sqlite:///b"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking.tracking_uri(None) == "sqlite:///outputs/mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> tuple[MlflowClient, str]:
+    with_store(tmp_path)
+    return tracking.open_store(tracking.tracking_uri(None), "tries")
+
+
+def test_a_deleted_experiment_is_restored(store: tuple[MlflowClient, str]) -> None:
+    opened, experiment = store
+    opened.delete_experiment(experiment)
+    assert tracking.open_store(tracking.tracking_uri(None), "tries")[1] == experiment
+    assert opened.get_experiment(experiment).lifecycle_stage == "active"
+
+
+def test_metrics_reach_the_store_whatever_their_number(store: tuple[MlflowClient, str], tmp_path: Path) -> None:
+    with tracking.run(*store, "many", {}) as run:
+        logger = tracking.RunLogger(run)
+        for step in range(700):
+            logger.log_metrics({"a": step, "b": float("nan"), "epoch": step}, step)
+        logger.save()
+    assert history(tmp_path, run.id, "a") == list(range(700))
+    assert len(history(tmp_path, run.id, "b")) == 700
+    assert set(client(tmp_path).get_run(run.id).data.metrics) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (ValueError, "FAILED"), (SystemExit, "FAILED"), ("pruned", "KILLED")]
+)
+def test_the_status_of_a_run(
+    error: type[BaseException] | str | None, status: str, store: tuple[MlflowClient, str]
+) -> None:
+    class TrialPruned(Exception):
+        pass
+
+    kind = TrialPruned if isinstance(error, str) else error
+    with ExitStack() as stack:
+        if kind:
+            stack.enter_context(pytest.raises(kind))
+        with tracking.run(*store, "one", {"tag": "x"}) as run:
+            if kind:
+                raise kind
+    found = store[0].get_run(run.id)
+    assert found.info.status == status
+    assert found.data.tags["tag"] == "x"
+    assert ("pruned" in found.data.tags) == (status == "KILLED")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_write_fails_the_run(
+    number: signal.Signals, store: tuple[MlflowClient, str], tmp_path: Path
+) -> None:
+    sent: list[str] = []
+
+    def interrupt(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO metrics") and not sent:
+            sent.append(statement)
+            os.kill(os.getpid(), number)
+
+    ids: list[str] = []
+
+    def log() -> None:
+        with tracking.terminated_by_signal(), tracking.run(*store, "interrupted", {}) as run:
+            ids.append(run.id)
+            run.metrics({"a": 1.0})
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", interrupt)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            log()
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "after_cursor_execute", interrupt)
+    assert sent
+    assert client(tmp_path).get_run(ids[0]).info.status == "FAILED"
