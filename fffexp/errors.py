@@ -7,6 +7,10 @@ class UserError(ValueError):
     """A mistake in what the user gave; the message says what, where, and how to mend it."""
 
 
+class InvalidConfigError(UserError):
+    """A config that no experiment can be made of; another one may be fine."""
+
+
 class NonFiniteLossError(RuntimeError):
     """Training met a NaN or infinite loss; the message names the step."""
 

@@ -2,6 +2,7 @@
 
 import logging
 import resource
+import shutil
 import signal
 import threading
 import warnings
@@ -29,7 +30,7 @@ from fffexp.callbacks.routing import dead_leaves
 from fffexp.callbacks.speed import TrainingSpeed
 from fffexp.callbacks.stability import Stability
 from fffexp.data.base import ClassificationData
-from fffexp.errors import UserError, one_line
+from fffexp.errors import InvalidConfigError, UserError, one_line
 from fffexp.layers import FF
 from fffexp.models.mlp import MLP
 from fffexp.task import ClassificationTask
@@ -124,8 +125,6 @@ class ExperimentCLI(LightningCLI):
         # not by link_arguments, which would override a value of the user's without a word
         if config.data.init_args.seed not in (0, config.seed_everything):
             raise UserError("data.init_args.seed is linked to seed_everything and cannot be given: leave it out")
-        if not isinstance(config.seed_everything, bool):
-            config.data.init_args.seed = config.seed_everything
 
     def _parse_ckpt_path(self) -> None:
         # a checkpoint gives weights; the config stays what --config says
@@ -134,14 +133,21 @@ class ExperimentCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Keep what was resolved: all that a rerun needs."""
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        if self.subcommand != "fit" and config.ckpt_path is None:
+            raise UserError(f"ckpt_path is missing: give the checkpoint to {self.subcommand} by --ckpt_path")
         if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
             raise UserError(f"ckpt_path: {config.ckpt_path} is not there; give the path of a checkpoint")
         self.resolved: Namespace = config
-        self.resolved_yaml: str = parser.dump(config, skip_none=True)
+        # without what a rerun has anew: where it is tracked, which may hold a password
+        self.resolved_yaml: str = parser.dump(Namespace({**config, "tracking_uri": None}), skip_none=True)
+        if not isinstance(config.seed_everything, bool):
+            config.data.init_args.seed = config.seed_everything
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the checkpoint that selects on validation, and the callbacks of the context."""
-        self.checkpoint = ModelCheckpoint(monitor="val/accuracy", mode="max", save_last=True)
+        self.checkpoint = ModelCheckpoint(
+            monitor="val/accuracy", mode="max", save_last=True, save_on_train_epoch_end=True
+        )
         extra: list[Callback] = [*self.context.callbacks]
         if self.subcommand == "fit":
             extra.append(self.checkpoint)
@@ -167,7 +173,9 @@ class ExperimentCLI(LightningCLI):
             run.params(params)
             run.text(self.resolved_yaml, "config.yaml")
             self.trainer.logger = logger = tracking.RunLogger(run)
-            self.checkpoint.dirpath = str(CHECKPOINTS / run.id)
+            # a resumed run goes on in its folder, or Lightning would forget the best checkpoint so far
+            resumed = kwargs.get("ckpt_path")
+            self.checkpoint.dirpath = str(Path(resumed).parent if resumed else CHECKPOINTS / run.id)
             try:
                 _interruptible(self.trainer, model, datamodule, kwargs)
                 metrics = self._finish(model, datamodule, run)
@@ -189,15 +197,14 @@ class ExperimentCLI(LightningCLI):
         if best := self.checkpoint.best_model_path:
             model.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
             run.file(Path(best), "checkpoint")
-            metrics["val/best_accuracy"] = float(self.checkpoint.best_model_score or 0)
+            assert self.checkpoint.best_model_score is not None
+            metrics["val/best_accuracy"] = float(self.checkpoint.best_model_score)
+            if self.context.parent is not None:  # a study keeps its checkpoints with the runs alone
+                shutil.rmtree(self.checkpoint.dirpath or "")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by a connector
             if isinstance(callback, (Stability, TrainingSpeed)):
                 metrics |= callback.results()
-        device = model.device
-        metrics |= dead_leaves(model, datamodule.train_data[0].to(device))
-        make_reference = partial(FF, width=REFERENCE_WIDTH)
-        reference = MLP(make_reference, datamodule.in_shape, datamodule.num_classes).to(device)
-        metrics |= measure(model, datamodule.val_data[0].to(device), reference)
+        metrics |= self._measure(model, datamodule)
         if self.context.fresh_process:
             metrics["memory/peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if self.resolved.test:
@@ -205,6 +212,14 @@ class ExperimentCLI(LightningCLI):
             (tested,) = self.trainer.test(model, datamodule=datamodule, verbose=False)
             metrics |= {key: float(value) for key, value in tested.items()}
         return metrics
+
+    def _measure(self, model: ClassificationTask, datamodule: ClassificationData) -> dict[str, float]:
+        device, precision = model.device, self.trainer.precision_plugin
+        make_reference = partial(FF, width=REFERENCE_WIDTH)
+        reference = precision.convert_module(MLP(make_reference, datamodule.in_shape, datamodule.num_classes))
+        train, val = (precision.convert_input(x.to(device)) for x, _ in (datamodule.train_data, datamodule.val_data))
+        with precision.forward_context():
+            return dead_leaves(model, train) | measure(model.network, val, reference.to(device))
 
 
 def _interruptible(trainer: Trainer, model: ClassificationTask, data: ClassificationData, kwargs: Any) -> None:
@@ -232,10 +247,12 @@ def flat_params(config: Namespace, model: ClassificationTask) -> dict[str, Any]:
     params |= {f"optimizer.{name}": value for name, value in _init_args(settings.optimizer).items()}
     if settings.lr_scheduler is not None:
         params["lr_scheduler"] = _short(settings.lr_scheduler)
+        params |= {f"lr_scheduler.{name}": value for name, value in _init_args(settings.lr_scheduler).items()}
     for name, value in (settings.coefficients or {}).items():
         arguments = ", ".join(f"{k}={v}" for k, v in _init_args(value).items())
         params[f"coefficients.{name}"] = f"{_short(value)}({arguments})" if arguments else value
-    params["max_epochs"] = config.trainer.max_epochs
+    params |= {"max_epochs": config.trainer.max_epochs, "precision": config.trainer.precision or "32-true"}
+    params["threads"] = torch.get_num_threads()
     return params
 
 
@@ -267,14 +284,14 @@ def run(args: Sequence[str], context: Context | None = None) -> Result | None:
         return ExperimentCLI(args, context or Context()).result
 
 
-def check(args: Sequence[str]) -> None:
-    """Parse the arguments and make data and model, without training.
+def check(args: Sequence[str]) -> str:
+    """Parse the arguments and make data and model, without training; the name of the layer's class.
 
     Raises:
         UserError: a mistake in them, in one line.
     """
     with user_errors():
-        ExperimentCLI(args, Context(quiet=True, dry=True))
+        return str(_short(ExperimentCLI(args, Context(quiet=True, dry=True)).resolved.model.layer))
 
 
 @contextmanager
@@ -283,7 +300,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        raise UserError(one_line(str(error))) from error
+        raise InvalidConfigError(one_line(str(error))) from error
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise
@@ -291,7 +308,7 @@ def user_errors() -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, UserError) or not _from_constructor(error):
             raise
-        raise UserError(one_line(str(error))) from error
+        raise InvalidConfigError(one_line(str(error))) from error
 
 
 def _from_constructor(error: ValueError) -> bool:

@@ -1,6 +1,6 @@
 """Training one network with its layers' regularisers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from fffexp.callbacks.speed import TrainingSpeed
 from fffexp.callbacks.stability import Stability
 from fffexp.layers import FeedforwardLayer
 from fffexp.models.mlp import MLP, LayerFactory
-from fffexp.schedules import Schedule
+from fffexp.schedules import Adaptive, Schedule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -63,6 +63,7 @@ class ClassificationTask(LightningModule):
         # what the schedules say now; written by the Hardening callback
         self.coefficients: dict[str, float] = {}
         self._check_layers()
+        self._check_optimizer()
         make_accuracy = partial(MulticlassAccuracy, num_classes, average="micro", validate_args=False)
         self.train_accuracy, self.val_accuracy = make_accuracy(), make_accuracy()
         self.soft_accuracy, self.test_accuracy = make_accuracy(), make_accuracy()
@@ -86,7 +87,10 @@ class ClassificationTask(LightningModule):
             layer.check_trainable()
             known |= set(layer.regularizers) | layer.scheduled
         kind = ", ".join(sorted({type(layer).__name__ for layer in self.layers.values()}))
-        for name in self.schedules:
+        adapts = all("entropy" in layer.metrics for layer in self.layers.values())
+        for name, schedule in self.schedules.items():
+            if isinstance(schedule, Adaptive) and not adapts:
+                raise ValueError(f"coefficients.{name}: {kind} has no choice entropy for an Adaptive schedule")
             if name not in known:
                 raise ValueError(
                     f"coefficients.{name}: {kind} has no such regulariser; it has {', '.join(sorted(known)) or 'none'}"
@@ -101,13 +105,23 @@ class ClassificationTask(LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
+        scheduler, interval = self._scheduler(optimizer, lambda: int(self.trainer.estimated_stepping_batches))
+        monitor = getattr(scheduler, "monitor", None)
+        return [optimizer], [{"scheduler": scheduler, "interval": interval, "monitor": monitor}]
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> tuple[Any, str]:
+        assert self.lr_scheduler is not None
         given = getattr(self.lr_scheduler, "keywords", {})
         if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
-            steps = int(self.trainer.estimated_stepping_batches)
-            scheduler = self.lr_scheduler(optimizer, total_steps=steps)  # type: ignore[call-arg] # seen above
-            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-        scheduler = self.lr_scheduler(optimizer)
-        return [optimizer], [{"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", None)}]
+            scheduler = self.lr_scheduler(optimizer, total_steps=steps())  # type: ignore[call-arg] # seen above
+            return scheduler, "step"
+        return self.lr_scheduler(optimizer), "epoch"
+
+    def _check_optimizer(self) -> None:
+        # so that a bad setting is told now, not after the data is loaded
+        optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        if self.lr_scheduler is not None:
+            self._scheduler(optimizer, lambda: 100)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, *in_shape) -> (batch, num_classes) logits."""

@@ -1,12 +1,13 @@
 """The tracking store under several processes, and under signals at a bad moment."""
 
 import os
+import random
 import signal
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import sqlalchemy
 from mlflow.tracking import MlflowClient
 from processes import artifact, client, digits, enter, history, runs, started, with_store
 
@@ -95,27 +96,22 @@ def test_the_status_of_a_run(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_middle_of_a_write_fails_the_run(
-    number: signal.Signals, store: tuple[MlflowClient, str], tmp_path: Path
+    number: signal.Signals, store: tuple[MlflowClient, str]
 ) -> None:
-    sent: list[str] = []
-
-    def interrupt(connection: object, cursor: object, statement: str, *_: object) -> None:
-        if statement.startswith("INSERT INTO metrics") and not sent:
-            sent.append(statement)
-            os.kill(os.getpid(), number)
-
     ids: list[str] = []
 
-    def log() -> None:
+    def write_on() -> None:
         with tracking.terminated_by_signal(), tracking.run(*store, "interrupted", {}) as run:
             ids.append(run.id)
-            run.metrics({"a": 1.0})
+            timer = threading.Timer(random.uniform(0, 0.03), os.kill, (os.getpid(), number))
+            timer.start()
+            logger = tracking.RunLogger(run)
+            while True:
+                logger.log_metrics(dict.fromkeys("abcdefgh", 1.0), 0)
+                logger.save()
 
-    sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", interrupt)
-    try:
+    random.seed(0)
+    for attempt in range(12):
         with pytest.raises((SystemExit, KeyboardInterrupt)):
-            log()
-    finally:
-        sqlalchemy.event.remove(sqlalchemy.Engine, "after_cursor_execute", interrupt)
-    assert sent
-    assert client(tmp_path).get_run(ids[0]).info.status == "FAILED"
+            write_on()
+        assert store[0].get_run(ids[-1]).info.status == "FAILED", f"attempt {attempt}"

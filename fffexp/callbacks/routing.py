@@ -1,6 +1,6 @@
 """How the layers use their leaves and experts."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import partial
 
 import torch
@@ -51,7 +51,8 @@ class RoutingMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the usage."""
-        usage = {path: block_usage(counts) for path, counts in self._counter.finish().items()}
+        counts, rows = self._counter.finish(), self._counter.rows
+        usage = {path: block_usage(counts[path], rows[path]) for path in counts}
         for name in ("used_leaves", "usage_cv"):
             log_by_layer(pl_module, f"routing/{name}", {path: values[name] for path, values in usage.items()})
 
@@ -61,6 +62,7 @@ class BlockCounter:
 
     def __init__(self, task: LightningModule) -> None:
         self._counts: dict[str, Tensor] = {}
+        self.rows: Counter[str] = Counter()
         self._hooks: list[RemovableHandle] = []
         for path, layer in task.layers.items():
             if layer.blocks > 1:
@@ -69,7 +71,9 @@ class BlockCounter:
 
     def _count(self, path: str, layer: FeedforwardLayer, inputs: tuple[Tensor, ...]) -> None:
         if layer.hard:
-            self._counts[path] += block_counts(layer.route(inputs[0]), layer.blocks)
+            blocks = layer.route(inputs[0])
+            self._counts[path] += block_counts(blocks, layer.blocks)
+            self.rows[path] += len(blocks)
 
     def finish(self) -> dict[str, Tensor]:
         """Stop counting; (blocks,) rows per block, by layer."""
@@ -89,12 +93,12 @@ def dead_leaves(task: LightningModule, inputs: Tensor) -> dict[str, float]:
     return {"stability/dead_leaves": float(sum((c == 0).sum() for c in counts.values()))} if counts else {}
 
 
-def block_usage(counts: Tensor) -> dict[str, Tensor]:
-    """(blocks,) rows per block -> number of blocks in use, and coefficient of variation of the shares."""
-    shares = counts.double() / counts.sum().clamp_min(1)
+def block_usage(counts: Tensor, rows: int) -> dict[str, Tensor]:
+    """(blocks,) rows sent to each block, of so many -> blocks in use, coefficient of variation of the shares."""
+    shares = counts.double() / max(rows, 1)
     return {
         "used_leaves": (shares >= IN_USE).sum().float(),
-        "usage_cv": (shares.std(correction=0) * len(shares)).float(),
+        "usage_cv": (shares.std(correction=0) / shares.mean().clamp_min(1e-12)).float(),
     }
 
 

@@ -26,6 +26,8 @@ class Stability(Callback):
     def __init__(self) -> None:
         self._losses: list[float] = []
         self._norms: list[Tensor] = []
+        self._optimizer_steps = 0
+        self._epochs: list[int] = []
         self._nonfinite_steps = 0
         self._train_accuracy: list[float] = []
         self._val_accuracy: list[float] = []
@@ -44,13 +46,17 @@ class Stability(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Take the norm of the whole gradient, at some steps: each reading costs as much as a small layer."""
-        if trainer.fit_loop.epoch_loop.batch_idx % max(1, int(trainer.num_training_batches) // READINGS):
+        self._optimizer_steps += 1
+        steps = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
+        if self._optimizer_steps % max(1, steps // READINGS):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._norms.append(torch.nn.utils.get_total_norm(gradients))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the mean norm."""
+        if not self._norms:
+            return
         norms = torch.stack(self._norms)
         self._norms.clear()
         finite = norms.isfinite()
@@ -61,34 +67,44 @@ class Stability(Callback):
         """Follow the validation accuracy."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._val_accuracy.append(float(trainer.callback_metrics["val/accuracy"]))
+            self._epochs.append(trainer.current_epoch + 1)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the trainer, whose metrics of an epoch are complete only after all hooks of it."""
+        self._trainer = trainer
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow the training accuracy of the epoch before, which is complete only now."""
-        self._take_train_accuracy(trainer)
+        """Follow the training accuracy of the epoch before."""
+        self._take_train_accuracy()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the training accuracy of the last epoch."""
-        self._take_train_accuracy(trainer)
+        self._take_train_accuracy()
 
-    def _take_train_accuracy(self, trainer: Trainer) -> None:
-        if len(self._train_accuracy) < len(self._val_accuracy):
-            self._train_accuracy.append(float(trainer.callback_metrics["train/accuracy"]))
+    def _take_train_accuracy(self) -> None:
+        accuracy = self._trainer.callback_metrics.get("train/accuracy")
+        if accuracy is not None and len(self._train_accuracy) < len(self._val_accuracy):
+            self._train_accuracy.append(float(accuracy))
 
     def results(self) -> dict[str, float]:
-        """Final metrics; epochs are counted from 1."""
-        values = np.array(self._val_accuracy)
-        quarter = values[-max(1, len(values) // 4) :]
-        return {
-            "epochs_to_best": float(values.argmax() + 1),
-            "epochs_to_fit": float(np.argmax(self._train_accuracy) + 1),
-            "stability/val_accuracy_std": float(quarter.std(ddof=1)) if len(quarter) > 1 else 0.0,
+        """Final metrics; epochs are counted from 1; what was never measured is left out."""
+        results = {
             "stability/loss_spikes": float(count_spikes(np.array(self._losses))),
             "stability/nonfinite_steps": float(self._nonfinite_steps),
         }
+        if self._val_accuracy:
+            quarter = self._val_accuracy[-max(1, len(self._val_accuracy) // 4) :]
+            results["epochs_to_best"] = float(self._epochs[int(np.argmax(self._val_accuracy))])
+            results["stability/val_accuracy_std"] = float(np.std(quarter, ddof=1)) if len(quarter) > 1 else 0.0
+        if self._train_accuracy:
+            results["epochs_to_fit"] = float(self._epochs[int(np.argmax(self._train_accuracy))])
+        return results
 
     def state_dict(self) -> dict[str, Any]:
         """The course so far, so that a resumed run reports all of it."""
+        self._take_train_accuracy()
         return {
+            "epochs": self._epochs,
             "losses": self._losses,
             "nonfinite_steps": self._nonfinite_steps,
             "train_accuracy": self._train_accuracy,
@@ -97,6 +113,7 @@ class Stability(Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue it."""
+        self._epochs = list(state_dict["epochs"])
         self._losses = list(state_dict["losses"])
         self._nonfinite_steps = state_dict["nonfinite_steps"]
         self._train_accuracy = list(state_dict["train_accuracy"])

@@ -49,9 +49,11 @@ def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...],
     ctx.save_for_backward(*inputs)
 
 
-def _mm_backward(ctx: torch.autograd.function.FunctionCtx, grad_RN: Tensor) -> tuple[Tensor, Tensor, None]:
+def _mm_backward(ctx: torch.autograd.function.FunctionCtx, grad_RN: Tensor) -> tuple[Tensor | None, Tensor, None]:
     x_RK, weight_GKN, ends_G = ctx.saved_tensors  # type: ignore[attr-defined] # not in torch's annotations
-    return grouped_mm(grad_RN, weight_GKN.mT, ends_G), grouped_outer(x_RK, grad_RN, ends_G), None
+    # the input of a network's first layer needs none
+    grad_x = grouped_mm(grad_RN, weight_GKN.mT, ends_G) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined] # not in torch's annotations
+    return grad_x, grouped_outer(x_RK, grad_RN, ends_G), None
 
 
 def _outer_backward(ctx: torch.autograd.function.FunctionCtx, grad_GKN: Tensor) -> tuple[Tensor, Tensor, None]:

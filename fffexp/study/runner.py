@@ -4,10 +4,12 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import optuna
+from mlflow.exceptions import MlflowException
 from optuna.trial import FrozenTrial, TrialState
 
 from fffexp import tracking
@@ -42,13 +44,15 @@ class StudyRunner:
 
     def _check_corners(self) -> None:
         # a mistake in the space should be told now, not by the trial that meets it
-        for layer, part in self.spec.layers.items():
-            for end in (0, 1):
-                values = {name: parameter.corners()[end] for name, parameter in part.space.items()}
+        for layer in self.spec.layers:
+            for values in self.spec.corners(layer):
+                where = f"study {self.spec.name}, layer {layer} with {settings(values)}"
                 try:
-                    check(self.spec.arguments(layer, values, self.spec.seeds[0], test=False))
+                    found = check(self.spec.arguments(layer, values, self.spec.seeds[0], test=False))
                 except UserError as error:
-                    raise UserError(f"study {self.spec.name}, layer {layer} with {values}: {error}") from error
+                    raise UserError(f"{where}: {error}") from error
+                if found != layer:
+                    raise UserError(f"{where}: its config makes a {found}; call it that under layers")
 
     def _create(self, name: str, directions: Sequence[Direction]) -> optuna.Study:
         return optuna.create_study(
@@ -72,20 +76,29 @@ class StudyRunner:
             run.text(self.text, "study.yaml")
             self.search.set_user_attr("text", self.text)
             self.search.set_user_attr("folder", str(self.spec.folder))
-            self.search.set_user_attr("started", time.time())
+            self.search.set_user_attr("threads", max(1, (os.cpu_count() or 1) // self.jobs))
+            self.search.set_user_attr("worked_s", 0.0)
             self.search.set_user_attr("run_id", run.id)
             self.search.set_user_attr("digest", mark)
 
     def run(self) -> summary.Summary:
         """Do what is left, and summarise."""
-        run = tracking.Run.resume(self.client, self.run_id)
+        try:
+            run = tracking.Run.resume(self.client, self.run_id)
+        except MlflowException as error:
+            raise UserError(
+                f"study {self.spec.name} is not tracked in {self.uri}: give the --tracking_uri that it was begun with"
+            ) from error
         try:
             store.fill(self.search, self.url, search_work(self.spec))
             if not self._complete():
                 self._work()
+            if not self._complete():
+                raise RuntimeError(f"study {self.spec.name} is not finished; `fffexp study resume` goes on")
             result = self.summarize()
             for path in report.write(result, OUTPUTS / self.spec.name):
                 run.file(path)
+            self._log_finals(result)
         except BaseException:
             run.end("FAILED")
             raise
@@ -93,17 +106,14 @@ class StudyRunner:
         return result
 
     def _complete(self) -> bool:
-        parts = [(self.search, search_work(self.spec))]
-        if all(store.finished(t) for t in store.current(self.search).values()):
-            parts.append((self.finals, finals_work(self.spec, self.search)))
-        else:
-            return False
-        return all(
-            s in slots and store.finished(slots[s]) for st, w in parts for slots in [store.current(st)] for s in w
+        return store.all_finished(self.search, search_work(self.spec)) and store.all_finished(
+            self.finals, finals_work(self.spec, self.search)
         )
 
     def _work(self) -> None:
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        begun = time.monotonic()
+        # latencies are compared with each other, so all are measured with as many threads
+        threads = self.search.user_attrs["threads"]
         # libraries read these when they start, which is before a worker can set them
         os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         context = multiprocessing.get_context("spawn")
@@ -117,9 +127,9 @@ class StudyRunner:
                 process.start()
             while any(process.is_alive() for process in workers):
                 progress.update()
-                if failed := [p for p in workers if p.exitcode]:
-                    raise _failure(failed[0].exitcode)
+                _raise_failure(workers)
                 time.sleep(worker.POLL_S)
+            _raise_failure(workers)
             progress.update()
         finally:
             for process in workers:
@@ -128,6 +138,14 @@ class StudyRunner:
             for process in workers:
                 if process.pid is not None:
                     process.join(STOP_S)
+            worked = self.search.user_attrs["worked_s"] + time.monotonic() - begun
+            self.search.set_user_attr("worked_s", worked)
+
+    def _log_finals(self, result: summary.Summary) -> None:
+        for trial in result["trials"]:
+            if trial["run_id"] and trial["mean"] is not None and trial["test_mean"] is not None:
+                self.client.log_metric(trial["run_id"], "final/val_accuracy", trial["mean"])
+                self.client.log_metric(trial["run_id"], "final/test_accuracy", trial["test_mean"])
 
     def summarize(self) -> summary.Summary:
         """What came out so far."""
@@ -146,7 +164,7 @@ class StudyRunner:
             "pareto": front,
             "finalists": finalists(self.spec, self.search),
             "best": best,
-            "wall_s": time.time() - self.search.user_attrs["started"],
+            "wall_s": self.search.user_attrs["worked_s"],
         }
         summary.fill_statistics(result)
         return result
@@ -180,10 +198,14 @@ class StudyRunner:
         }
 
 
-def _failure(exitcode: int | None) -> Exception:
-    if exitcode == 2:
-        return UserError("a worker met the mistake above; nothing that was finished is lost")
-    return RuntimeError(f"a worker ended with status {exitcode}; `fffexp study resume` goes on from what is finished")
+def _raise_failure(workers: Sequence[BaseProcess]) -> None:
+    for process in workers:
+        if process.exitcode == 2:
+            raise UserError("a worker met the mistake above; nothing that was finished is lost")
+        if process.exitcode:
+            raise RuntimeError(
+                f"a worker ended with status {process.exitcode}; `fffexp study resume` goes on from what is finished"
+            )
 
 
 class Progress:

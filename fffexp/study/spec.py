@@ -1,6 +1,7 @@
 """What a study file may say."""
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,6 @@ from jsonargparse import ArgumentError, ArgumentParser
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
-import fffexp.study.store  # noqa: F401, which says what of optuna may be experimental
 from fffexp.errors import UserError, one_line
 
 Number = int | float
@@ -64,9 +64,11 @@ class Parameter:
             return trial.suggest_int(name, self.low, self.high, log=self.log)
         return trial.suggest_float(name, self.low, self.high, log=self.log)
 
-    def corners(self) -> tuple[Any, Any]:
-        """First and last value."""
-        return (self.choices[0], self.choices[-1]) if self.choices else (self.low, self.high)
+    def ends(self) -> list[Any]:
+        """First and last value; of a range of real numbers, which seldom contradict others, only the first."""
+        if self.choices:
+            return [self.choices[0], self.choices[-1]]
+        return [self.low, self.high] if isinstance(self.low, int) else [self.low]
 
 
 @dataclass
@@ -121,8 +123,8 @@ class StudySpec:
             raise UserError(f"trials_per_layer is {self.trials_per_layer}; it must be at least 1")
         for key in ("seeds", "final_seeds"):
             seeds = getattr(self, key)
-            if not seeds or len(set(seeds)) < len(seeds):
-                raise UserError(f"{key} is {seeds}: name at least one seed, and none twice")
+            if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+                raise UserError(f"{key} is {seeds}: name at least one seed, none twice and none below 0")
         if shared := sorted(set(self.seeds) & set(self.final_seeds)):
             raise UserError(f"final_seeds shares {shared} with seeds: finalists need seeds that selection did not see")
         if next(iter(self.objectives.items()), None) != ("val/accuracy", "maximize"):
@@ -135,13 +137,26 @@ class StudySpec:
         if len(self.objectives) > 1 and self.constraints:
             raise UserError("constraints go with a single objective; drop them or the further objectives")
         for layer, part in self.layers.items():
+            where = f"layers.{layer}.space"
+            if not part.space:
+                raise UserError(f"{where} is empty: name at least one parameter")
             for name, parameter in part.space.items():
-                parameter.check(f"layers.{layer}.space.{name}")
+                parameter.check(f"{where}.{name}")
+            keys = [key for parameter in part.space.values() for key in parameter.set]
+            keys += [*self.overrides, "name", "seed_everything", "test"]
+            if twice := sorted({key for key in keys if keys.count(key) > 1}):
+                raise UserError(f"{where}: {twice[0]} is set twice, or by the study too: leave one out")
 
     @property
     def trials(self) -> int:
         """Trials of all layers."""
         return self.trials_per_layer * len(self.layers)
+
+    def corners(self, layer: str) -> list[dict[str, Any]]:
+        """Combinations of the ends of a layer's parameters."""
+        space = self.layers[layer].space
+        ends = itertools.product(*(parameter.ends() for parameter in space.values()))
+        return [dict(zip(space, values, strict=True)) for values in ends]
 
     def arguments(self, layer: str, values: dict[str, Any], seed: int, test: bool) -> list[str]:
         """Command line of one fit."""

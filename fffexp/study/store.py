@@ -4,7 +4,6 @@ Every piece of work is a slot. A slot is enqueued as a waiting trial, taken by a
 that worker is interrupted or dies; so nothing is done twice and nothing is left out.
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fffexp.errors import UserError
 from fffexp.stores import first_line, store_lock
-
-# heartbeats and the grouped sampler are chosen knowingly, and pinned
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 DEFAULT_STORAGE = "sqlite:///outputs/optuna.db"
 # a worker that has not been heard of for this long is taken for dead
@@ -54,9 +50,7 @@ def current(study: optuna.Study) -> dict[int, FrozenTrial]:
     slots: dict[int, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False):
         slot = trial.user_attrs.get("slot")
-        if slot is None or "surplus" in trial.user_attrs:
-            continue
-        if not (slot in slots and finished(slots[slot])):
+        if slot is not None and not (slot in slots and finished(slots[slot])):
             slots[slot] = trial
     return slots
 
@@ -64,6 +58,9 @@ def current(study: optuna.Study) -> dict[int, FrozenTrial]:
 def fill(study: optuna.Study, url: str, work: Mapping[int, dict[str, Any]]) -> None:
     """Enqueue every slot of the work that is neither finished, running nor waiting."""
     with store_lock(url):
+        for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if "taken" not in running.user_attrs:  # its worker died within `take`, before the first heartbeat
+                study.tell(running.number, state=TrialState.FAIL)
         optuna.storages.fail_stale_trials(study)
         slots = current(study)
         for slot, params in work.items():
@@ -75,17 +72,19 @@ def fill(study: optuna.Study, url: str, work: Mapping[int, dict[str, Any]]) -> N
                 study.enqueue_trial({**params, **trial.params}, user_attrs={"slot": slot})
 
 
-def waiting(study: optuna.Study) -> bool:
-    """Whether there is a trial to take."""
-    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+def take(study: optuna.Study, url: str) -> optuna.Trial | None:
+    """A trial to work on, or None if none waits; its first heartbeat is written before anybody else can look."""
+    # SQLite would hand the same waiting trial to two workers
+    with store_lock(url):
+        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return None
+        trial = study.ask()
+        study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined] # open_storage has heartbeats
+        trial.set_user_attr("taken", True)
+        return trial
 
 
-def taken_elsewhere(study: optuna.Study, trial: optuna.Trial) -> bool:
-    """Whether this trial is not wanted: it was not enqueued, or an earlier one stands for its slot."""
-    slot = trial.user_attrs.get("slot")
-    return slot is None or any(
-        other.number < trial.number
-        and other.user_attrs.get("slot") == slot
-        and (finished(other) or other.state == TrialState.RUNNING)
-        for other in study.get_trials(deepcopy=False)
-    )
+def all_finished(study: optuna.Study, work: Mapping[int, dict[str, Any]]) -> bool:
+    """Whether every slot of the work is."""
+    slots = current(study)
+    return all(slot in slots and finished(slots[slot]) for slot in work)

@@ -1,22 +1,25 @@
 """One process that takes trials and trains them."""
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna
 import torch
+from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from fffexp import tracking
-from fffexp.errors import NonFiniteLossError, UserError
+from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError
 from fffexp.experiment import Context, Result, run
 from fffexp.study import store
 from fffexp.study.plan import chosen, finals_name, finals_work, search_work
@@ -24,10 +27,6 @@ from fffexp.study.spec import StudySpec, parse
 from fffexp.tracking import terminated_by_signal
 
 POLL_S = 0.5
-
-
-class SurplusError(Exception):
-    """A trial that nobody needs."""
 
 
 def main(text: str, folder: Path, url: str, uri: str, keep_seed: bool, threads: int) -> None:
@@ -45,14 +44,19 @@ def main(text: str, folder: Path, url: str, uri: str, keep_seed: bool, threads: 
 
 
 def _follow_parent() -> None:
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(POLL_S)
+        parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _finished(study: optuna.Study, trial: optuna.Trial) -> bool:
+    return study._storage.get_trial(trial._trial_id).state.is_finished()
 
 
 class Worker:
@@ -77,31 +81,34 @@ class Worker:
         self, study: optuna.Study, work: dict[int, dict[str, Any]], objective: Callable[[optuna.Trial], Any]
     ) -> None:
         checked = 0.0
-        while not all(s in slots and store.finished(slots[s]) for slots in [store.current(study)] for s in work):
-            if store.waiting(study):
-                study.optimize(self._guarded(study, objective), n_trials=1, catch=(SurplusError, NonFiniteLossError))
+        while not store.all_finished(study, work):
+            if (trial := store.take(study, self.url)) is not None:
+                self._do(study, trial, objective)
             elif time.monotonic() - checked > store.HEARTBEAT_S:
                 store.fill(study, self.url, work)  # another worker may have died
                 checked = time.monotonic()
             else:
                 time.sleep(POLL_S)
 
-    def _guarded(self, study: optuna.Study, objective: Callable[[optuna.Trial], Any]) -> Callable[[optuna.Trial], Any]:
-        def guarded(trial: optuna.Trial) -> Any:
-            if store.taken_elsewhere(study, trial):
-                trial.set_user_attr("surplus", True)
-                raise SurplusError
-            try:
-                return objective(trial)
-            except NonFiniteLossError as error:
+    def _do(self, study: optuna.Study, trial: optuna.Trial, objective: Callable[[optuna.Trial], Any]) -> None:
+        # not study.optimize, which takes a trial where we cannot lock. A trial that was given up in the meantime,
+        # because this machine slept, say, keeps the state it was given.
+        tell = partial(study.tell, trial, skip_if_finished=True)
+        try:
+            with get_heartbeat_thread(trial._trial_id, study._storage):
+                values = objective(trial)
+        except optuna.TrialPruned:
+            tell(state=TrialState.PRUNED)
+        except (NonFiniteLossError, InvalidConfigError) as error:
+            if not _finished(study, trial):
                 trial.set_user_attr("error", str(error))
-                raise
-            except SystemExit:
-                # Optuna would leave it running; its slot is filled again by whoever goes on
-                study.tell(trial, state=TrialState.FAIL)
-                raise
-
-        return guarded
+            tell(state=TrialState.FAIL)
+        except BaseException:
+            # without an `error` of its own: its slot is filled again by whoever goes on
+            tell(state=TrialState.FAIL)
+            raise
+        else:
+            tell(values)
 
     def _search_trial(self, trial: optuna.Trial) -> tuple[float, ...]:
         layer = trial.suggest_categorical("layer", list(self.spec.layers))
@@ -146,9 +153,10 @@ class Worker:
 
     def _final_trial(self, trial: optuna.Trial) -> float:
         number, seed = (trial.suggest_int(name, 0, 2**31 - 1) for name in ("trial", "seed"))
-        layer, values = chosen(self.search.trials[number])
+        source = self.search.trials[number]
+        layer, values = chosen(source)
         tags = {"study": self.spec.name, "trial": str(number), "finalist": "true"}
-        result = self._train(layer, values, seed, self.parent, tags, None, test=True)
+        result = self._train(layer, values, seed, source.user_attrs["run_id"], tags, None, test=True)
         trial.set_user_attr("metrics", result.metrics)
         trial.set_user_attr("run_id", result.run_id)
         return result.metrics["val/accuracy"]

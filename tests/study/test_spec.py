@@ -188,9 +188,7 @@ def test_digest_changes_with_what_decides_a_result_alone(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FFFEXP_STORAGE", raising=False)
 

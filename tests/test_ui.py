@@ -1,0 +1,115 @@
+"""`make ui`: the server over the store of the runs."""
+
+import http.client
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import ROOT, digits, enter, user_environment, with_store
+
+from fffexp.experiment import Context, run
+
+LIMIT_S = 120
+pytestmark = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def recipe(port: int) -> str:
+    """The command of the Makefile's target, as make would pass it to the shell."""
+    text = (ROOT / "Makefile").read_text()
+    found = re.search(r"^ui:.*\n((?:\t.*\n)+)", text, re.MULTILINE)
+    assert found
+    command = found[1].replace("\\\n", " ").replace("\t", " ")
+    (uri,) = re.findall(r"^export MLFLOW_TRACKING_URI \?= (\S+)$", text, re.MULTILINE)
+    command = command.replace("$(BIN)/", f"{shlex.quote(str(Path(sys.executable).parent))}/")
+    command = command.replace("$(MLFLOW_TRACKING_URI)", uri).replace("$$", "$")
+    assert "$(" not in command
+    return f"PORT={port}; {command}"
+
+
+def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    headers = {"Content-Type": "application/json"}
+    try:
+        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, list[str]]]:
+    """Port of a server over two runs, and their ids."""
+    enter(with_store(tmp_path), monkeypatch)
+    results = [run(digits(layer), Context(quiet=True)) for layer in ("ff", "fff")]
+    ids = [result.run_id for result in results if result]
+    port = free_port()
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            recipe(port),
+            shell=True,
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=user_environment(),
+        )
+    try:
+        end = time.monotonic() + LIMIT_S
+        while True:
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            assert time.monotonic() < end, (tmp_path / "server.log").read_text()
+            with suppress(OSError, http.client.HTTPException):
+                if ask(port, "GET", "/health")[0] == 200:
+                    break
+            time.sleep(0.2)
+        yield port, ids
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_the_runs_can_be_compared(server: tuple[int, list[str]]) -> None:
+    port, ids = server
+    status, page = ask(port, "GET", "/")
+    assert status == 200
+    assert b"<html" in page.lower()
+    status, body = ask(port, "GET", "/api/2.0/mlflow/experiments/get-by-name?experiment_name=default")
+    assert status == 200
+    experiment = json.loads(body)["experiment"]["experiment_id"]
+    status, body = ask(port, "POST", "/api/2.0/mlflow/runs/search", {"experiment_ids": [experiment]})
+    assert status == 200
+    runs = json.loads(body)["runs"]
+    assert sorted(r["info"]["run_id"] for r in runs) == sorted(ids)
+    for found in runs:
+        params = {p["key"]: p["value"] for p in found["data"]["params"]}
+        metrics = {m["key"]: m["value"] for m in found["data"]["metrics"]}
+        assert params["layer"] in ("FF", "FFF")
+        assert set(params) >= {"training_width", "inference_size", "flops_per_sample"}
+        assert 0 <= metrics["test/accuracy"] <= 1
+        assert metrics["speed/latency_b256_ms"] > 0
+        assert found["info"]["status"] == "FINISHED"
+    status, body = ask(port, "GET", f"/get-artifact?path=config.yaml&run_uuid={ids[0]}")
+    assert status == 200
+    assert b"class_path" in body
