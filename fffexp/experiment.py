@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -122,6 +123,8 @@ class ExperimentCLI(LightningCLI):
         """Parse, without the warning about arguments given from Python; the data takes the seed of the run."""
         self.config = parser.parse_args(args)
         config = self.config[self._wanted]
+        if config.seed_everything < 0:
+            raise UserError(f"seed_everything is {config.seed_everything}: give 0 or more")
         # not by link_arguments, which would override a value of the user's without a word
         if config.data.init_args.seed not in (0, config.seed_everything):
             raise UserError("data.init_args.seed is linked to seed_everything and cannot be given: leave it out")
@@ -180,7 +183,7 @@ class ExperimentCLI(LightningCLI):
                 _interruptible(self.trainer, model, datamodule, kwargs)
                 metrics = self._finish(model, datamodule, run)
             finally:
-                logger.save()
+                logger.flush()
             run.metrics(metrics, self.trainer.global_step)
         if "val/best_accuracy" in metrics:
             metrics["val/accuracy"] = metrics["val/best_accuracy"]
@@ -281,6 +284,7 @@ def run(args: Sequence[str], context: Context | None = None) -> Result | None:
         UserError: a mistake in the arguments, the configs or the data, in one line.
     """
     with user_errors():
+        _check_yaml(args)
         return ExperimentCLI(args, context or Context()).result
 
 
@@ -292,6 +296,19 @@ def check(args: Sequence[str]) -> str:
     """
     with user_errors():
         return str(_short(ExperimentCLI(args, Context(quiet=True, dry=True)).resolved.model.layer))
+
+
+def _check_yaml(args: Sequence[str]) -> None:
+    # jsonargparse does not say which of several files it could not read
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        path = Path(flag.removeprefix("--config=") if flag.startswith("--config=") else value)
+        if (flag == "--config" or flag.startswith("--config=")) and path.is_file():
+            try:
+                content = yaml.safe_load(path.read_text())
+                if not isinstance(content, dict):
+                    raise UserError(f"{path} is not a mapping of keys to values")
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

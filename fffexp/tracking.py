@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +97,24 @@ def environment_tags() -> dict[str, str]:
     }
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals wait until the block ends: an interrupted write would keep SQLite locked against the next one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, frame: arrived.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
 class Run:
     """One MLflow run; params, metrics and artifacts by the names in the README."""
 
@@ -119,28 +138,34 @@ class Run:
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Log params; they cannot change."""
-        self.client.log_batch(self.id, params=[Param(name, str(value)) for name, value in params.items()])
+        with uninterrupted():
+            self.client.log_batch(self.id, params=[Param(name, str(value)) for name, value in params.items()])
 
     def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics at a step."""
         now = int(time.time() * 1000)
-        self.client.log_batch(self.id, [Metric(k, float(v), now, step) for k, v in metrics.items()])
+        with uninterrupted():
+            self.client.log_batch(self.id, [Metric(k, float(v), now, step) for k, v in metrics.items()])
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
-        self.client.set_tag(self.id, name, value)
+        with uninterrupted():
+            self.client.set_tag(self.id, name, value)
 
     def text(self, text: str, file: str) -> None:
         """Store a text artifact."""
-        self.client.log_text(self.id, text, file)
+        with uninterrupted():
+            self.client.log_text(self.id, text, file)
 
     def file(self, path: Path, folder: str | None = None) -> None:
         """Store a file as an artifact."""
-        self.client.log_artifact(self.id, str(path), folder)
+        with uninterrupted():
+            self.client.log_artifact(self.id, str(path), folder)
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Set the final status."""
-        self.client.set_terminated(self.id, status)
+        with uninterrupted():
+            self.client.set_terminated(self.id, status)
 
 
 @contextmanager
@@ -191,18 +216,19 @@ class RunLogger(Logger):
         now = int(time.time() * 1000)
         self._pending += [Metric(k, float(v), now, step or 0) for k, v in metrics.items() if k != "epoch"]
         if time.monotonic() - self._flushed > FLUSH_S:
-            self.save()
+            self.flush()
 
-    def save(self) -> None:
+    def flush(self) -> None:
         """Write what is pending, in the portions that MLflow accepts."""
         pending, self._pending = self._pending, []
-        for start in range(0, len(pending), 1000):
-            self._run.client.log_batch(self._run.id, pending[start : start + 1000])
+        with uninterrupted():
+            for start in range(0, len(pending), 1000):
+                self._run.client.log_batch(self._run.id, pending[start : start + 1000])
         self._flushed = time.monotonic()
 
     def finalize(self, status: str) -> None:
         """Write what is pending; the status is set when the run ends."""
-        self.save()
+        self.flush()
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         (["--model.layer.depth=40"], ["depth", "GiB"]),
         (["--model.layer.leaf_width=0"], ["leaf_width"]),
         (["--model.coefficients.harden=0.1"], ["coefficients.harden", "hardening_mean"]),
-        (["--model.coefficients.choice_scale.init_args.start=-1"], ["choice_scale", "-1"]),
+        (["--model.coefficients.choice_scale.init_args.start=-1"], ["exponential schedule", "-1"]),
         (["--model.label_smoothing=2"], ["label_smoothing"]),
         (["--model.optimizer=Nonesuch"], ["optimizer", "Nonesuch"]),
         (["--model.lr_scheduler.init_args.max_lrr=1"], ["max_lrr"]),
@@ -300,6 +300,7 @@ def test_a_killed_fit_is_failed_by_the_next(
     assert [r.info.status for r in runs(folder, "killed")] == ["FAILED", "FINISHED"]
 
 
+@pytest.mark.slow
 def test_a_running_fit_is_left_alone_by_the_next(tmp_path: Path) -> None:
     with_store(tmp_path)
     with started(*digits("ff", epochs=100_000), "--name=digits", folder=tmp_path) as process:

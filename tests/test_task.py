@@ -249,9 +249,11 @@ def test_count_spikes() -> None:
 
 def test_block_usage() -> None:
     # 1 in 2000 is less than the thousandth that counts as use
-    assert block_usage(torch.tensor([1999, 1, 0, 0]))["used_leaves"] == 1
-    assert block_usage(torch.tensor([999, 1, 0, 0]))["used_leaves"] == 2
-    assert block_usage(torch.tensor([5, 5, 5, 5]))["usage_cv"] == 0
+    assert block_usage(torch.tensor([1999, 1, 0, 0]), 2000)["used_leaves"] == 1
+    assert block_usage(torch.tensor([999, 1, 0, 0]), 1000)["used_leaves"] == 2
+    # two experts a sample: it is the share of the samples that counts, not that of the rows sent
+    assert block_usage(torch.tensor([1000, 999, 1]), 1000)["used_leaves"] == 3
+    assert block_usage(torch.tensor([5, 5, 5, 5]), 20)["usage_cv"] == 0
     # one of four: shares 1, 0, 0, 0 with mean 1/4 and deviation sqrt(3)/4
-    assert_close(block_usage(torch.tensor([8, 0, 0, 0]))["usage_cv"], torch.tensor(math.sqrt(3)))
-    assert block_usage(torch.zeros(4, dtype=torch.long))["used_leaves"] == 0
+    assert_close(block_usage(torch.tensor([8, 0, 0, 0]), 8)["usage_cv"], torch.tensor(math.sqrt(3)))
+    assert block_usage(torch.zeros(4, dtype=torch.long), 0)["used_leaves"] == 0

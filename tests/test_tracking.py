@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_metrics_reach_the_store_whatever_their_number(store: tuple[MlflowClient
         logger = tracking.RunLogger(run)
         for step in range(700):
             logger.log_metrics({"a": step, "b": float("nan"), "epoch": step}, step)
-        logger.save()
+        logger.finalize("success")
     assert history(tmp_path, run.id, "a") == list(range(700))
     assert len(history(tmp_path, run.id, "b")) == 700
     assert set(client(tmp_path).get_run(run.id).data.metrics) == {"a", "b"}
@@ -105,10 +106,10 @@ def test_a_signal_in_the_middle_of_a_write_fails_the_run(
             ids.append(run.id)
             timer = threading.Timer(random.uniform(0, 0.03), os.kill, (os.getpid(), number))
             timer.start()
-            logger = tracking.RunLogger(run)
-            while True:
-                logger.log_metrics(dict.fromkeys("abcdefgh", 1.0), 0)
-                logger.save()
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                run.metrics(dict.fromkeys("abcdefgh", 1.0))
+            raise AssertionError("the signal was lost")
 
     random.seed(0)
     for attempt in range(12):

@@ -27,6 +27,7 @@ class Stability(Callback):
         self._losses: list[float] = []
         self._norms: list[Tensor] = []
         self._optimizer_steps = 0
+        self._trainer: Trainer | None = None
         self._epochs: list[int] = []
         self._nonfinite_steps = 0
         self._train_accuracy: list[float] = []
@@ -82,7 +83,7 @@ class Stability(Callback):
         self._take_train_accuracy()
 
     def _take_train_accuracy(self) -> None:
-        accuracy = self._trainer.callback_metrics.get("train/accuracy")
+        accuracy = self._trainer.callback_metrics.get("train/accuracy") if self._trainer else None
         if accuracy is not None and len(self._train_accuracy) < len(self._val_accuracy):
             self._train_accuracy.append(float(accuracy))
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,11 @@ from optuna.samplers import BaseSampler
 
 from fffexp.errors import UserError, one_line
 
-Number = int | float
+# heartbeats and the grouped sampler are chosen knowingly, and pinned
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+# a worker takes its trials itself, because taking them has to be locked, and keeps their heartbeats
+warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize", UserWarning)
+
 Direction = Literal["maximize", "minimize"]
 
 
@@ -32,9 +37,10 @@ class Parameter:
     """
 
     set: list[str]
-    choices: list[int | float | str] | None = None
-    low: Number | None = None
-    high: Number | None = None
+    # Any, because jsonargparse may take a whole number for a real one where both are allowed
+    choices: list[Any] | None = None
+    low: Any = None
+    high: Any = None
     log: bool = False
 
     def check(self, where: str) -> None:
@@ -48,6 +54,11 @@ class Parameter:
             raise UserError(f"{where}.set is empty: name the config key that gets the value")
         if ranged:
             assert self.low is not None and self.high is not None
+            for end in ("low", "high"):
+                if type(getattr(self, end)) not in (int, float):
+                    raise UserError(
+                        f"{where}: {end} is {getattr(self, end)!r}; it must be a number, such as 4 or 1.0e-3"
+                    )
             if self.low > self.high:
                 raise UserError(f"{where}: low is {self.low} and high is {self.high}: swap them")
             if self.log and self.low <= 0:
@@ -181,8 +192,8 @@ def load(path: Path) -> tuple[StudySpec, str]:
     """
     try:
         text = path.read_text()
-    except OSError as error:
-        raise UserError(f"study file {path}: {error.strerror}; give the path of a YAML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"study file {path} cannot be read ({error}): give the path of a YAML file") from error
     return parse(text, path.parent.absolute(), str(path)), text
 
 

@@ -57,14 +57,15 @@ def test_a_spec(tmp_path: Path) -> None:
     assert found.objectives == {"val/accuracy": "maximize", "speed/latency_b256_ms": "minimize"}
     assert found.folder == tmp_path
     space = found.layers["FF"].space
-    assert space["width"].corners() == (4, 32)
-    assert space["lr"].corners() == (0.01, 0.1)
-    assert all(isinstance(end, int) for end in space["width"].corners())
+    assert (space["width"].low, space["width"].high, space["lr"].choices) == (4, 32, [0.01, 0.1])
+    assert [(c["width"], c["lr"]) for c in found.corners("FF")] == [(4, 0.01), (4, 0.1), (32, 0.01), (32, 0.1)]
+    assert all(isinstance(c["width"], int) for c in found.corners("FF"))
 
 
 def test_whole_numbers_stay_whole_after_other_configs_were_read(tmp_path: Path) -> None:
     check(digits("ff"))
-    assert all(isinstance(end, int) for end in spec(tmp_path).layers["FF"].space["width"].corners())
+    width = spec(tmp_path).layers["FF"].space["width"]
+    assert all(isinstance(end, int) for end in (width.low, width.high))
 
 
 def test_arguments_of_a_fit(tmp_path: Path) -> None:
@@ -87,7 +88,9 @@ def test_one_value_may_go_to_several_keys(tmp_path: Path) -> None:
     ("changes", "named"),
     [
         ({"layers": {}}, ["layers is empty"]),
-        ({"layers": {"FF": {"config": "nonesuch.yaml", "space": {}}}}, ["nonesuch.yaml", "not there"]),
+        ({"layers": {"FF": CONTENT["layers"]["FF"] | {"config": "nonesuch.yaml"}}}, ["nonesuch.yaml", "not there"]),
+        ({"layers": {"FF": {"config": "ff.yaml", "space": {}}}}, ["layers.FF.space is empty"]),
+        ({"overrides": {"model.layer.init_args.width": 3}}, ["model.layer.init_args.width", "twice"]),
         ({"configs": ["absent.yaml"]}, ["absent.yaml", "not there"]),
         (width(choices=[]), ["layers.FF.space.width", "choices"]),
         (width(), ["layers.FF.space.width", "choices", "low"]),
