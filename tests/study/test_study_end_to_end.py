@@ -242,7 +242,7 @@ def interrupted(number: signal.Signals, folder: Path) -> int:
 @pytest.mark.parametrize(
     ("number", "status"),
     [
-        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
     ],
