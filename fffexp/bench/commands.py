@@ -14,7 +14,7 @@ from fffexp.data import FashionMNIST
 from fffexp.data.base import ClassificationData
 from fffexp.errors import UserError, one_line
 from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
-from fffexp.models.mlp import MLP
+from fffexp.models.mlp import MLP, LayerFactory
 from fffexp.task import ClassificationTask
 
 
@@ -30,11 +30,12 @@ def fit(epochs: int = 1, rounds: int = 5, threads: int = 1) -> None:
     torch.set_num_threads(threads)
     data = FashionMNIST()
     data.setup()
-    layers = {
+    layers: dict[str, LayerFactory] = {
         "FF w=128": lambda i, o: FF(i, o, 128),
         "NoisyTopKMoE 8x16 k=2": lambda i, o: NoisyTopKMoE(i, o, 8, 16),
         "FFF d=4 l=8": lambda i, o: FFF(i, o, 4, 8),
     }
+    print("training passes alone, without validation, checkpoints and tracking")
     print(f"{'layer':24}{'bare, s':>10}{'fit, s':>10}{'ratio':>8}   (medians of {rounds}, {threads} threads)")
     for name, factory in layers.items():
         pairs = [(_bare(data, factory, epochs), _lightning(data, factory, epochs)) for _ in range(rounds)]
@@ -43,7 +44,7 @@ def fit(epochs: int = 1, rounds: int = 5, threads: int = 1) -> None:
         print(f"{name:24}{bare:10.3f}{fitted:10.3f}{ratio:8.3f}")
 
 
-def _bare(data: ClassificationData, factory, epochs: int) -> float:  # type: ignore[no-untyped-def]
+def _bare(data: ClassificationData, factory: LayerFactory, epochs: int) -> float:
     torch.manual_seed(0)
     network = MLP(factory, data.in_shape, data.num_classes)
     layer: FeedforwardLayer = network.layer
@@ -60,7 +61,7 @@ def _bare(data: ClassificationData, factory, epochs: int) -> float:  # type: ign
         return time.perf_counter() - start
 
 
-def _lightning(data: ClassificationData, factory, epochs: int) -> float:  # type: ignore[no-untyped-def]
+def _lightning(data: ClassificationData, factory: LayerFactory, epochs: int) -> float:
     torch.manual_seed(0)
     task = ClassificationTask(factory, data.in_shape, data.num_classes, torch.optim.AdamW)
     trainer = Trainer(

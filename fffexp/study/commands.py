@@ -3,10 +3,14 @@
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentError, auto_cli
 
 from fffexp.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from fffexp.study.spec import StudySpec
 
 
 def run(file: Path, jobs: int = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
@@ -72,7 +76,7 @@ def _storage_url(given: str | None) -> str:
     return given or os.environ.get("FFFEXP_STORAGE") or DEFAULT_STORAGE
 
 
-def _run(spec, text: str, jobs: int, url: str, tracking_uri: str | None) -> None:  # type: ignore[no-untyped-def]
+def _run(spec: "StudySpec", text: str, jobs: int, url: str, tracking_uri: str | None) -> None:
     from fffexp import tracking
     from fffexp.study.runner import OUTPUTS, StudyRunner
     from fffexp.study.text import table
