@@ -77,6 +77,7 @@ class ExperimentCLI(LightningCLI):
         self.context = context
         self._wanted = args[0]
         self.result: Result | None = None
+        strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             ClassificationTask,
             ClassificationData,
@@ -93,7 +94,7 @@ class ExperimentCLI(LightningCLI):
                 "log_every_n_steps": 1,  # metrics are logged by the epoch; a longer interval only warns of short ones
                 "enable_progress_bar": False,
             },
-            parser_kwargs={"exit_on_error": False, self._wanted: {"exit_on_error": False}},
+            parser_kwargs={**strict, self._wanted: strict},
             args=list(args),
         )
 

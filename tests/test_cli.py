@@ -106,6 +106,11 @@ def test_unknown_commands(mistake: Callable[..., str]) -> None:
     assert "nonesuch" in mistake("study", "nonesuch")
 
 
+def test_a_key_is_not_guessed_from_its_beginning(mistake: Callable[..., str]) -> None:
+    assert "--trainer.max_epoch " in mistake(*digits("ff"), "--trainer.max_epoch", "1")
+    assert "--job " in mistake("study", "run", "x.yaml", "--job", "2")
+
+
 # data on disk
 
 

@@ -20,7 +20,6 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(tmp_path, monkeypatch)
 
 
-@pytest.mark.slow  # the default tests have two studies that do
 def test_two_fits_that_create_the_store_at_once(tmp_path: Path) -> None:
     with ExitStack() as stack:
         both = [

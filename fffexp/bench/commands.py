@@ -81,7 +81,7 @@ def _lightning(data: ClassificationData, factory: LayerFactory, epochs: int) -> 
 def main(args: list[str]) -> int:
     """Parse and run."""
     try:
-        auto_cli({"fit": fit}, args=args, exit_on_error=False)
+        auto_cli({"fit": fit}, args=args, exit_on_error=False, prog="fffexp bench", allow_abbrev=False)
     except ArgumentError as error:
         raise UserError(one_line(str(error))) from error
     return 0

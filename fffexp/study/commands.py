@@ -95,7 +95,14 @@ def _run(spec: "StudySpec", text: str, jobs: int, url: str, tracking_uri: str | 
 def main(args: list[str]) -> int:
     """Parse and run."""
     try:
-        auto_cli({"run": run, "resume": resume, "show": show}, args=args, exit_on_error=False, as_positional=True)
+        auto_cli(
+            {"run": run, "resume": resume, "show": show},
+            args=args,
+            exit_on_error=False,
+            as_positional=True,
+            prog="fffexp study",
+            allow_abbrev=False,
+        )
     except ArgumentError as error:
         raise UserError(one_line(str(error))) from error
     return 0

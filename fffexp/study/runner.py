@@ -164,6 +164,9 @@ class StudyRunner:
             "pareto": front,
             "finalists": finalists(self.spec, self.search),
             "best": best,
+            "machines": len(
+                {t.user_attrs.get("host") for t in trials + self.finals.get_trials(deepcopy=False)} - {None}
+            ),
             "wall_s": self.search.user_attrs["worked_s"],
         }
         summary.fill_statistics(result)

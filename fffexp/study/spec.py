@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +129,8 @@ class StudySpec:
 
     def check(self) -> None:
         """Raise UserError at a contradiction."""
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            raise UserError(f"name is {self.name!r}; it names a folder: letters, digits, _, - and . alone")
         if not self.layers:
             raise UserError("layers is empty: name at least one layer and its space")
         if self.trials_per_layer < 1:

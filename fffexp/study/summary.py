@@ -54,6 +54,7 @@ class Summary(TypedDict):
     pareto: list[int]
     finalists: list[int]
     best: int | None
+    machines: int
     wall_s: float
 
 

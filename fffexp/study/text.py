@@ -53,6 +53,8 @@ def how_measured(summary: Summary) -> str:
     return (
         f"±: half width of the 95% t interval of the mean over {seeds}, unseen by the search (-: undefined for one). "
         "The test set was read once a training, after selection on validation."
+        + f" Latencies come from {summary['machines']} machines, and compare only within one."
+        * (summary["machines"] > 1)
     )
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
@@ -111,6 +112,7 @@ class Worker:
             tell(values)
 
     def _search_trial(self, trial: optuna.Trial) -> tuple[float, ...]:
+        trial.set_user_attr("host", platform.node())
         layer = trial.suggest_categorical("layer", list(self.spec.layers))
         space = self.spec.layers[layer].space
         values = {name: parameter.suggest(trial, f"{layer}.{name}") for name, parameter in space.items()}
@@ -152,6 +154,7 @@ class Worker:
         return results
 
     def _final_trial(self, trial: optuna.Trial) -> float:
+        trial.set_user_attr("host", platform.node())
         number, seed = (trial.suggest_int(name, 0, 2**31 - 1) for name in ("trial", "seed"))
         source = self.search.trials[number]
         layer, values = chosen(source)

@@ -119,6 +119,8 @@ def test_one_value_may_go_to_several_keys(tmp_path: Path) -> None:
         ({"budget": 3}, ["budget"]),
         ({"folder": "elsewhere"}, ["folder"]),
         ({"name": None}, ["name"]),
+        ({"name": "a/b"}, ["name", "a/b"]),
+        ({"name": ".."}, ["name", "'..'"]),
         ({"seeds": [-1]}, ["seeds", "-1"]),
     ],
     ids=str,

@@ -42,7 +42,7 @@ CONTENT: dict[str, Any] = {
         "FFF": {"config": str(CONFIGS / "layer" / "fff.yaml"), "space": FFF_SPACE},
     },
 }
-SUMMARY = {"study", "directions", "metrics", "trials", "pareto", "best", "wall_s"}
+SUMMARY = {"study", "directions", "metrics", "trials", "pareto", "best", "machines", "wall_s"}
 TRIAL = {"number", "state", "params", "values", "run_id", "seeds", "mean", "ci95"}
 FILES = ("summary.json", "report.html", "pareto.png", "history.png")
 LATENCY = "speed/latency_b256_ms"
@@ -119,6 +119,7 @@ def test_the_summary(done: Path) -> None:
     assert (summary["study"], summary["directions"]) == ("tiny", ["maximize", "minimize"])
     assert summary["metrics"] == ["val/accuracy", LATENCY]
     assert summary["wall_s"] > 0
+    assert summary["machines"] == 1
     numbers = [t["number"] for t in summary["trials"]]
     assert numbers == sorted(set(numbers))
     assert set(summary["pareto"]) <= set(summary["finalists"]) <= set(numbers)
@@ -242,7 +243,7 @@ def interrupted(number: signal.Signals, folder: Path) -> int:
 @pytest.mark.parametrize(
     ("number", "status"),
     [
-        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+        (signal.SIGKILL, -9),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
     ],

@@ -69,6 +69,7 @@ def summary_of(trials: list[Trial], study: str = "tiny", single: bool = False) -
         "pareto": [t["number"] for t in trials if t["final"]],
         "finalists": [t["number"] for t in trials if t["final"]],
         "best": None,
+        "machines": 1,
         "wall_s": 12.5,
     }
     fill_statistics(result)
@@ -134,6 +135,11 @@ def test_finalists_are_sorted_by_median_latency(tiny: Summary) -> None:
 def test_label(tiny: Summary) -> None:
     assert [label(t) for t in tiny["trials"]] == ["e16 ew8 k2", "w64", "w32", "d4 l8"]
     assert label(trial(7, {"layer": "FF", "lr": 0.1}, None)) == "#7"
+
+
+def test_latencies_of_several_machines_are_told(tiny: Summary) -> None:
+    assert "machines" not in table(tiny)
+    assert "2 machines" in " ".join(table(tiny | {"machines": 2}).split())
 
 
 def test_table(tiny: Summary) -> None:
