@@ -1,0 +1,64 @@
+// What the operators ask of a kernel. kernel.cpp is compiled once per instruction set; this is all they share.
+#pragma once
+
+#include <cstdint>
+
+namespace fffexp {
+
+enum class Activation { identity, relu, gelu, gelu_tanh, silu, tanh };
+
+// At most so many rows of one block are evaluated together.
+constexpr int kMaxRows = 8;
+
+// A tree over blocks, or blocks alone (depth 0). Matrices are row-major and contiguous, of one type W.
+template <class W>
+struct Layer {
+  int64_t in, width, out;
+  const W* node_weight;    // (2^depth - 1, in), breadth first
+  const W* node_bias;      // (2^depth - 1)
+  int depth;
+  const W* hidden_weight;  // (blocks, width, in)
+  const W* hidden_bias;    // (blocks, width)
+  const W* output_weight;  // (blocks, width, out)
+  const W* output_bias;    // (blocks, out)
+  Activation activation;
+};
+
+// Rows that use the same block.
+template <class W>
+struct Tile {
+  int rows;                // 1 to kMaxRows
+  const W* x[kMaxRows];    // (in) each
+  W* y[kMaxRows];          // (out) each
+  const W* later[kMaxRows];  // inputs to bring into the cache, for after the tiles at hand
+  float gate[kMaxRows];    // factor on the block's output
+  bool add;                // to y instead of overwriting it
+  int64_t block;
+};
+
+template <class W>
+struct Kernel {
+  // floats of scratch memory, aligned to 64 bytes, that the two functions need
+  int64_t (*scratch)(const Layer<W>&);
+  // leaf[r] of rows x[r] by hard decisions: right where the logit is >= 0
+  void (*route)(const Layer<W>&, const W* const* x, int rows, int64_t* leaf, float* scratch);
+  // y of a tile; meanwhile brings into the cache what `next` needs, and of a fresh block the second half
+  void (*evaluate)(const Layer<W>&, const Tile<W>&, const Tile<W>& next, bool fresh, float* scratch);
+};
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct Kernels {
+  Kernel<float> float32;
+  Kernel<bfloat16> bfloat16_;
+};
+
+extern const Kernels kernels_plain;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace fffexp
