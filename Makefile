@@ -17,6 +17,8 @@ setup: .venv/.complete ## create .venv from pinned versions (done by every other
 	# torch first and by its exact version: any other install would bring the CUDA build and gigabytes
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub,peers]'
+	# without a compiler plain PyTorch serves, more slowly
+	-$(BIN)/fffexp build
 	@touch $@
 
 study: setup ## the main job: which layer for the embedded digits, over depth and leaf width

@@ -1,4 +1,4 @@
-"""The one entry point: `fffexp fit|validate|test|predict|study`."""
+"""The one entry point: `fffexp fit|validate|test|predict|study|bench|build`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ Which feedforward layer: dense FF, noisy top-k MoE or FFF?
   predict   classes of the test inputs by a checkpoint
   study     run, resume or show a search over layers (fffexp study --help)
   bench     benchmarks (fffexp bench --help)
+  build     compile the CPU kernels now rather than at first use
 
 fffexp COMMAND --help tells what a command takes.
 """
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"study": _study, "bench": _bench}
+    commands: dict[str, Callable[[list[str]], int]] = {"study": _study, "bench": _bench, "build": _build}
     commands |= dict.fromkeys(("fit", "validate", "test", "predict"), _experiment)
     try:
         if args[0] not in commands:
@@ -67,3 +68,15 @@ def _bench(args: list[str]) -> int:
     from fffexp.bench.commands import main as bench
 
     return bench(args[1:])
+
+
+def _build(args: list[str]) -> int:
+    from fffexp.kernels.native import BuildError, build
+
+    if args[1:]:
+        raise UserError("fffexp build takes no options; CXX names the compiler")
+    try:
+        print(build())
+    except BuildError as error:
+        raise UserError(str(error)) from error
+    return 0

@@ -275,7 +275,7 @@ def _short(value: Any) -> Any:
 
 def backends(model: ClassificationTask) -> str:
     """Names of the backends of its layers."""
-    return ",".join(sorted({layer.backend for layer in model.layers.values()}))
+    return ",".join(sorted({layer.inference_backend() for layer in model.layers.values()}))
 
 
 def run(args: Sequence[str], context: Context | None = None) -> Result | None:

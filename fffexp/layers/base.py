@@ -17,10 +17,10 @@ class FeedforwardLayer(nn.Module, ABC):
 
     Sizes are in neurons, as in paper.md section 1; `flops_per_sample` counts one inference pass, a
     multiply-add as two. `decisions` matters to layers that harden: "auto" is soft in training and hard in
-    evaluation, "hard" in training is straight-through.
+    evaluation, "hard" in training is straight-through. `backend` asks for a kernel of hard inference by name;
+    "auto" takes the fastest that serves.
     """
 
-    backend: ClassVar[str] = "eager"
     hardens: ClassVar[bool] = False  # whether soft and hard decisions differ
     regularizers: ClassVar[Mapping[str, Regularizer]] = {}  # losses, functions of `routing`
     metrics: ClassVar[Mapping[str, Regularizer]] = {}  # tracked quantities, functions of `routing`
@@ -31,6 +31,7 @@ class FeedforwardLayer(nn.Module, ABC):
         self.in_features = positive("in_features", in_features)
         self.out_features = positive("out_features", out_features)
         self.decisions: Decisions = "auto"
+        self.backend = "auto"
         self._routing: Any = None
         self._ran_twice = False
 
@@ -69,6 +70,10 @@ class FeedforwardLayer(nn.Module, ABC):
         if self.decisions not in ("auto", "soft", "hard"):
             raise ValueError(f"decisions is {self.decisions!r}; it must be 'auto', 'soft' or 'hard'")
         return self.decisions == "hard" or (self.decisions == "auto" and not self.training)
+
+    def inference_backend(self) -> str:
+        """The backend that the next hard inference runs on."""
+        return "eager"
 
     def check_trainable(self) -> None:
         """Raise ValueError if this layer can be timed but not trained."""

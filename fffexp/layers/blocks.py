@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fffexp.kernels import eager
+from fffexp.kernels import eager, native
 from fffexp.kernels.naive import Blocks
 
 
@@ -27,6 +27,7 @@ class BlockMLP(nn.Module):
         self.output_weight = nn.Parameter(torch.empty(blocks, width, out_features))
         self.output_bias = nn.Parameter(torch.empty(blocks, out_features))
         self.hidden = nn.Sequential(activation(), nn.Dropout(dropout))
+        self.compiled_activation = native.activation_name(self.hidden[0])
         for parameter, fan_in in zip(self.parameters(), (in_features, in_features, width, width), strict=False):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
@@ -34,10 +35,32 @@ class BlockMLP(nn.Module):
         """The parameters as the kernels take them."""
         return Blocks(self.hidden_weight, self.hidden_bias, self.output_weight, self.output_bias)
 
+    def backend(self, requested: str) -> str:
+        """The backend that evaluates chosen blocks in inference: "native" or "eager".
+
+        Raises:
+            ValueError: an unknown backend is requested, or one that cannot run these weights.
+        """
+        if requested == "eager":
+            return "eager"
+        if requested not in ("auto", "native"):
+            raise ValueError(f"backend is {requested!r}; it must be 'auto', 'native' or 'eager'")
+        if native.serves(self.hidden_weight, self.compiled_activation):
+            return "native"
+        if requested == "native":
+            raise ValueError(
+                f"backend is 'native', which does not serve {type(self.hidden[0]).__name__} in "
+                f"{self.hidden_weight.dtype} on {self.hidden_weight.device.type} here: set it to 'auto'"
+            )
+        return "eager"
+
     def mixture(self, x: Tensor, weights: Tensor) -> Tensor:
         """(B, in), (B, blocks) -> (B, out): all blocks, weighted."""
         return eager.mixture(x, weights, self.tensors(), self.hidden)
 
-    def selected(self, x: Tensor, block: Tensor, weights: Tensor | None = None) -> Tensor:
+    def selected(self, x: Tensor, block: Tensor, weights: Tensor | None = None, backend: str = "eager") -> Tensor:
         """(B, in), (B, k), (B, k) -> (B, out): only the chosen blocks, summed by weight."""
+        if backend == "native":
+            output: Tensor = torch.ops.fffexp.selected(x, block, weights, *self.tensors(), self.compiled_activation)
+            return output
         return eager.selected(x, block, weights, self.tensors(), self.hidden)

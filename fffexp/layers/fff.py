@@ -82,7 +82,11 @@ class FFF(FeedforwardLayer):
         """(..., in_features) -> (..., out_features)."""
         rows = x.reshape(-1, self.in_features)
         if self.hard and not self.training:
-            output = self.leaves.selected(rows, self.route(rows))
+            if self.inference_backend() == "native":
+                nodes, leaves = (self.node_weight, self.node_bias), self.leaves
+                output = torch.ops.fffexp.fff(rows, *nodes, *leaves.tensors(), leaves.compiled_activation)
+            else:
+                output = self.leaves.selected(rows, self.route(rows))
         else:
             output = self.leaves.mixture(rows, self._leaf_weights(rows))
         return output.reshape(*x.shape[:-1], self.out_features)
@@ -105,10 +109,16 @@ class FFF(FeedforwardLayer):
             self._record(tree.TreeRouting(entropy_BN=entropy, leaf_weights_BL=soft_weights, leaf_B=leaf))
         return weights
 
+    def inference_backend(self) -> str:
+        """The backend that the next hard inference runs on."""
+        return self.leaves.backend(self.backend)
+
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) leaf of each row."""
         rows = x.reshape(-1, self.in_features).to(self.node_weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
+            if self.inference_backend() == "native":
+                return torch.ops.fffexp.route(rows, self.node_weight, self.node_bias).unsqueeze(1)
             return eager.route(rows, self.node_weight, self.node_bias, self.depth).unsqueeze(1)
 
     @property

@@ -82,7 +82,13 @@ class NoisyTopKMoE(FeedforwardLayer):
                 load = block_counts(top.indices, self.num_experts).to(gates.dtype)
             dense = torch.zeros_like(logits).scatter(1, top.indices, gates)
             self._record(gate.GateRouting(gates_BE=dense, load_E=load))
-        return self.experts.selected(rows, top.indices, gates).reshape(*x.shape[:-1], self.out_features)
+        backend = "eager" if self.training else self.inference_backend()
+        output = self.experts.selected(rows, top.indices, gates, backend)
+        return output.reshape(*x.shape[:-1], self.out_features)
+
+    def inference_backend(self) -> str:
+        """The backend that the next inference runs on."""
+        return self.experts.backend(self.backend)
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, k) experts of each row, without noise, best first."""

@@ -217,8 +217,10 @@ def test_region_leak_leaves_entropy_alone() -> None:
 
 @pytest.mark.parametrize("depth", [3, DEEP])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_operators_of_inference_do_not_depend_on_the_batch(depth: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_operators_of_inference_do_not_depend_on_the_batch(depth: int, dtype: torch.dtype, backend: str) -> None:
     layer = make(depth, dtype=dtype).eval()
+    layer.backend = backend
     layer(inputs(2, dtype=dtype))
     counts = set()
     for batch in (1, 64, 300):
@@ -226,7 +228,7 @@ def test_operators_of_inference_do_not_depend_on_the_batch(depth: int, dtype: to
             layer(inputs(batch, dtype=dtype))
         counts.add(calls.count)
     assert len(counts) == 1
-    assert 10 < counts.pop() < 40 + 12 * depth
+    assert 0 < counts.pop() < 40 + 12 * depth
 
 
 def test_cost_of_inference_does_not_grow_with_the_leaves() -> None:

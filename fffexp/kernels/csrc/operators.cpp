@@ -2,9 +2,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "kernel.h"
@@ -12,28 +15,38 @@
 namespace fffexp {
 namespace {
 
-const Kernels& kernels() {
+using at::Tensor;
+using c10::string_view;
+
+struct Choice {
+  const char* name;
+  const Kernels& kernels;
+};
+
+const Choice& best() {
+  static const Choice chosen = [] {
 #if defined(__x86_64__)
-  static const Kernels& best = [&]() -> const Kernels& {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-      return kernels_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2;
-    return kernels_plain;
-  }();
-  return best;
-#else
-  return kernels_plain;
+      return Choice{"avx512", kernels_avx512};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Choice{"avx2", kernels_avx2};
 #endif
+    return Choice{"plain", kernels_plain};
+  }();
+  return chosen;
 }
 
+// The tests run the code for older processors too.
+const Choice* forced = nullptr;
+
+const Choice& choice() { return forced ? *forced : best(); }
+
 template <class W>
-const Kernel<W>& kernel();
-template <>
-const Kernel<float>& kernel<float>() { return kernels().float32; }
-template <>
-const Kernel<bfloat16>& kernel<bfloat16>() { return kernels().bfloat16_; }
+const Kernel<W>& kernel() {
+  if constexpr (std::is_same_v<W, float>) return choice().kernels.float32;
+  else return choice().kernels.bfloat16_;
+}
 
 // Grows and stays, one per thread: a call allocates nothing but its output.
 float* scratch(int64_t floats) {
@@ -102,96 +115,259 @@ void arrange(const int64_t* block, int64_t stride, int64_t batch, int64_t blocks
   }
 }
 
+// `batch` rows of x, of which `remaining` are left; each one's block at block[row * choices].
 template <class W>
-void evaluate(const Layer<W>& layer, const W* x, const int64_t* block, int64_t batch, int64_t choices, int64_t blocks,
-              const float* gates, W* y, int64_t remaining) {
+void evaluate(const Layer<W>& layer, const W* x, const int64_t* block, int64_t batch, int64_t remaining,
+              int64_t choices, int64_t blocks, const float* gates, bool add, W* y) {
   const Kernel<W>& k = kernel<W>();
   std::vector<int32_t> order;
   std::vector<Span> tiles;
-  // one choice after the other: within one, no two tiles write to the same row
-  for (int64_t choice = 0; choice < choices; choice++) {
-    arrange(block + choice, choices, batch, blocks, order, tiles);
-    const int64_t count = int64_t(tiles.size());
-    const int64_t work = layer.width * (layer.in + layer.out) * batch / std::max<int64_t>(1, count);
-    at::parallel_for(0, count, grain(work), [&](int64_t begin, int64_t end) {
-      float* memory = scratch(k.scratch(layer));
-      const auto fill = [&](const Span& span) {
-        Tile<W> tile;
-        tile.rows = span.rows;
-        tile.block = span.block;
-        tile.add = choice > 0;
-        for (int r = 0; r < span.rows; r++) {
-          const int64_t row = order[span.first + r];
-          tile.x[r] = x + row * layer.in;
-          tile.later[r] = row + batch < remaining ? tile.x[r] + batch * layer.in : tile.x[r];
-          tile.y[r] = y + row * layer.out;
-          tile.gate[r] = gates ? gates[row * choices + choice] : 1.0f;
-        }
-        return tile;
-      };
-      Tile<W> tile = fill(tiles[begin]);
-      bool fresh = true;
-      for (int64_t t = begin; t < end; t++) {
-        const Tile<W> next = t + 1 < end ? fill(tiles[t + 1]) : tile;
-        k.evaluate(layer, tile, next, fresh, memory);
-        fresh = next.block != tile.block;
-        tile = next;
-      }
-    });
-  }
+  arrange(block, choices, batch, blocks, order, tiles);
+  const auto fill = [&](const Span& span) {
+    Tile<W> tile;
+    tile.rows = span.rows;
+    tile.block = span.block;
+    tile.add = add;
+    for (int r = 0; r < span.rows; r++) {
+      const int64_t row = order[span.first + r];
+      tile.x[r] = x + row * layer.in;
+      tile.y[r] = y + row * layer.out;
+      tile.later[r] = row + batch < remaining ? tile.x[r] + batch * layer.in : tile.x[r];
+      tile.gate[r] = gates ? gates[row * choices] : 1.0f;
+    }
+    return tile;
+  };
+  const int64_t count = int64_t(tiles.size());
+  const int64_t work = layer.width * (layer.in + layer.out) * batch / std::max<int64_t>(1, count);
+  at::parallel_for(0, count, grain(work), [&](int64_t begin, int64_t end) {
+    float* memory = scratch(k.scratch(layer));
+    Tile<W> tile = fill(tiles[begin]);
+    bool fresh = true;
+    for (int64_t t = begin; t < end; t++) {
+      const Tile<W> next = t + 1 < end ? fill(tiles[t + 1]) : tile;
+      k.evaluate(layer, tile, next, fresh, memory);
+      fresh = next.block != tile.block;
+      tile = next;
+    }
+  });
 }
 
-Activation parse(c10::string_view name) {
-  if (name == "identity") return Activation::identity;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  if (name == "tanh") return Activation::tanh;
+// So many rows stay in the cache between routing and evaluation, and still fill the tiles of their blocks.
+int64_t chunk(int64_t blocks) { return std::max<int64_t>(256, kMaxRows * blocks) * at::get_num_threads(); }
+
+// ---- tensors
+
+struct Arguments {
+  Tensor x, node_weight, node_bias, w1, b1, w2, b2;
+};
+
+const std::pair<const char*, Activation> kActivations[] = {
+    {"identity", Activation::identity},   {"relu", Activation::relu}, {"gelu", Activation::gelu},
+    {"gelu_tanh", Activation::gelu_tanh}, {"silu", Activation::silu}, {"tanh", Activation::tanh}};
+
+Activation parse(string_view name) {
+  for (const auto& [known, activation] : kActivations)
+    if (name == known) return activation;
   TORCH_CHECK_VALUE(false, "activation '", std::string(name), "' has no compiled form");
 }
 
 template <class W>
-const W* data(const at::Tensor& t) { return reinterpret_cast<const W*>(t.const_data_ptr()); }
-
-template <class W>
-Layer<W> blocks_of(const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2, const at::Tensor& b2,
-                   c10::string_view activation) {
-  return {w1.size(2), w1.size(1), w2.size(2), nullptr, nullptr, 0, data<W>(w1), data<W>(b1), data<W>(w2), data<W>(b2),
-          parse(activation)};
+const W* data(const Tensor& t) {
+  return reinterpret_cast<const W*>(t.const_data_ptr());
 }
 
-at::Tensor fff(const at::Tensor& x_in, const at::Tensor& node_weight, const at::Tensor& node_bias, const at::Tensor& w1,
-               const at::Tensor& b1, const at::Tensor& w2, const at::Tensor& b2, c10::string_view activation) {
-  const at::Tensor x = x_in.contiguous();
-  const int64_t batch = x.size(0);
-  at::Tensor y = at::empty({batch, w2.size(2)}, x.options());
-  const auto run = [&](auto type) {
+void check(const Tensor& x, std::initializer_list<std::reference_wrapper<Tensor>> weights) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "x is ", x.scalar_type(),
+                    "; the compiled kernel takes float32 and bfloat16");
+  for (Tensor& w : weights) {
+    TORCH_CHECK_VALUE(w.scalar_type() == x.scalar_type(), "weights are ", w.scalar_type(), " but x is ",
+                      x.scalar_type());
+    w = w.contiguous();
+  }
+}
+
+// f(W{}) for the type of the weights
+template <class F>
+void dispatch(const Tensor& x, const F& f) {
+  if (x.scalar_type() == at::kFloat) f(float{});
+  else f(bfloat16{});
+}
+
+struct Blocks {
+  Tensor w1, b1, w2, b2;
+
+  void check_for(const Tensor& x) {
+    check(x, {w1, b1, w2, b2});
+    TORCH_CHECK_VALUE(x.dim() == 2 && w1.dim() == 3 && w1.size(2) == x.size(1), "x is ", x.sizes(),
+                      " but the hidden weights are ", w1.sizes());
+    const int64_t blocks = w1.size(0), width = w1.size(1);
+    TORCH_CHECK_VALUE(w2.dim() == 3 && w2.size(0) == blocks && w2.size(1) == width && b1.sizes() == w1.sizes().slice(0, 2) &&
+                          b2.dim() == 2 && b2.size(0) == blocks && b2.size(1) == w2.size(2),
+                      "blocks of ", w1.sizes(), ", ", b1.sizes(), ", ", w2.sizes(), ", ", b2.sizes(), " do not fit");
+  }
+
+  template <class W>
+  Layer<W> layer(string_view activation) const {
+    return {w1.size(2), w1.size(1), w2.size(2), nullptr, nullptr, 0, data<W>(w1), data<W>(b1), data<W>(w2), data<W>(b2),
+            parse(activation)};
+  }
+};
+
+// Depth of the tree whose nodes these are.
+int check_nodes(const Tensor& x, Tensor& weight, Tensor& bias) {
+  check(x, {weight, bias});
+  int depth = 0;
+  while ((int64_t(1) << depth) - 1 < weight.size(0)) depth++;
+  TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && weight.size(1) == x.size(1) && bias.dim() == 1 &&
+                        bias.size(0) == weight.size(0) && (int64_t(1) << depth) - 1 == weight.size(0),
+                    "nodes of ", weight.sizes(), ", ", bias.sizes(), " are not a tree over x of ", x.sizes());
+  return depth;
+}
+
+Tensor route_op(const Tensor& x_in, Tensor node_weight, Tensor node_bias) {
+  const Tensor x = x_in.contiguous();
+  const int depth = check_nodes(x, node_weight, node_bias);
+  Tensor leaf = at::empty({x.size(0)}, x.options().dtype(at::kLong));
+  dispatch(x, [&](auto type) {
     using W = decltype(type);
-    Layer<W> layer = blocks_of<W>(w1, b1, w2, b2, activation);
+    Layer<W> layer{};
+    layer.in = x.size(1);
     layer.node_weight = data<W>(node_weight);
     layer.node_bias = data<W>(node_bias);
-    while ((int64_t(1) << layer.depth) < w1.size(0)) layer.depth++;
-    // so many rows stay in the cache between routing and evaluation, and fill the tiles of their leaves
-    const int64_t chunk = std::max<int64_t>(256, kMaxRows * w1.size(0)) * at::get_num_threads();
-    std::vector<int64_t> leaf(std::min(batch, chunk));
-    for (int64_t b = 0; b < batch; b += chunk) {
-      const int64_t rows = std::min(chunk, batch - b);
-      route(layer, data<W>(x) + b * layer.in, rows, leaf.data());
-      evaluate<W>(layer, data<W>(x) + b * layer.in, leaf.data(), rows, 1, w1.size(0), nullptr, reinterpret_cast<W*>(y.data_ptr()) + b * layer.out, batch - b);
-    }
-  };
-  if (x.scalar_type() == at::kFloat) run(float{});
-  else run(bfloat16{});
+    layer.depth = depth;
+    route(layer, data<W>(x), x.size(0), leaf.mutable_data_ptr<int64_t>());
+  });
+  return leaf;
+}
+
+Tensor selected_op(const Tensor& x_in, const Tensor& block_in, const std::optional<Tensor>& gates_in, Tensor w1,
+                   Tensor b1, Tensor w2, Tensor b2, string_view activation) {
+  const Tensor x = x_in.contiguous(), block = block_in.contiguous();
+  Blocks blocks{std::move(w1), std::move(b1), std::move(w2), std::move(b2)};
+  blocks.check_for(x);
+  const int64_t batch = x.size(0), count = blocks.w1.size(0);
+  TORCH_CHECK_VALUE(block.dim() == 2 && block.size(0) == batch && block.scalar_type() == at::kLong,
+                    "block is ", block.sizes(), " of ", block.scalar_type(), "; it must be a row of int64 for each of x");
+  const int64_t choices = block.size(1);
+  Tensor gates;
+  if (gates_in) {
+    gates = gates_in->to(at::kFloat).contiguous();
+    TORCH_CHECK_VALUE(gates.sizes() == block.sizes(), "weights are ", gates.sizes(), " but block is ", block.sizes());
+  }
+  const int64_t* index = block.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < batch * choices; i++)
+    TORCH_CHECK_INDEX(index[i] >= 0 && index[i] < count, "block ", index[i], " of ", count);
+  Tensor y = choices ? at::empty({batch, blocks.w2.size(2)}, x.options()) : at::zeros({batch, blocks.w2.size(2)}, x.options());
+  dispatch(x, [&](auto type) {
+    using W = decltype(type);
+    const Layer<W> layer = blocks.layer<W>(activation);
+    // one choice after the other: within one, no two tiles write to the same row
+    for (int64_t c = 0; c < choices; c++)
+      evaluate<W>(layer, data<W>(x), index + c, batch, batch, choices, count,
+                  gates.defined() ? gates.const_data_ptr<float>() + c : nullptr, c > 0,
+                  reinterpret_cast<W*>(y.mutable_data_ptr()));
+  });
   return y;
+}
+
+Tensor fff_op(const Tensor& x_in, Tensor node_weight, Tensor node_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
+              string_view activation) {
+  const Tensor x = x_in.contiguous();
+  const int depth = check_nodes(x, node_weight, node_bias);
+  Blocks blocks{std::move(w1), std::move(b1), std::move(w2), std::move(b2)};
+  blocks.check_for(x);
+  const int64_t batch = x.size(0), count = blocks.w1.size(0);
+  TORCH_CHECK_VALUE(count == int64_t(1) << depth, count, " leaves are not those of ", node_weight.size(0), " nodes");
+  Tensor y = at::empty({batch, blocks.w2.size(2)}, x.options());
+  dispatch(x, [&](auto type) {
+    using W = decltype(type);
+    Layer<W> layer = blocks.layer<W>(activation);
+    layer.node_weight = data<W>(node_weight);
+    layer.node_bias = data<W>(node_bias);
+    layer.depth = depth;
+    W* out = reinterpret_cast<W*>(y.mutable_data_ptr());
+    const int64_t step = chunk(count);
+    std::vector<int64_t> leaf(std::min(batch, step));
+    for (int64_t first = 0; first < batch; first += step) {
+      const int64_t rows = std::min(step, batch - first);
+      const W* in = data<W>(x) + first * layer.in;
+      route(layer, in, rows, leaf.data());
+      evaluate<W>(layer, in, leaf.data(), rows, batch - first, 1, count, nullptr, false, out + first * layer.out);
+    }
+  });
+  return y;
+}
+
+// ---- autocast: weights keep their type (casting all of them would cost more than it saves), the result is cast
+
+template <class F>
+Tensor in_type_of(const Tensor& weight, const Tensor& x, const F& run) {
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+  return run(x.to(weight.scalar_type()));
+}
+
+Tensor route_autocast(const Tensor& x, Tensor node_weight, Tensor node_bias) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fffexp::route", "").typed<decltype(route_op)>();
+  return in_type_of(node_weight, x, [&](const Tensor& rows) { return op.call(rows, node_weight, node_bias); });
+}
+
+Tensor selected_autocast(const Tensor& x, const Tensor& block, const std::optional<Tensor>& gates, Tensor w1, Tensor b1,
+                         Tensor w2, Tensor b2, string_view activation) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fffexp::selected", "").typed<decltype(selected_op)>();
+  return in_type_of(w1, x, [&](const Tensor& rows) { return op.call(rows, block, gates, w1, b1, w2, b2, activation); })
+      .to(at::autocast::get_autocast_dtype(at::kCPU));
+}
+
+Tensor fff_autocast(const Tensor& x, Tensor node_weight, Tensor node_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
+                    string_view activation) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fffexp::fff", "").typed<decltype(fff_op)>();
+  return in_type_of(w1, x, [&](const Tensor& rows) { return op.call(rows, node_weight, node_bias, w1, b1, w2, b2, activation); })
+      .to(at::autocast::get_autocast_dtype(at::kCPU));
+}
+
+std::string instruction_set() { return choice().name; }
+
+// For tests: "plain", "avx2" or "avx512"; "" for the best again. False where the processor lacks it.
+bool force_instruction_set(string_view name) {
+  static const Choice all[] = {{"plain", kernels_plain},
+#if defined(__x86_64__)
+                               {"avx2", kernels_avx2},
+                               {"avx512", kernels_avx512}
+#endif
+  };
+  forced = nullptr;
+  if (name.empty()) return true;
+  for (const Choice& each : all) {
+    if (name == each.name) forced = &each;
+    if (std::string(each.name) == best().name) break;  // in rising order: what follows would not run here
+  }
+  return forced != nullptr;
 }
 
 }  // namespace
 }  // namespace fffexp
 
 TORCH_LIBRARY_FRAGMENT(fffexp, m) {
-  m.def("fff(Tensor x, Tensor node_weight, Tensor node_bias, Tensor hidden_weight, Tensor hidden_bias, Tensor output_weight, Tensor output_bias, str activation) -> Tensor");
+  m.def("route(Tensor x, Tensor node_weight, Tensor node_bias) -> Tensor");
+  m.def(
+      "selected(Tensor x, Tensor block, Tensor? weights, Tensor hidden_weight, Tensor hidden_bias, "
+      "Tensor output_weight, Tensor output_bias, str activation) -> Tensor");
+  m.def(
+      "fff(Tensor x, Tensor node_weight, Tensor node_bias, Tensor hidden_weight, Tensor hidden_bias, "
+      "Tensor output_weight, Tensor output_bias, str activation) -> Tensor");
+  m.def("instruction_set() -> str", fffexp::instruction_set);
+  m.def("force_instruction_set(str name) -> bool", fffexp::force_instruction_set);
 }
+
 TORCH_LIBRARY_IMPL(fffexp, CPU, m) {
-  m.impl("fff", fffexp::fff);
+  m.impl("route", fffexp::route_op);
+  m.impl("selected", fffexp::selected_op);
+  m.impl("fff", fffexp::fff_op);
+}
+
+TORCH_LIBRARY_IMPL(fffexp, AutocastCPU, m) {
+  m.impl("route", fffexp::route_autocast);
+  m.impl("selected", fffexp::selected_autocast);
+  m.impl("fff", fffexp::fff_autocast);
 }
