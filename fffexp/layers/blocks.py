@@ -27,6 +27,7 @@ class BlockMLP(nn.Module):
         self.output_weight = nn.Parameter(torch.empty(blocks, width, out_features))
         self.output_bias = nn.Parameter(torch.empty(blocks, out_features))
         self.hidden = nn.Sequential(activation(), nn.Dropout(dropout))
+        self.dropout = dropout
         self.compiled_activation = native.activation_name(self.hidden[0])
         for parameter, fan_in in zip(self.parameters(), (in_features, in_features, width, width), strict=False):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
@@ -53,6 +54,18 @@ class BlockMLP(nn.Module):
                 f"{self.hidden_weight.dtype} on {self.hidden_weight.device.type} here: set it to 'auto'"
             )
         return "eager"
+
+    def soft_backend(self, requested: str, x: Tensor) -> str:
+        """The backend that evaluates all blocks for rows like these: "native" or "eager".
+
+        Raises:
+            ValueError: as `backend`.
+        """
+        backend = self.backend(requested)
+        # dropout and lower precision are left to torch
+        plain = not self.training or self.dropout == 0
+        float32 = x.dtype == self.hidden_weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return backend if plain and float32 else "eager"
 
     def mixture(self, x: Tensor, weights: Tensor) -> Tensor:
         """(B, in), (B, blocks) -> (B, out): all blocks, weighted."""

@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fffexp.kernels import eager
+from fffexp.kernels import eager, native
 from fffexp.layers.base import (
     FeedforwardLayer,
     Regularizer,
+    at_least_float32,
     check_fits,
     decision_logits,
     positive,
@@ -88,15 +89,27 @@ class FFF(FeedforwardLayer):
             else:
                 output = self.leaves.selected(rows, self.route(rows))
         else:
-            output = self.leaves.mixture(rows, self._leaf_weights(rows))
+            output = self._soft(rows)
         return output.reshape(*x.shape[:-1], self.out_features)
 
+    def _soft(self, rows: Tensor) -> Tensor:
+        leaking = self.training and self.region_leak > 0
+        if not self.hard and not leaking and self.leaves.soft_backend(self.backend, rows) == "native":
+            nodes, leaves = (self.node_weight, self.node_bias), self.leaves
+            assert leaves.compiled_activation is not None
+            output, logits, weights = native.soft_tree(
+                rows, *nodes, self.choice_scale, leaves.tensors(), leaves.compiled_activation
+            )
+            if self.training:
+                self._record(tree.TreeRouting(logits, at_least_float32(self.choice_scale), weights))
+            return output
+        return self.leaves.mixture(rows, self._leaf_weights(rows))
+
     def _leaf_weights(self, rows: Tensor) -> Tensor:
-        unscaled = decision_logits(rows, self.node_weight, self.node_bias)
-        logits = unscaled * self.choice_scale
-        soft = choices = torch.sigmoid(logits)
+        logits = decision_logits(rows, self.node_weight, self.node_bias)
+        soft = choices = torch.sigmoid(logits * self.choice_scale)
         if self.hard:
-            choices = tree.straight_through(soft, unscaled)
+            choices = tree.straight_through(soft, logits)
         if self.training and self.region_leak:
             swap = torch.rand_like(choices) < self.region_leak
             choices = torch.where(swap, 1 - choices, choices)
@@ -104,9 +117,7 @@ class FFF(FeedforwardLayer):
         weights = tree.leaf_mixture(choices, self.depth)
         if self.training:
             soft_weights = tree.leaf_mixture(soft, self.depth) if self.hard else weights
-            entropy = tree.bernoulli_entropy(logits)
-            leaf = tree.descend(unscaled.detach(), self.depth)
-            self._record(tree.TreeRouting(entropy_BN=entropy, leaf_weights_BL=soft_weights, leaf_B=leaf))
+            self._record(tree.TreeRouting(logits, at_least_float32(self.choice_scale), soft_weights))
         return weights
 
     def inference_backend(self) -> str:

@@ -18,14 +18,26 @@ class TreeRouting:
     """What one training pass of a tree leaves behind for losses and metrics.
 
     Args:
-        entropy_BN: (batch, nodes) Bernoulli entropy of each choice, in nats.
+        logits_BN: (batch, nodes) logits of the nodes; their signs decide.
+        scale: () choice scale; the sigmoids of the logits times it weigh the leaves.
         leaf_weights_BL: (batch, leaves) soft mixture; each row sums to 1.
-        leaf_B: (batch,) leaf that hard decisions reach.
     """
 
-    entropy_BN: Tensor
+    logits_BN: Tensor
+    scale: Tensor
     leaf_weights_BL: Tensor
-    leaf_B: Tensor
+
+    # the two below are computed where a loss or a metric asks for them: most steps need neither
+
+    @property
+    def entropy_BN(self) -> Tensor:
+        """(batch, nodes) Bernoulli entropy of each choice, in nats."""
+        return bernoulli_entropy(self.logits_BN * self.scale)
+
+    @property
+    def leaf_B(self) -> Tensor:
+        """(batch,) leaf that hard decisions reach."""
+        return descend(self.logits_BN.detach(), self.leaf_weights_BL.shape[1].bit_length() - 1)
 
 
 def bernoulli_entropy(logits: Tensor) -> Tensor:
@@ -60,7 +72,7 @@ def descend(logits_BN: Tensor, depth: int) -> Tensor:
 
 def hardening_mean(routing: TreeRouting) -> Tensor:
     """Entropy of the choices, mean over batch and nodes (0 where there are no nodes)."""
-    return routing.entropy_BN.sum() / max(routing.entropy_BN.numel(), 1)
+    return routing.entropy_BN.sum() / max(routing.logits_BN.numel(), 1)
 
 
 def hardening_sum(routing: TreeRouting) -> Tensor:

@@ -14,14 +14,14 @@ def logits(rows: int, depth: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, 2**depth - 1, generator=generator, dtype=torch.float64)
 
 
-def routing(
-    weights: list[list[float]], leaf: list[int] | None = None, entropy: list[list[float]] | None = None
-) -> TreeRouting:
-    return TreeRouting(
-        entropy_BN=torch.tensor(entropy or [[0.0]]),
-        leaf_weights_BL=torch.tensor(weights),
-        leaf_B=torch.tensor(leaf or [0] * len(weights)),
-    )
+def routing(weights: list[list[float]], leaf: list[int] | None = None) -> TreeRouting:
+    """Of these soft weights, with logits that send each row to its leaf."""
+    depth = len(weights[0]).bit_length() - 1
+    z = torch.full((len(weights), 2**depth - 1), -1.0)
+    for row, reached in enumerate(leaf or []):
+        for node, right in path(reached, depth):
+            z[row, node] = 1.0 if right else -1.0
+    return TreeRouting(z, torch.ones(()), torch.tensor(weights))
 
 
 def path(leaf: int, depth: int) -> list[tuple[int, int]]:
@@ -92,15 +92,23 @@ def test_straight_through() -> None:
 
 
 def test_hardening_sum_and_mean() -> None:
-    # (0.1 + 0.2 + 0.3) + (0.4 + 0.5 + 0.6) = 2.1 over 2 samples and 3 nodes
-    left = routing([[1.0]], entropy=[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
-    assert_close(tree.hardening_sum(left), torch.tensor(2.1))
-    assert_close(tree.hardening_mean(left), torch.tensor(0.35))
+    # entropies of 0 logits are ln 2 and of sure ones 0: 4 ln 2 over 2 samples and 3 nodes
+    z = torch.tensor([[0.0, 100.0, 0.0], [-100.0, 0.0, 0.0]])
+    left = TreeRouting(z, torch.ones(()), torch.full((2, 4), 0.25))
+    assert_close(tree.hardening_sum(left), torch.tensor(4 * math.log(2)))
+    assert_close(tree.hardening_mean(left), torch.tensor(4 / 6 * math.log(2)))
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (5, 0)])
-def test_hardening_of_nothing_is_0(shape: tuple[int, int]) -> None:
-    left = TreeRouting(torch.zeros(shape), torch.ones(shape[0], 1), torch.zeros(shape[0], dtype=torch.long))
+def test_entropy_is_of_the_scaled_logits() -> None:
+    z = torch.tensor([[0.3, -1.0, 2.0]])
+    left = TreeRouting(z, torch.tensor(2.0), torch.full((1, 4), 0.25))
+    assert_close(left.entropy_BN, tree.bernoulli_entropy(2 * z))
+    assert left.leaf_B.tolist() == [3]
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(0, 2), (5, 0)])
+def test_hardening_of_nothing_is_0(rows: int, depth: int) -> None:
+    left = TreeRouting(torch.zeros(rows, 2**depth - 1), torch.ones(()), torch.ones(rows, 2**depth))
     assert tree.hardening_sum(left) == 0
     assert tree.hardening_mean(left) == 0
 
@@ -120,7 +128,7 @@ def test_balance_is_1_if_uniform_and_the_leaves_if_collapsed(leaf: list[int], ex
 
 def test_balance_pushes_weight_away_from_crowded_leaves() -> None:
     weights = torch.full((4, 2), 0.5, requires_grad=True)
-    tree.balance(TreeRouting(torch.zeros(4, 1), weights, torch.tensor([0, 0, 0, 1]))).backward()
+    tree.balance(TreeRouting(torch.tensor([[-1.0], [-1.0], [-1.0], [1.0]]), torch.ones(()), weights)).backward()
     # d/dP_i = leaves * f_i, and P_i takes a quarter of each row: 2 * 3/4 / 4 and 2 * 1/4 / 4
     assert_close(weights.grad, torch.tensor([[0.375, 0.125]] * 4))
 

@@ -133,6 +133,28 @@ inline Vec activated(Vec x, Activation activation) {
   __builtin_unreachable();
 }
 
+inline Vec derivative(Vec x, Activation activation) {
+  switch (activation) {
+    case Activation::identity: return broadcast(1.0f);
+    case Activation::relu: return x > 0.0f ? broadcast(1.0f) : Vec{};
+    case Activation::gelu:
+      return 0.5f * (1.0f + erf(x * 0.70710678f)) + x * 0.39894228f * exp(-0.5f * x * x);
+    case Activation::gelu_tanh: {
+      const Vec t = tanh(0.79788456f * (x + 0.044715f * x * x * x));
+      return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.79788456f * (1.0f + 0.134145f * x * x);
+    }
+    case Activation::silu: {
+      const Vec s = 1.0f / (1.0f + exp(-x));
+      return s * (1.0f + x * (1.0f - s));
+    }
+    case Activation::tanh: {
+      const Vec t = tanh(x);
+      return 1.0f - t * t;
+    }
+  }
+  __builtin_unreachable();
+}
+
 // ---- products of M rows with N units at a time, all M x N sums in registers
 
 constexpr int columns(int rows) {
@@ -346,11 +368,173 @@ void route(const Layer<W>& layer, const W* const* rows, int count, int64_t* leaf
     }
 }
 
+// ---- soft training
+
+// f(first, lanes) over n floats, a vector at a time; the last may be shorter
+template <class F>
+inline void by_vectors(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+  if (i < n) f(i, int(n - i));
+}
+inline Vec load(const float* p, int lanes) {
+  if (lanes == kLanes) return load(p);
+  Vec v{};
+  for (int i = 0; i < lanes; i++) v[i] = p[i];
+  return v;
+}
+inline void store(float* p, Vec v, int lanes) {
+  if (lanes == kLanes) return store(p, v);
+  for (int i = 0; i < lanes; i++) p[i] = v[i];
+}
+
+// each block's weight for each of its neurons; WIDTH is that of a block where it is known, else 0
+template <int WIDTH>
+inline void spread(const float* weights, int64_t blocks, int64_t any_width, float* to) {
+  const int64_t width = WIDTH ? WIDTH : any_width;
+  for (int64_t b = 0; b < blocks; b++)
+    for (int64_t i = 0; i < width; i++) to[b * width + i] = weights[b];
+}
+template <int WIDTH>
+inline void gather(const float* values, int64_t blocks, int64_t any_width, float* totals) {
+  const int64_t width = WIDTH ? WIDTH : any_width;
+  for (int64_t b = 0; b < blocks; b++) {
+    const float* v = values + b * width;
+    if (WIDTH == 1) {
+      totals[b] = *v;
+      continue;
+    }
+    float s[8] = {};  // several sums at a time
+    int64_t i = 0;
+    for (; i + 8 <= width; i += 8)
+      for (int u = 0; u < 8; u++) s[u] += v[i + u];
+    for (; i < width; i++) s[i % 8] += v[i];
+    totals[b] = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+  }
+}
+// f(Known<W>) with the width as a constant where it is a usual one
+template <int W>
+struct Known {
+  static constexpr int width = W;
+};
+template <class F>
+inline void with_width(int64_t width, const F& f) {
+  switch (width) {
+    case 1: return f(Known<1>{});
+    case 2: return f(Known<2>{});
+    case 4: return f(Known<4>{});
+    case 8: return f(Known<8>{});
+    case 16: return f(Known<16>{});
+    case 32: return f(Known<32>{});
+    default: return f(Known<0>{});
+  }
+}
+
+template <int... I>
+inline Vec interleaved(Vec a, Vec b, int half, Indices<I...>) {  // a0 b0 a1 b1 ... from the lower or upper half
+  const Vec low = __builtin_shufflevector(a, b, (I % 2 ? kLanes + I / 2 : I / 2)...);
+  const Vec high = __builtin_shufflevector(a, b, (kLanes / 2 + (I % 2 ? kLanes + I / 2 : I / 2))...);
+  return half ? high : low;
+}
+template <int... I>
+inline Vec every_other(Vec a, Vec b, int odd, Indices<I...>) {  // of a, then of b
+  const Vec evens = __builtin_shufflevector(a, b, (2 * I)...);
+  const Vec odds = __builtin_shufflevector(a, b, (2 * I + 1)...);
+  return odd ? odds : evens;
+}
+
+// weights of the children of `nodes` nodes; they may overwrite the weights, of which the last go first
+inline void split(const float* weights, const float* choices, int64_t nodes, float* children) {
+  int64_t i = nodes;
+  for (; i >= kLanes; i -= kLanes) {
+    const Vec w = load(weights + i - kLanes), c = load(choices + i - kLanes);
+    const Vec left = w * (1.0f - c), right = w * c;
+    store(children + 2 * i - kLanes, interleaved(left, right, 1, Lanes{}));
+    store(children + 2 * i - 2 * kLanes, interleaved(left, right, 0, Lanes{}));
+  }
+  for (i--; i >= 0; i--) {
+    const float w = weights[i], c = choices[i];
+    children[2 * i + 1] = w * c;
+    children[2 * i] = w * (1 - c);
+  }
+}
+
+inline void sigmoids(const float* logits, int64_t n, float scale, float* choices) {
+  by_vectors(n, [&](int64_t i, int lanes) {
+    store(choices + i, 1.0f / (1.0f + exp(-scale * load(logits + i, lanes))), lanes);
+  });
+}
+
+int64_t soft_scratch(const Tree& tree) { return 2 * padded(tree.blocks * tree.width) + 4 * padded(tree.blocks); }
+
+void soft_forward(const Tree& tree, const float* z, const float* logits, int64_t rows, float* h, float* weights,
+                  float* scratch) {
+  const int64_t blocks = tree.blocks, n = blocks * tree.width;
+  float* spread_weights = scratch;
+  float* choices = scratch + padded(n);
+  with_width(tree.width, [&](auto known) {
+    for (int64_t r = 0; r < rows; r++, z += n, logits += blocks, h += n, weights += blocks) {
+      sigmoids(logits, blocks - 1, tree.scale, choices);
+      weights[0] = 1;
+      for (int64_t nodes = 1; nodes < blocks; nodes *= 2) split(weights, choices + nodes - 1, nodes, weights);
+      spread<known.width>(weights, blocks, tree.width, spread_weights);
+      by_vectors(n, [&](int64_t i, int lanes) {
+        store(h + i, activated(load(z + i, lanes), tree.activation) * load(spread_weights + i, lanes), lanes);
+      });
+    }
+  });
+}
+
+void soft_backward(const Tree& tree, const float* grad_h, const float* grad_weights, const float* z, const float* logits,
+                   const float* grad_more, int64_t rows, float* grad_z, float* grad_logits, float* scratch) {
+  const int64_t blocks = tree.blocks, n = blocks * tree.width;
+  float* spread_weights = scratch;
+  float* products = scratch + padded(n);
+  float* choices = products + padded(n);
+  float* reach = choices + padded(blocks);    // weights of nodes, then of leaves, breadth first
+  float* below = reach + 2 * padded(blocks);  // gradient by the weights of the children at hand
+  with_width(tree.width, [&](auto known) {
+    for (int64_t r = 0; r < rows; r++, grad_h += n, z += n, grad_z += n, grad_logits += blocks) {
+      sigmoids(logits + r * blocks, blocks - 1, tree.scale, choices);
+      reach[0] = 1;
+      for (int64_t nodes = 1; nodes < blocks; nodes *= 2)
+        split(reach + nodes - 1, choices + nodes - 1, nodes, reach + 2 * nodes - 1);
+      spread<known.width>(reach + blocks - 1, blocks, tree.width, spread_weights);
+      by_vectors(n, [&](int64_t i, int lanes) {
+        const Vec g = load(grad_h + i, lanes), x = load(z + i, lanes);
+        store(products + i, g * activated(x, tree.activation), lanes);
+        store(grad_z + i, g * load(spread_weights + i, lanes) * derivative(x, tree.activation), lanes);
+      });
+      gather<known.width>(products, blocks, tree.width, below);
+      for (int64_t b = 0; b < blocks; b++) below[b] += grad_weights[r * blocks + b];
+      for (int64_t nodes = blocks / 2; nodes >= 1; nodes /= 2) {
+        const int64_t first = nodes - 1;
+        int64_t i = 0;
+        for (; i + kLanes <= nodes; i += kLanes) {
+          const Vec a = load(below + 2 * i), b = load(below + 2 * i + kLanes);
+          const Vec left = every_other(a, b, 0, Lanes{}), right = every_other(a, b, 1, Lanes{});
+          const Vec c = load(choices + first + i);
+          store(grad_logits + first + i, load(reach + first + i) * (right - left) * c * (1.0f - c) * tree.scale);
+          store(below + i, left * (1.0f - c) + right * c);
+        }
+        for (; i < nodes; i++) {
+          const float left = below[2 * i], right = below[2 * i + 1], c = choices[first + i];
+          grad_logits[first + i] = reach[first + i] * (right - left) * c * (1 - c) * tree.scale;
+          below[i] = left * (1 - c) + right * c;
+        }
+      }
+      if (grad_more)
+        for (int64_t node = 0; node < blocks - 1; node++) grad_logits[node] += grad_more[r * (blocks - 1) + node];
+      grad_logits[blocks - 1] = 0;
+    }
+  });
+}
+
 template <class W>
 constexpr Kernel<W> kKernel = {scratch<W>, route<W>, evaluate<W>};
 
 }  // namespace
 
-const Kernels KERNELS = {kKernel<float>, kKernel<bfloat16>};
+const Kernels KERNELS = {kKernel<float>, kKernel<bfloat16>, {soft_scratch, soft_forward, soft_backward}};
 
 }  // namespace fffexp

@@ -46,6 +46,23 @@ struct Kernel {
   void (*evaluate)(const Layer<W>&, const Tile<W>&, const Tile<W>& next, bool fresh, float* scratch);
 };
 
+// The elementwise part of soft training, between its products, in float32: preactivations z (rows, blocks * width)
+// and logits (rows, blocks), of which the last of a row is not used, make the leaves' weights (rows, blocks) and
+// h = activation(z) * weight of the leaf.
+struct Tree {
+  int64_t blocks, width;
+  float scale;  // of the logits
+  Activation activation;
+};
+struct Soft {
+  int64_t (*scratch)(const Tree&);  // floats, aligned to 64 bytes
+  void (*forward)(const Tree&, const float* z, const float* logits, int64_t rows, float* h, float* weights,
+                  float* scratch);
+  // grad_more (rows, blocks - 1) is a further gradient of the logits, or null
+  void (*backward)(const Tree&, const float* grad_h, const float* grad_weights, const float* z, const float* logits,
+                   const float* grad_more, int64_t rows, float* grad_z, float* grad_logits, float* scratch);
+};
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -53,6 +70,7 @@ struct bfloat16 {
 struct Kernels {
   Kernel<float> float32;
   Kernel<bfloat16> bfloat16_;
+  Soft soft;
 };
 
 extern const Kernels kernels_plain;

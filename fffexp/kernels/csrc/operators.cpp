@@ -298,6 +298,70 @@ Tensor fff_op(const Tensor& x_in, Tensor node_weight, Tensor node_bias, Tensor w
   return y;
 }
 
+// ---- soft training
+
+void check_soft(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name,
+                    " is ", t.sizes(), " of ", t.scalar_type(), "; it must be [", rows, ", ", columns, "] of Float");
+}
+
+Tree tree_of(const Tensor& z, const Tensor& logits, const Tensor& scale, string_view activation) {
+  const int64_t blocks = logits.dim() == 2 ? logits.size(1) : 0;
+  TORCH_CHECK_VALUE(blocks > 0 && (blocks & (blocks - 1)) == 0 && z.dim() == 2 && z.size(1) > 0 && z.size(1) % blocks == 0,
+                    "z of ", z.sizes(), " and logits of ", logits.sizes(), " are not those of a tree");
+  check_soft(z, "z", z.size(0), z.size(1));
+  check_soft(logits, "logits", z.size(0), blocks);
+  return {blocks, z.size(1) / blocks, scale.item<float>(), parse(activation)};
+}
+
+// f(first row, rows, scratch memory) on every thread
+template <class F>
+void by_rows(const Tree& tree, int64_t rows, const F& f) {
+  const Soft& soft = choice().kernels.soft;
+  at::parallel_for(0, rows, grain(8 * tree.blocks * (tree.width + 1)), [&](int64_t begin, int64_t end) {
+    f(begin, end - begin, scratch(soft.scratch(tree)));
+  });
+}
+
+std::tuple<Tensor, Tensor> soft_op(const Tensor& z_in, const Tensor& logits_in, const Tensor& scale,
+                                   string_view activation) {
+  const Tree tree = tree_of(z_in, logits_in, scale, activation);
+  const Tensor z = z_in.contiguous(), logits = logits_in.contiguous();
+  Tensor h = at::empty_like(z), weights = at::empty_like(logits);
+  const int64_t n = z.size(1), blocks = tree.blocks;
+  const float *zs = z.const_data_ptr<float>(), *ls = logits.const_data_ptr<float>();
+  float *hs = h.mutable_data_ptr<float>(), *ws = weights.mutable_data_ptr<float>();
+  by_rows(tree, z.size(0), [&](int64_t first, int64_t rows, float* memory) {
+    choice().kernels.soft.forward(tree, zs + first * n, ls + first * blocks, rows, hs + first * n, ws + first * blocks,
+                                  memory);
+  });
+  return {h, weights};
+}
+
+std::tuple<Tensor, Tensor> soft_backward_op(const Tensor& grad_h_in, const Tensor& grad_weights_in, const Tensor& z_in,
+                                            const Tensor& logits_in, const Tensor& scale,
+                                            const std::optional<Tensor>& grad_more_in, string_view activation) {
+  const Tree tree = tree_of(z_in, logits_in, scale, activation);
+  const int64_t batch = z_in.size(0), n = z_in.size(1), blocks = tree.blocks;
+  check_soft(grad_h_in, "grad_h", batch, n);
+  check_soft(grad_weights_in, "grad_weights", batch, blocks);
+  const Tensor grad_h = grad_h_in.contiguous(), grad_weights = grad_weights_in.contiguous();
+  const Tensor z = z_in.contiguous(), logits = logits_in.contiguous();
+  Tensor more;
+  if (grad_more_in) check_soft(more = grad_more_in->contiguous(), "grad_more", batch, blocks - 1);
+  Tensor grad_z = at::empty_like(z), grad_logits = at::empty_like(logits);
+  const float *gh = grad_h.const_data_ptr<float>(), *gw = grad_weights.const_data_ptr<float>();
+  const float *zs = z.const_data_ptr<float>(), *ls = logits.const_data_ptr<float>();
+  const float* gm = more.defined() ? more.const_data_ptr<float>() : nullptr;
+  float *gz = grad_z.mutable_data_ptr<float>(), *gl = grad_logits.mutable_data_ptr<float>();
+  by_rows(tree, batch, [&](int64_t first, int64_t rows, float* memory) {
+    choice().kernels.soft.backward(tree, gh + first * n, gw + first * blocks, zs + first * n, ls + first * blocks,
+                                   gm ? gm + first * (blocks - 1) : nullptr, rows, gz + first * n, gl + first * blocks,
+                                   memory);
+  });
+  return {grad_z, grad_logits};
+}
+
 // ---- autocast: weights keep their type (casting all of them would cost more than it saves), the result is cast
 
 template <class F>
@@ -356,6 +420,10 @@ TORCH_LIBRARY_FRAGMENT(fffexp, m) {
   m.def(
       "fff(Tensor x, Tensor node_weight, Tensor node_bias, Tensor hidden_weight, Tensor hidden_bias, "
       "Tensor output_weight, Tensor output_bias, str activation) -> Tensor");
+  m.def("soft(Tensor z, Tensor logits, Tensor scale, str activation) -> (Tensor, Tensor)");
+  m.def(
+      "soft_backward(Tensor grad_h, Tensor grad_weights, Tensor z, Tensor logits, Tensor scale, Tensor? grad_more, "
+      "str activation) -> (Tensor, Tensor)");
   m.def("instruction_set() -> str", fffexp::instruction_set);
   m.def("force_instruction_set(str name) -> bool", fffexp::force_instruction_set);
 }
@@ -364,6 +432,8 @@ TORCH_LIBRARY_IMPL(fffexp, CPU, m) {
   m.impl("route", fffexp::route_op);
   m.impl("selected", fffexp::selected_op);
   m.impl("fff", fffexp::fff_op);
+  m.impl("soft", fffexp::soft_op);
+  m.impl("soft_backward", fffexp::soft_backward_op);
 }
 
 TORCH_LIBRARY_IMPL(fffexp, AutocastCPU, m) {
