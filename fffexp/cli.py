@@ -1,5 +1,6 @@
 """The one entry point: `fffexp fit|validate|test|predict|study|bench|build`."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -65,6 +66,9 @@ def _study(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
+    # large tensors on huge pages, for all contenders alike: else page tables are timed too; torch, which is
+    # imported next, looks at its first allocation
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from fffexp.bench.commands import main as bench
 
     return bench(args[1:])

@@ -1,87 +1,125 @@
-"""`fffexp bench fit`: what the framework costs beside a bare PyTorch loop."""
+"""`fffexp bench inference|training|fit`: arguments to measurements to a table and JSON."""
 
-import logging
-import statistics
-import time
+import argparse
+import ctypes
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
-from jsonargparse import ArgumentError, auto_cli
-from lightning.pytorch import Trainer
 
-from fffexp.bench.latency import exclusive_timing
-from fffexp.data import FashionMNIST
-from fffexp.data.base import ClassificationData
-from fffexp.errors import UserError, one_line
-from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
-from fffexp.models.mlp import MLP, LayerFactory
-from fffexp.task import ClassificationTask
+from fffexp.bench import inference, training
+from fffexp.bench.contenders import LAYERS, Point
+from fffexp.bench.limits import environment, measure_limits
+from fffexp.bench.records import Record, header, row, write
+from fffexp.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def fit(epochs: int = 1, rounds: int = 5, threads: int = 1) -> None:
-    """Time epochs of Fashion-MNIST in a Lightning fit and in a bare loop, in turn.
-
-    Args:
-        epochs: epochs of one timing.
-        rounds: timings of each; the median of the paired ratios is printed.
-        threads: threads of torch.
-    """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch.set_num_threads(threads)
-    data = FashionMNIST()
-    data.setup()
-    layers: dict[str, LayerFactory] = {
-        "FF w=128": lambda i, o: FF(i, o, 128),
-        "NoisyTopKMoE 8x16 k=2": lambda i, o: NoisyTopKMoE(i, o, 8, 16),
-        "FFF d=4 l=8": lambda i, o: FFF(i, o, 4, 8),
-    }
-    print("training passes alone, without validation, checkpoints and tracking")
-    print(f"{'layer':24}{'bare, s':>10}{'fit, s':>10}{'ratio':>8}   (medians of {rounds}, {threads} threads)")
-    for name, factory in layers.items():
-        pairs = [(_bare(data, factory, epochs), _lightning(data, factory, epochs)) for _ in range(rounds)]
-        bare, fitted = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratio = statistics.median(b / a for a, b in pairs)
-        print(f"{name:24}{bare:10.3f}{fitted:10.3f}{ratio:8.3f}")
-
-
-def _bare(data: ClassificationData, factory: LayerFactory, epochs: int) -> float:
-    torch.manual_seed(0)
-    network = MLP(factory, data.in_shape, data.num_classes)
-    layer: FeedforwardLayer = network.layer
-    optimizer = torch.optim.AdamW(network.parameters())
-    batches = data.train_dataloader()
-    with exclusive_timing():
-        start = time.perf_counter()
-        for _ in range(epochs):
-            for x, y in batches:
-                optimizer.zero_grad()
-                F.cross_entropy(network(x), y).backward()
-                layer.routing = None
-                optimizer.step()
-        return time.perf_counter() - start
-
-
-def _lightning(data: ClassificationData, factory: LayerFactory, epochs: int) -> float:
-    torch.manual_seed(0)
-    task = ClassificationTask(factory, data.in_shape, data.num_classes, torch.optim.AdamW)
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-    start = time.perf_counter()
-    trainer.fit(task, datamodule=data)
-    return time.perf_counter() - start
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def main(args: list[str]) -> int:
     """Parse and run."""
-    try:
-        auto_cli({"fit": fit}, args=args, exit_on_error=False, prog="fffexp bench", allow_abbrev=False)
-    except ArgumentError as error:
-        raise UserError(one_line(str(error))) from error
+    parser = _Parser(prog="fffexp bench", description="Time the layers.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, batches, depths, k in (
+        ("inference", inference.run_point, (1, 16, 256, 2048), (2, 5, 8, 11), 1),
+        ("training", training.run_point, (256,), (5, 7), 2),
+    ):
+        told = f"{name} of layers of equal training width, interleaved, beside the machine's limits"
+        sub = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
+        _arguments(sub, batches, depths, k)
+        sub.set_defaults(run=run)
+    told = "what the framework costs beside a bare PyTorch loop, on Fashion-MNIST"
+    sub = commands.add_parser("fit", help=told, description=told, allow_abbrev=False)
+    for option, default in (("--epochs", 1), ("--rounds", 5), ("--threads", 1)):
+        sub.add_argument(option, type=_positive, default=default)
+    found = parser.parse_args(args)
+    if found.command == "fit":
+        from fffexp.bench.fit import fit
+
+        fit(found.epochs, found.rounds, found.threads)
+    else:
+        _points(found, found.run)
     return 0
+
+
+def _arguments(sub: argparse.ArgumentParser, batches: tuple[int, ...], depths: tuple[int, ...], k: int) -> None:
+    several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+    sub.add_argument("--layers", nargs="+", default=list(LAYERS), metavar="LAYER", help=" ".join(LAYERS))
+    sub.add_argument("--depths", type=_natural, default=list(depths), **several, help="2^depth leaves, experts")
+    sub.add_argument("--leaf_width", type=_positive, default=32, metavar="N")
+    sub.add_argument("--in_features", type=_positive, default=768, metavar="N")
+    sub.add_argument("--out_features", type=_positive, default=768, metavar="N")
+    sub.add_argument("--batch_sizes", type=_positive, default=list(batches), **several)
+    sub.add_argument("--threads", type=_positive, default=[1], **several)
+    sub.add_argument("--k", type=_positive, default=k, metavar="N", help="experts of a sample")
+    sub.add_argument("--device", default="cpu")
+    sub.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    sub.add_argument("--backend", choices=["auto", "native", "eager"], default="auto")
+    sub.add_argument("--peers", action="store_true", help="also fastfeedforward from PyPI, where it is installed")
+    sub.add_argument("--json", type=Path, metavar="FILE")
+
+
+def _points(found: argparse.Namespace, run: Callable[..., object]) -> None:
+    if found.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {found.device}: torch sees no CUDA device here")
+    for name in found.layers:
+        if name not in LAYERS:
+            raise UserError(f"--layers: {name!r} is not one of {', '.join(LAYERS)}")
+    _steady_memory()
+    dtype, limits = DTYPES[found.dtype], {}
+    for threads in found.threads:
+        torch.set_num_threads(threads)
+        limits[threads] = measure_limits(dtype, found.device)
+        each = limits[threads]
+        gemm, read = each.gemm_flops_per_s / 1e9, each.read_bytes_per_s / 1e9
+        print(
+            f"limits, {threads} threads, {found.dtype}: products {gemm:.1f} GFLOP/s, memory {read:.1f} GB/s", flush=True
+        )
+    where = environment(found.threads, found.device)
+    print(f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {where['instruction_set'] or 'no kernel'}")
+    print(f"{found.in_features} -> {found.out_features}, blocks of {found.leaf_width}; medians")
+    print(header(found.command), flush=True)
+    records: list[Record] = []
+    for depth in found.depths:
+        sizes = (found.in_features, found.out_features, depth, found.leaf_width)
+        point = Point(*sizes, found.k, dtype, found.device, found.backend)
+        for record in run(found.layers, point, found.batch_sizes, limits, found.peers):  # type: ignore[attr-defined] # both give records
+            records.append(record)
+            print(row(record), flush=True)
+            if found.json:  # as they come: nothing that is measured is lost
+                write(found.json, where, {str(t): each for t, each in limits.items()}, records)
+    if found.json:
+        print(f"written to {found.json}")
+
+
+def _steady_memory() -> None:
+    """Let malloc keep what is freed: else all contenders' steps take page faults, and different ones."""
+    if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return value

@@ -47,11 +47,10 @@ def build() -> Path:
     Raises:
         BuildError: no C++ compiler is found, or it refuses the source.
     """
-    compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    compiler, version = _compiler(), compiler_version()
     sources = sorted(_SOURCES.iterdir())
     key = hashlib.sha256()
-    for part in (torch.__version__, compiler, version, str(_FLAGS), *(source.read_text() for source in sources)):
+    for part in (torch.__version__, compiler, str(version), str(_FLAGS), *(source.read_text() for source in sources)):
         key.update(part.encode() + b"\0")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fffexp"
     library = cache / f"operators-{key.hexdigest()[:16]}.so"
@@ -66,6 +65,15 @@ def build() -> Path:
     except OSError as error:
         raise BuildError(f"the CPU kernels cannot be built in {cache}: {error}") from error
     return library
+
+
+def compiler_version() -> str | None:
+    """First line that the C++ compiler says of itself, or None if there is none."""
+    try:
+        told = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    except BuildError:
+        return None
+    return told.partition("\n")[0]
 
 
 def _compiler() -> str:
@@ -152,7 +160,7 @@ def activation_name(module: nn.Module) -> str | None:
 
 def serves(weight: Tensor, activation: str | None) -> bool:
     """Whether the compiled operators can run with weights like this one."""
-    return activation is not None and weight.dtype in _DTYPES and weight.device.type == "cpu" and available()
+    return activation is not None and weight.is_cpu and weight.dtype in _DTYPES and available()
 
 
 def _register() -> None:
@@ -168,12 +176,20 @@ def _register() -> None:
         "fffexp::soft_backward",
         lambda grad_h, grad_weights, z, logits, *_: (torch.empty_like(z), torch.empty_like(logits)),
     )
+    torch.library.register_fake("fffexp::fff_inference", outputs)
     for name, setup, backward in (
         ("fff", _fff_setup, _fff_backward),
         ("selected", _selected_setup, _selected_backward),
     ):
         torch.library.register_fake(f"fffexp::{name}", outputs)
         torch.library.register_autograd(f"fffexp::{name}", backward, setup_context=setup)
+
+
+def fff(x_BI: Tensor, *arguments: Any) -> Tensor:
+    """(B, O) of hard inference; the arguments are those of the operator `fffexp::fff`."""
+    ops = torch.ops.fffexp
+    output: Tensor = (ops.fff if torch.is_grad_enabled() else ops.fff_inference)(x_BI, *arguments)
+    return output
 
 
 def _selected_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

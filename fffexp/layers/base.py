@@ -112,6 +112,14 @@ class FeedforwardLayer(nn.Module, ABC):
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, k) index of the blocks that hard decisions use for each row."""
 
+    @abstractmethod
+    def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+        """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
+
+    @abstractmethod
+    def weights_read(self, x: Tensor) -> int:
+        """Distinct scalars of the weights that hard inference of x (rows, in_features) needs."""
+
     @property
     def parameter_count(self) -> int:
         """Trainable scalars."""

@@ -1,6 +1,7 @@
 """The dense baseline."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,16 @@ class FF(FeedforwardLayer):
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) zeros: there is one block."""
         return torch.zeros(x.shape[:-1].numel(), 1, dtype=torch.long, device=x.device)
+
+    def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+        """(rows, in_features) -> (rows, out_features) in float64."""
+        w1, b1, w2, b2 = (parameter.double() for parameter in self.network.parameters())
+        hidden: Tensor = self.network[1](x.double() @ w1.T + b1)
+        return hidden @ w2.T + b2
+
+    def weights_read(self, x: Tensor) -> int:
+        """All of them."""
+        return self.parameter_count
 
     @property
     def blocks(self) -> int:

@@ -1,12 +1,12 @@
 """The Fast Feedforward layer."""
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fffexp.kernels import eager, native
+from fffexp.kernels import eager, naive, native
 from fffexp.layers.base import (
     FeedforwardLayer,
     Regularizer,
@@ -16,7 +16,7 @@ from fffexp.layers.base import (
     positive,
     probability,
 )
-from fffexp.layers.blocks import BlockMLP
+from fffexp.layers.blocks import BlockMLP, parameters
 from fffexp.routing import tree
 
 
@@ -81,16 +81,14 @@ class FFF(FeedforwardLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        rows = x.reshape(-1, self.in_features)
-        if self.hard and not self.training:
-            if self.inference_backend() == "native":
-                nodes, leaves = (self.node_weight, self.node_bias), self.leaves
-                output = torch.ops.fffexp.fff(rows, *nodes, *leaves.tensors(), leaves.compiled_activation)
-            else:
-                output = self.leaves.selected(rows, self.route(rows))
-        else:
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        if self.training or not self.hard:
             output = self._soft(rows)
-        return output.reshape(*x.shape[:-1], self.out_features)
+        elif arguments := self.leaves.compiled(self.backend):
+            output = native.fff(rows, *parameters(self, ("node_weight", "node_bias")), *arguments)
+        else:
+            output = self.leaves.selected(rows, self.route(rows))
+        return output if x.dim() == 2 else output.reshape(*x.shape[:-1], self.out_features)
 
     def _soft(self, rows: Tensor) -> Tensor:
         leaking = self.training and self.region_leak > 0
@@ -131,6 +129,22 @@ class FFF(FeedforwardLayer):
             if self.inference_backend() == "native":
                 return torch.ops.fffexp.route(rows, self.node_weight, self.node_bias).unsqueeze(1)
             return eager.route(rows, self.node_weight, self.node_bias, self.depth).unsqueeze(1)
+
+    def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+        """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
+        x, weight, bias, activation = x.double(), self.node_weight.double(), self.node_bias.double(), self.leaves.hidden
+        if decisions == "soft":
+            logits = (x @ weight.T + bias) * self.choice_scale.double()
+            return naive.fff_soft(x, logits, self.depth, self.leaves.exact(), activation)
+        leaves = [naive.fff_leaf(row, weight, bias, self.depth) for row in x]
+        rows = [naive.block(row, 0, self.leaves.exact([leaf]), activation) for row, leaf in zip(x, leaves, strict=True)]
+        return torch.stack(rows)
+
+    def weights_read(self, x: Tensor) -> int:
+        """The nodes on the paths and the leaves that are reached."""
+        leaf = self.route(x)
+        nodes = sum(len((leaf >> levels).unique()) for levels in range(1, self.depth + 1))
+        return nodes * (self.in_features + 1) + len(leaf.unique()) * self.leaves.scalars
 
     @property
     def blocks(self) -> int:

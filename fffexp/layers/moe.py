@@ -1,12 +1,13 @@
 """The mixture of experts that FFF is compared with."""
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fffexp.kernels import naive
 from fffexp.layers.base import (
     FeedforwardLayer,
     Regularizer,
@@ -102,6 +103,19 @@ class NoisyTopKMoE(FeedforwardLayer):
                 "k is 1: the softmax of one number gives a noisy top-k gate no gradient from the prediction loss; "
                 "train with k >= 2 (a Switch gate is the form that trains at k = 1)"
             )
+
+    def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+        """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
+        logits_BE, rows = x.double() @ self.gate_weight.double().T, []
+        for row, logits in zip(x.double(), logits_BE, strict=True):
+            chosen = logits.topk(self.k).indices
+            blocks = self.experts.exact(chosen.tolist())
+            rows.append(naive.moe(row[None], logits[chosen][None], self.k, blocks, self.experts.hidden)[0])
+        return torch.stack(rows)
+
+    def weights_read(self, x: Tensor) -> int:
+        """The gate and the experts that are chosen."""
+        return self.gate_weight.numel() + len(self.route(x).unique()) * self.experts.scalars
 
     @property
     def blocks(self) -> int:

@@ -258,6 +258,28 @@ def test_route(case: Case) -> None:
 
 
 @every_case
+def test_inference_is_that_of_the_reference(case: Case) -> None:
+    layer = case.make().eval()
+    x = inputs(9)
+    for decisions in ("soft", "hard") if layer.hardens else ("hard",):
+        layer.decisions = decisions
+        assert_close(layer(x), layer.reference(x, decisions))
+    assert layer.reference(x).dtype == torch.float64
+
+
+@every_case
+def test_weights_read(case: Case) -> None:
+    layer = case.make().eval()
+    one, many = layer.weights_read(inputs(1)), layer.weights_read(inputs(2000))
+    # enough rows reach every leaf or expert; a MoE's noise weights play no part in inference
+    unused = layer.noise_weight.numel() if hasattr(layer, "noise_weight") else 0
+    assert many == layer.parameter_count - unused
+    assert one <= many
+    if layer.inference_width < layer.training_width:
+        assert one < many
+
+
+@every_case
 def test_mistakes_are_named(case: Case) -> None:
     sizes = {"in_features": IN, "out_features": OUT, **case.options}
     for name in sizes:

@@ -42,6 +42,15 @@ inline bfloat16 rounded(float f) {  // to nearest, ties to even
   if (f != f) return {0x7fc0};
   return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
+// Keeps a value in a register: else GCC loads it again for every product it takes part in.
+inline Vec held(Vec v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
 inline Vec broadcast(float f) { return f - Vec{}; }
 
 // ---- sums over lanes, of several vectors at once
@@ -69,7 +78,7 @@ inline Vec folded(Vec a, Indices<I...>) {
 
 // Lanes 0 to N - 1: the sums of v[0] to v[N - 1]. N is a power of 2, at most kLanes.
 template <int N, int S = 1>
-inline Vec sums(const Vec* v) {
+__attribute__((always_inline)) inline Vec sums(const Vec* v) {
   if constexpr (S < N) {
     Vec halves[N / S / 2];
 #pragma GCC unroll 8
@@ -180,7 +189,7 @@ inline void dots(const float* const* x, const W* w, int64_t in, const W* next, c
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const Vec a = load(x[m] + i);
+      const Vec a = held(load(x[m] + i));
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) acc[n * M + m] += a * b[n];
     }
@@ -219,6 +228,11 @@ inline void outputs(const float* h, int64_t width, const W* w, const W* bias, in
     }
 }
 
+template <int V>
+struct Constant {
+  static constexpr int value = V;
+};
+
 // M rows through one block; meanwhile brings what comes next
 template <int M, bool FRESH, bool NEXT, class W>
 void block(const Layer<W>& layer, const float* const* x, const Tile<W>& tile, const Tile<W>& next, float* const* y, const float* gate, 
@@ -233,9 +247,15 @@ void block(const Layer<W>& layer, const float* const* x, const Tile<W>& tile, co
 
   int64_t j = 0;
   int group = 0;
-  for (; j + N <= width; j += N, group++)
-    dots<M, N, FRESH>(x, w1 + j * in, in, w2 + j * in, next.x[group % next.rows], tile.later[group % tile.rows], tile.y[group % tile.rows], h + j * M);
-  for (; j < width; j++, group++) dots<M, 1, FRESH>(x, w1 + j * in, in, w2 + j * in, next.x[group % next.rows], tile.later[group % tile.rows], tile.y[group % tile.rows], h + j * M);
+  const auto hidden = [&](auto units) {
+    constexpr int U = units.value;
+    dots<M, U, FRESH>(x, w1 + j * in, in, w2 + j * in, next.x[group % next.rows], tile.later[group % tile.rows],
+                      tile.y[group % tile.rows], h + j * M);
+    j += U;
+    group++;
+  };
+  while (j + N <= width) hidden(Constant<N>{});
+  while (j < width) hidden(Constant<1>{});
   for (j = 0; j < width; j++)
     for (int m = 0; m < M; m++) h[j * M + m] += value(b1[j]);
   for (int64_t i = 0; i < width * M; i += kLanes) store(h + i, activated(load(h + i), layer.activation));
@@ -358,7 +378,7 @@ void route(const Layer<W>& layer, const W* const* rows, int count, int64_t* leaf
         leaf[r] = 2 * leaf[r] + (top[node * kRows + r] + value(layer.node_bias[node]) >= 0);
       }
   }
-  const W* ahead = layer.node_weight;
+  const W* ahead = layer.node_weight;  // a row's next node is brought while the rows after it are decided
   for (; level < layer.depth; level++)
     for (int r = 0; r < count; r++) {
       const int64_t node = leaf[r] + (int64_t(1) << level) - 1;

@@ -420,6 +420,10 @@ TORCH_LIBRARY_FRAGMENT(fffexp, m) {
   m.def(
       "fff(Tensor x, Tensor node_weight, Tensor node_bias, Tensor hidden_weight, Tensor hidden_bias, "
       "Tensor output_weight, Tensor output_bias, str activation) -> Tensor");
+  // without the detour through autograd's Python
+  m.def(
+      "fff_inference(Tensor x, Tensor node_weight, Tensor node_bias, Tensor hidden_weight, Tensor hidden_bias, "
+      "Tensor output_weight, Tensor output_bias, str activation) -> Tensor");
   m.def("soft(Tensor z, Tensor logits, Tensor scale, str activation) -> (Tensor, Tensor)");
   m.def(
       "soft_backward(Tensor grad_h, Tensor grad_weights, Tensor z, Tensor logits, Tensor scale, Tensor? grad_more, "
@@ -432,6 +436,7 @@ TORCH_LIBRARY_IMPL(fffexp, CPU, m) {
   m.impl("route", fffexp::route_op);
   m.impl("selected", fffexp::selected_op);
   m.impl("fff", fffexp::fff_op);
+  m.impl("fff_inference", fffexp::fff_op);
   m.impl("soft", fffexp::soft_op);
   m.impl("soft_backward", fffexp::soft_backward_op);
 }
@@ -440,4 +445,5 @@ TORCH_LIBRARY_IMPL(fffexp, AutocastCPU, m) {
   m.impl("route", fffexp::route_autocast);
   m.impl("selected", fffexp::selected_autocast);
   m.impl("fff", fffexp::fff_autocast);
+  m.impl("fff_inference", fffexp::fff_autocast);
 }

@@ -1,0 +1,88 @@
+"""What this machine can do, measured in the run whose shares of it are told."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPEATS = 20
+GEMM_SIZE = 2048
+READ_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Best of 20 products of 2048 x 2048 matrices and of 20 reads of 1 GiB."""
+
+    gemm_flops_per_s: float
+    read_bytes_per_s: float
+
+
+def measure_limits(dtype: torch.dtype, device: str) -> Limits:
+    """With the threads that torch is set to."""
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
+    gemm = _best(lambda: a @ b, device)
+    # in float32 whatever the dtype: a sum in bfloat16 would be bound by its arithmetic
+    memory = torch.ones(READ_BYTES // 4, device=device)
+    read = _best(memory.sum, device)
+    return Limits(2 * GEMM_SIZE**3 / gemm, READ_BYTES / read)
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device's work, so that the clock sees it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _best(run: Callable[[], object], device: str) -> float:
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def last_level_cache_bytes() -> int:
+    """Of the processor; 32 MiB where it does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 * 2**20)
+
+
+def environment(threads: list[int], device: str) -> dict[str, Any]:
+    """Where the numbers come from."""
+    from fffexp.kernels import native
+
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "compiler": native.compiler_version(),
+        "instruction_set": torch.ops.fffexp.instruction_set() if native.available() else None,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
