@@ -66,9 +66,11 @@ def _study(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    # large tensors on huge pages, for all contenders alike: else page tables are timed too; torch, which is
-    # imported next, looks at its first allocation
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if args[1:2] == ["inference"]:
+        # Large layers on huge pages, for all contenders and limits alike: else the time is in part that of page
+        # tables. Training keeps torch's default, in which fresh memory is a part of a step. Torch, which is imported
+        # next, looks at its first allocation.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from fffexp.bench.commands import main as bench
 
     return bench(args[1:])

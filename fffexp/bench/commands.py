@@ -83,7 +83,10 @@ def _points(found: argparse.Namespace, run: Callable[..., object]) -> None:
             f"limits, {threads} threads, {found.dtype}: products {gemm:.1f} GFLOP/s, memory {read:.1f} GB/s", flush=True
         )
     where = environment(found.threads, found.device)
-    print(f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {where['instruction_set'] or 'no kernel'}")
+    print(
+        f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {where['instruction_set'] or 'no kernel'}"
+        + (", huge pages" if where["huge_pages"] else "")
+    )
     print(f"{found.in_features} -> {found.out_features}, blocks of {found.leaf_width}; medians")
     print(header(found.command), flush=True)
     records: list[Record] = []

@@ -84,7 +84,7 @@ def make(names: Sequence[str], point: Point, peers: bool) -> list[Contender]:
                 contenders.append(Contender(name, layer.inference_backend(), layer, layer, layer.reference))
     except ValueError as error:
         raise UserError(f"depth {p.depth}: {error}") from error
-    if peers:
+    if peers and p.depth > 0:  # at depth 0 the reference package crashes
         contenders.append(_peer(p, fff))
     return contenders
 

@@ -69,6 +69,7 @@ def environment(threads: list[int], device: str) -> dict[str, Any]:
         "compiler": native.compiler_version(),
         "instruction_set": torch.ops.fffexp.instruction_set() if native.available() else None,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") != "0",
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
