@@ -1,4 +1,4 @@
-"""The one entry point: `fffexp fit|validate|test|predict|study|bench|build`."""
+"""The one entry point: `fffexp fit|validate|test|predict|study|bench|reproduce|build`."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ Which feedforward layer: dense FF, noisy top-k MoE or FFF?
   predict   classes of the test inputs by a checkpoint
   study     run, resume or show a search over layers (fffexp study --help)
   bench     benchmarks (fffexp bench --help)
+  reproduce a paper's figure or table, measured again (fffexp reproduce --help)
   build     compile the CPU kernels now rather than at first use
 
 fffexp COMMAND --help tells what a command takes.
@@ -28,7 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"study": _study, "bench": _bench, "build": _build}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "study": _study,
+        "bench": _bench,
+        "reproduce": _reproduce,
+        "build": _build,
+    }
     commands |= dict.fromkeys(("fit", "validate", "test", "predict"), _experiment)
     try:
         if args[0] not in commands:
@@ -66,14 +72,26 @@ def _study(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    if args[1:2] == ["inference"]:
-        # Large layers on huge pages, for all contenders and limits alike: else the time is in part that of page
-        # tables. Training keeps torch's default, in which fresh memory is a part of a step. Torch, which is imported
-        # next, looks at its first allocation.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if args[1:2] in (["inference"], ["model"]):
+        _use_huge_pages()
     from fffexp.bench.commands import main as bench
 
     return bench(args[1:])
+
+
+def _reproduce(args: list[str]) -> int:
+    if args[1:2] == ["figure3"]:
+        _use_huge_pages()
+    from fffexp.reproduce.commands import main as reproduce
+
+    return reproduce(args[1:])
+
+
+def _use_huge_pages() -> None:
+    # For all contenders and limits alike: else the time of a large layer is in part that of page tables. Training
+    # keeps torch's default, in which fresh memory is a part of a step. Torch, which is imported later, looks at its
+    # first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _build(args: list[str]) -> int:

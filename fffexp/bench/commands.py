@@ -1,15 +1,18 @@
-"""`fffexp bench inference|training|fit`: arguments to measurements to a table and JSON."""
+"""`fffexp bench inference|training|model|fit`: arguments to measurements to a table and JSON."""
 
 import argparse
 import ctypes
+import itertools
+import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from fffexp.bench import inference, training
+from fffexp.bench import inference, model, training
+from fffexp.bench.arguments import Parser, natural, positive
 from fffexp.bench.contenders import LAYERS, Point
 from fffexp.bench.limits import environment, measure_limits
 from fffexp.bench.records import Record, header, row, write
@@ -18,14 +21,9 @@ from fffexp.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def main(args: list[str]) -> int:
     """Parse and run."""
-    parser = _Parser(prog="fffexp bench", description="Time the layers.", allow_abbrev=False)
+    parser = Parser(prog="fffexp bench", description="Time the layers.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, batches, depths, k in (
         ("inference", inference.run_point, (1, 16, 256, 2048), (2, 5, 8, 11), 1),
@@ -35,15 +33,20 @@ def main(args: list[str]) -> int:
         sub = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
         _arguments(sub, batches, depths, k)
         sub.set_defaults(run=run)
+    told = "an MLP and a transformer block with each layer: the layer's speedup is not the model's"
+    sub = commands.add_parser("model", help=told, description=told, allow_abbrev=False)
+    _arguments(sub, (128, 2048), (5, 8), 1)
     told = "what the framework costs beside a bare PyTorch loop, on Fashion-MNIST"
     sub = commands.add_parser("fit", help=told, description=told, allow_abbrev=False)
     for option, default in (("--epochs", 1), ("--rounds", 5), ("--threads", 1)):
-        sub.add_argument(option, type=_positive, default=default)
+        sub.add_argument(option, type=positive, default=default)
     found = parser.parse_args(args)
     if found.command == "fit":
         from fffexp.bench.fit import fit
 
         fit(found.epochs, found.rounds, found.threads)
+    elif found.command == "model":
+        _models(found)
     else:
         _points(found, found.run)
     return 0
@@ -52,13 +55,13 @@ def main(args: list[str]) -> int:
 def _arguments(sub: argparse.ArgumentParser, batches: tuple[int, ...], depths: tuple[int, ...], k: int) -> None:
     several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
     sub.add_argument("--layers", nargs="+", default=list(LAYERS), metavar="LAYER", help=" ".join(LAYERS))
-    sub.add_argument("--depths", type=_natural, default=list(depths), **several, help="2^depth leaves, experts")
-    sub.add_argument("--leaf_width", type=_positive, default=32, metavar="N")
-    sub.add_argument("--in_features", type=_positive, default=768, metavar="N")
-    sub.add_argument("--out_features", type=_positive, default=768, metavar="N")
-    sub.add_argument("--batch_sizes", type=_positive, default=list(batches), **several)
-    sub.add_argument("--threads", type=_positive, default=[1], **several)
-    sub.add_argument("--k", type=_positive, default=k, metavar="N", help="experts of a sample")
+    sub.add_argument("--depths", type=natural, default=list(depths), **several, help="2^depth leaves, experts")
+    sub.add_argument("--leaf_width", type=positive, default=32, metavar="N")
+    sub.add_argument("--in_features", type=positive, default=768, metavar="N")
+    sub.add_argument("--out_features", type=positive, default=768, metavar="N")
+    sub.add_argument("--batch_sizes", type=positive, default=list(batches), **several)
+    sub.add_argument("--threads", type=positive, default=[1], **several)
+    sub.add_argument("--k", type=positive, default=k, metavar="N", help="experts of a sample")
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--dtype", choices=list(DTYPES), default="float32")
     sub.add_argument("--backend", choices=["auto", "native", "eager"], default="auto")
@@ -66,12 +69,35 @@ def _arguments(sub: argparse.ArgumentParser, batches: tuple[int, ...], depths: t
     sub.add_argument("--json", type=Path, metavar="FILE")
 
 
-def _points(found: argparse.Namespace, run: Callable[..., object]) -> None:
+def _models(found: argparse.Namespace) -> None:
+    _check(found)
+    where, records = environment(found.threads, found.device), []
+    print(model.header(), flush=True)
+    for depth, threads in itertools.product(found.depths, found.threads):
+        for record in model.run_point(found.layers, _point(found, depth), found.batch_sizes, threads):
+            records.append(record)
+            print(model.row(record), flush=True)
+            if found.json:
+                found.json.parent.mkdir(parents=True, exist_ok=True)
+                content = {"environment": where, "records": model.as_json(records)}
+                found.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _point(found: argparse.Namespace, depth: int) -> Point:
+    sizes = (found.in_features, found.out_features, depth, found.leaf_width)
+    return Point(*sizes, found.k, DTYPES[found.dtype], found.device, found.backend)
+
+
+def _check(found: argparse.Namespace) -> None:
     if found.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {found.device}: torch sees no CUDA device here")
     for name in found.layers:
         if name not in LAYERS:
             raise UserError(f"--layers: {name!r} is not one of {', '.join(LAYERS)}")
+
+
+def _points(found: argparse.Namespace, run: Callable[..., object]) -> None:
+    _check(found)
     _steady_memory()
     dtype, limits = DTYPES[found.dtype], {}
     for threads in found.threads:
@@ -91,8 +117,7 @@ def _points(found: argparse.Namespace, run: Callable[..., object]) -> None:
     print(header(found.command), flush=True)
     records: list[Record] = []
     for depth in found.depths:
-        sizes = (found.in_features, found.out_features, depth, found.leaf_width)
-        point = Point(*sizes, found.k, dtype, found.device, found.backend)
+        point = _point(found, depth)
         for record in run(found.layers, point, found.batch_sizes, limits, found.peers):  # type: ignore[attr-defined] # both give records
             records.append(record)
             print(row(record), flush=True)
@@ -108,21 +133,3 @@ def _steady_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(mmap_threshold, 32 * 2**20)
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return value

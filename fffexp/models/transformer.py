@@ -1,0 +1,36 @@
+"""A transformer block whose feedforward layer is interchangeable."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fffexp.models.mlp import LayerFactory
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and a feedforward layer, each with a residual.
+
+    Args:
+        layer: (in_features, out_features) -> layer.
+        features: size of a token.
+        heads: attention heads; they divide the features.
+
+    Raises:
+        ValueError: the heads do not divide the features.
+    """
+
+    def __init__(self, layer: LayerFactory, features: int, heads: int) -> None:
+        super().__init__()
+        if features % heads:
+            raise ValueError(f"heads is {heads}, which does not divide the {features} features")
+        self.heads = heads
+        self.norm_attention, self.norm_layer = nn.LayerNorm(features), nn.LayerNorm(features)
+        self.qkv, self.projection = nn.Linear(features, 3 * features), nn.Linear(features, features)
+        self.layer = layer(features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, features) -> the same."""
+        qkv = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*qkv.unbind(0))
+        x = x + self.projection(attended.transpose(1, 2).flatten(2))
+        output: Tensor = x + self.layer(self.norm_layer(x))
+        return output
