@@ -41,8 +41,9 @@ format: setup ## let ruff rewrite the code
 typecheck: setup ## mypy, strict
 	$(BIN)/mypy
 
-bench: setup ## what the framework costs beside a bare PyTorch loop
-	$(BIN)/fffexp bench fit
+bench: setup ## inference and training of the layers: tables, and JSON in outputs/ (8 minutes)
+	$(BIN)/fffexp bench inference --peers --json outputs/bench/inference.json
+	$(BIN)/fffexp bench training --peers --json outputs/bench/training.json
 
 ui: setup ## the MLflow UI on http://127.0.0.1:5000 (PORT=... for another port)
 	@mkdir -p outputs

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fffexp.data import IDX, Digits, FashionMNIST, Hub
     from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
+    from fffexp.optim import RowAdamW
     from fffexp.task import ClassificationTask
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "FeedforwardLayer",
     "Hub",
     "NoisyTopKMoE",
+    "RowAdamW",
 ]
 
 _HOMES = {
     "fffexp.data": ("Digits", "FashionMNIST", "Hub", "IDX"),
     "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE"),
+    "fffexp.optim": ("RowAdamW",),
     "fffexp.task": ("ClassificationTask",),
 }
 

@@ -95,7 +95,7 @@ def _use_huge_pages() -> None:
 
 
 def _build(args: list[str]) -> int:
-    from fffexp.kernels.native import BuildError, build
+    from fffexp.kernels.build import BuildError, build
 
     if args[1:]:
         raise UserError("fffexp build takes no options; CXX names the compiler")

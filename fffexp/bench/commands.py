@@ -64,7 +64,7 @@ def _arguments(sub: argparse.ArgumentParser, batches: tuple[int, ...], depths: t
     sub.add_argument("--k", type=positive, default=k, metavar="N", help="experts of a sample")
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    sub.add_argument("--backend", choices=["auto", "native", "eager"], default="auto")
+    sub.add_argument("--backend", choices=["auto", "native", "triton", "eager"], default="auto")
     sub.add_argument("--peers", action="store_true", help="also fastfeedforward from PyPI, where it is installed")
     sub.add_argument("--json", type=Path, metavar="FILE")
 

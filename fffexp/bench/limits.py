@@ -59,15 +59,15 @@ def last_level_cache_bytes() -> int:
 
 def environment(threads: list[int], device: str) -> dict[str, Any]:
     """Where the numbers come from."""
-    from fffexp.kernels import native
+    from fffexp.kernels import build, operators
 
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": threads,
         "torch": torch.__version__,
-        "compiler": native.compiler_version(),
-        "instruction_set": torch.ops.fffexp.instruction_set() if native.available() else None,
+        "compiler": build.compiler_version(),
+        "instruction_set": torch.ops.fffexp.instruction_set() if operators.available() else None,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") != "0",
         "commit": _commit(),

@@ -38,7 +38,7 @@ class ModelRecord:
     model_speedup: float
 
 
-class Residual(nn.Module):
+class MLP(nn.Module):
     """An MLP of one feedforward layer between a projection of the input and a classifier."""
 
     def __init__(self, layer: FeedforwardLayer) -> None:
@@ -60,7 +60,7 @@ def run_point(names: Sequence[str], point: Point, batch_sizes: Sequence[int], th
     dense = contenders[0].layer
     heads = HEADS if point.in_features % HEADS == 0 else 1
     bodies: dict[str, Callable[[FeedforwardLayer], nn.Module]] = {
-        "MLP": Residual,
+        "MLP": MLP,
         "transformer block": lambda layer: TransformerBlock(lambda i, o: layer, point.in_features, heads),
     }
     with torch.inference_mode():

@@ -17,6 +17,7 @@ from fffexp.bench.limits import Limits, synchronize
 from fffexp.bench.records import Record
 from fffexp.layers import FFF, FeedforwardLayer
 
+SPARSE: tuple[Literal["frozen", "chosen_path"], ...] = ("frozen", "chosen_path")
 POINT_S = 3.0
 MIN_ROUNDS, MAX_ROUNDS = 5, 51
 CHECKED_ROWS = 8
@@ -58,7 +59,19 @@ def run_point(
     """Records of all layers, of one depth, at every batch size and number of threads."""
     for batch_size, threads in itertools.product(batch_sizes, limits):
         torch.set_num_threads(threads)
-        yield from _measure(make(names, point, peers), point, batch_size, threads, limits[threads])
+        contenders = make(names, point, peers)
+        yield from _measure([*contenders, *_sparse(contenders, point)], point, batch_size, threads, limits[threads])
+
+
+def _sparse(contenders: Sequence[Contender], point: Point) -> Iterator[Contender]:
+    """The two ways to train the chosen leaves alone, on the weights of the soft FFF."""
+    for layer in (c.layer for c in contenders if isinstance(c.layer, FFF) and c.name == "FFF"):
+        for mode in SPARSE:
+            with torch.device("meta"):
+                twin = FFF(point.in_features, point.out_features, point.depth, point.leaf_width, sparse=mode)
+            twin.leaves, twin.node_weight, twin.node_bias = layer.leaves, layer.node_weight, layer.node_bias
+            twin.choice_scale = layer.choice_scale
+            yield Contender(f"FFF {mode}", f"sparse {mode}", twin, twin, twin.reference)
 
 
 def _measure(
@@ -85,7 +98,7 @@ def _measure(
             for name, step in steps.items():
                 parts[name].append(step.run(batches[done % 8], grads[done % 8]))
     for contender in contenders:
-        yield _record(contender, point, batch_size, threads, limits, parts, errors[contender.name])
+        yield _record(contender, point, batch_size, threads, limits, parts, errors[contender.name], batches[0])
 
 
 def _record(
@@ -96,15 +109,22 @@ def _record(
     limits: Limits,
     parts: dict[str, list[tuple[float, float, float]]],
     error: float,
+    x: Tensor,
 ) -> Record:
     layer, name = contender.layer, contender.name
     totals = {each: [sum(part) for part in rounds] for each, rounds in parts.items()}
     forward, backward, optimizer = (statistics.median(column) for column in zip(*parts[name], strict=True))
     # forward, and the products by weights; the input needs no gradient
-    dense = 2 * layer.training_width * (point.in_features + point.out_features)
-    nodes = 2 * (layer.blocks - 1) * point.in_features if isinstance(layer, FFF) else 0
+    sparse = isinstance(layer, FFF) and layer.sparse
+    moe = name == "NoisyTopKMoE"
+    width = layer.inference_width if sparse or moe else layer.training_width
+    dense = 2 * width * (point.in_features + point.out_features)
+    nodes = 2 * (layer.training_size - layer.training_width) * point.in_features
+    if sparse:
+        nodes = 2 * point.depth * point.in_features
     flops = batch_size * (5 * dense // 2 + 2 * nodes)
-    scalars = 3 * layer.parameter_count + 2 * batch_size * (point.in_features + point.out_features)
+    weights = layer.weights_read(x) if sparse or moe else layer.parameter_count
+    scalars = 3 * weights + 2 * batch_size * (point.in_features + point.out_features)
     size = scalars * point.dtype.itemsize
 
     def over(other: str) -> float | None:
@@ -127,7 +147,7 @@ def _record(
         forward_s=forward,
         backward_s=backward,
         optimizer_s=optimizer,
-        operations_over_ff=(dense + nodes) / dense if isinstance(layer, FFF) else None,
+        operations_over_ff=(dense + nodes) / dense if isinstance(layer, FFF) and not sparse else None,
     )
 
 
@@ -141,12 +161,14 @@ def _check(contender: Contender, x: Tensor) -> float:
     if layer.parameter_count > CHECKED_SCALARS:
         rows = x[:1]
     soft: Literal["soft", "hard"] = "soft" if layer.hardens else "hard"
-    layer.decisions = "soft"
-    layer.eval()  # the noise of a gate and dropout are not compared
     module: Callable[[Tensor], Tensor] = contender.module
-    if contender.name == PEER:
-        assert isinstance(module, nn.Module)
+    assert isinstance(module, nn.Module)
+    if contender.name == PEER or (isinstance(layer, FFF) and layer.sparse):
         module.train()
+        soft = "soft" if contender.name == PEER else "hard"
+    else:
+        layer.decisions = "soft"
+        layer.eval()  # the noise of a gate and dropout are not compared
     output = module(rows)
     truth = layer.reference(rows, soft)
     error = float((output.double() - truth).abs().max().detach())
@@ -161,11 +183,12 @@ def _check(contender: Contender, x: Tensor) -> float:
             )
             for y in (output, truth)
         )
-        for a, b in zip(found, wanted, strict=True):
-            if not b.numel():  # a tree of depth 0 has no nodes
+        chosen = isinstance(layer, FFF) and layer.sparse == "chosen_path"
+        for (parameter, _), a, b in zip(layer.named_parameters(), found, wanted, strict=True):
+            if not b.numel() or (chosen and parameter.startswith("node")):  # hard decisions have no gradient
                 continue
             bound = 10 * TOLERANCES[x.dtype] * max(1.0, float(b.abs().max()))
-            if not float((a.double() - b.double()).abs().max()) <= bound:
+            if not float((a.to_dense().double() - b.double()).abs().max()) <= bound:
                 raise RuntimeError(f"{contender.name} has a wrong gradient in training: not timed")
     layer.decisions = "auto"
     layer.train()

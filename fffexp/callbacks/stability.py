@@ -52,6 +52,7 @@ class Stability(Callback):
         if self._optimizer_steps % max(1, steps // READINGS):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
         self._norms.append(torch.nn.utils.get_total_norm(gradients))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,6 +4,8 @@ torch's own grouped_mm refuses float64, unaligned strides and, under torch.compi
 operator takes them all. Shape suffixes: R rows sorted by group, G groups, K summed over, N outputs.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,8 +70,7 @@ grouped_outer.register_autograd(_outer_backward, setup_context=_setup)
 def _used(ends_G: Tensor) -> list[tuple[int, int, int]]:
     """Group, first row and end of every group that has rows."""
     ends = ends_G.tolist()
-    starts = [0, *ends[:-1]]
-    return [(g, start, end) for g, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
+    return [(g, start, end) for g, (start, end) in enumerate(itertools.pairwise([0, *ends])) if end > start]
 
 
 def _padding(like: Tensor, size: int) -> int:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import psutil
@@ -22,8 +23,8 @@ class FeedforwardLayer(nn.Module, ABC):
     """
 
     hardens: ClassVar[bool] = False  # whether soft and hard decisions differ
-    regularizers: ClassVar[Mapping[str, Regularizer]] = {}  # losses, functions of `routing`
-    metrics: ClassVar[Mapping[str, Regularizer]] = {}  # tracked quantities, functions of `routing`
+    regularizers: Mapping[str, Regularizer] = MappingProxyType({})  # losses, functions of `routing`
+    metrics: Mapping[str, Regularizer] = MappingProxyType({})  # tracked quantities, functions of `routing`
     scheduled: ClassVar[frozenset[str]] = frozenset()  # buffers that a schedule may set
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -67,9 +68,12 @@ class FeedforwardLayer(nn.Module, ABC):
     @property
     def hard(self) -> bool:
         """Whether the next pass uses hard decisions."""
-        if self.decisions not in ("auto", "soft", "hard"):
-            raise ValueError(f"decisions is {self.decisions!r}; it must be 'auto', 'soft' or 'hard'")
-        return self.decisions == "hard" or (self.decisions == "auto" and not self.training)
+        decisions = self.decisions
+        if decisions == "auto":
+            return not self.training
+        if decisions not in ("soft", "hard"):
+            raise ValueError(f"decisions is {decisions!r}; it must be 'auto', 'soft' or 'hard'")
+        return decisions == "hard"
 
     def inference_backend(self) -> str:
         """The backend that the next hard inference runs on."""

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fffexp.kernels import eager, native
+from fffexp.kernels import eager, operators
+from fffexp.kernels.activations import activation_name
 from fffexp.kernels.naive import Blocks
+
+_NAMES = ("hidden_weight", "hidden_bias", "output_weight", "output_bias")
 
 
 class BlockMLP(nn.Module):
@@ -29,13 +32,13 @@ class BlockMLP(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(blocks, out_features))
         self.hidden = nn.Sequential(activation(), nn.Dropout(dropout))
         self.dropout = dropout
-        self.compiled_activation = native.activation_name(self.hidden[0])
+        self.compiled_activation = activation_name(self.hidden[0])
         for parameter, fan_in in zip(self.parameters(), (in_features, in_features, width, width), strict=False):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
     def tensors(self) -> Blocks:
         """The parameters as the kernels take them."""
-        return Blocks(*parameters(self, ("hidden_weight", "hidden_bias", "output_weight", "output_bias")))
+        return Blocks(*parameters(self, _NAMES))
 
     def exact(self, chosen: list[int] | slice = slice(None)) -> Blocks:
         """Some of the blocks, or all, in float64."""
@@ -47,12 +50,13 @@ class BlockMLP(nn.Module):
         return sum(p[0].numel() for p in self.tensors())
 
     def backend(self, requested: str) -> str:
-        """The backend that evaluates chosen blocks in inference: "native" or "eager".
+        """The backend that evaluates chosen blocks in inference: "native", "triton" or "eager".
 
         Raises:
             ValueError: an unknown backend is requested, or one that cannot run these weights.
         """
-        return "native" if self.compiled(requested) else "eager"
+        weight, activation = self.hidden_weight, self.compiled_activation
+        return str(operators.backend_of(weight, activation)) if self.compiled(requested) else "eager"
 
     def compiled(self, requested: str) -> tuple[Any, ...] | None:
         """What the compiled operators take of the blocks, or None where eager serves.
@@ -62,16 +66,17 @@ class BlockMLP(nn.Module):
         """
         if requested == "eager":
             return None
-        tensors, activation = self.tensors(), self.compiled_activation
-        if native.serves(tensors[0], activation) and requested in ("auto", "native"):
+        tensors, activation = parameters(self, _NAMES), self.compiled_activation
+        found = operators.backend_of(tensors[0], activation)
+        if found and requested in ("auto", found):
             return (*tensors, activation)
-        if requested == "native":
+        if requested not in ("auto", "native", "triton"):
+            raise ValueError(f"backend is {requested!r}; it must be 'auto', 'native', 'triton' or 'eager'")
+        if requested != "auto":
             raise ValueError(
-                f"backend is 'native', which does not serve {type(self.hidden[0]).__name__} in "
+                f"backend is {requested!r}, which does not serve {type(self.hidden[0]).__name__} in "
                 f"{tensors[0].dtype} on {tensors[0].device.type} here: set it to 'auto'"
             )
-        if requested != "auto":
-            raise ValueError(f"backend is {requested!r}; it must be 'auto', 'native' or 'eager'")
         return None
 
     def soft_backend(self, requested: str, x: Tensor) -> str:
@@ -84,7 +89,7 @@ class BlockMLP(nn.Module):
         # dropout and lower precision are left to torch
         plain = not self.training or self.dropout == 0
         float32 = x.dtype == self.hidden_weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return backend if plain and float32 else "eager"
+        return "native" if backend == "native" and plain and float32 else "eager"
 
     def mixture(self, x: Tensor, weights: Tensor) -> Tensor:
         """(B, in), (B, blocks) -> (B, out): all blocks, weighted."""
@@ -92,9 +97,8 @@ class BlockMLP(nn.Module):
 
     def selected(self, x: Tensor, block: Tensor, weights: Tensor | None = None, backend: str = "eager") -> Tensor:
         """(B, in), (B, k), (B, k) -> (B, out): only the chosen blocks, summed by weight."""
-        if backend == "native":
-            output: Tensor = torch.ops.fffexp.selected(x, block, weights, *self.tensors(), self.compiled_activation)
-            return output
+        if backend != "eager":
+            return operators.selected(x, block, weights, *self.tensors(), self.compiled_activation)
         return eager.selected(x, block, weights, self.tensors(), self.hidden)
 
 

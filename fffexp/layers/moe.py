@@ -1,7 +1,8 @@
 """The mixture of experts that FFF is compared with."""
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from types import MappingProxyType
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,8 @@ class NoisyTopKMoE(FeedforwardLayer):
         ValueError: a size below 1, k above num_experts, or weights that do not fit in memory.
     """
 
-    regularizers: ClassVar[Mapping[str, Regularizer]] = {"importance": gate.importance, "load": gate.load}
-    metrics: ClassVar[Mapping[str, Regularizer]] = {"gate_entropy": gate.gate_entropy}
+    regularizers: Mapping[str, Regularizer] = MappingProxyType({"importance": gate.importance, "load": gate.load})
+    metrics: Mapping[str, Regularizer] = MappingProxyType({"gate_entropy": gate.gate_entropy})
 
     def __init__(
         self,

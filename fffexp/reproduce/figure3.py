@@ -46,7 +46,10 @@ def measure(
     setting = {"sizes": list(sizes), "threads": threads, "ff_depth": ff_depth}
     found: dict[str, Any] = {"figure": "figure3", "setting": setting, "environment": {}, "limits": {}, "records": []}
     if path and path.exists():
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"--json {path}: no JSON: {error}: give another file, or remove it") from error
         if found.get("setting") != setting:
             raise UserError(f"--json {path}: it holds another measurement: give another file, or remove it")
     limits = measure_limits(torch.float32, "cpu")

@@ -13,7 +13,7 @@ from tolerances import assert_all_close, assert_close, gradients
 from torch import Tensor, nn
 
 from fffexp import FFF, NoisyTopKMoE
-from fffexp.kernels import naive, native
+from fffexp.kernels import activations, naive, operators
 from fffexp.kernels.naive import Blocks
 
 ACTIVATIONS = {
@@ -28,7 +28,7 @@ ACTIVATIONS = {
 SIZES = [(64, 16, 64), (5, 3, 7), (1, 1, 1), (40, 33, 100), (33, 2, 17), (1100, 5, 1030)]
 BATCHES = [0, 1, 2, 3, 8, 9, 63, 257]
 
-needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not operators.available(), reason="no C++ compiler")
 pytestmark = needs_compiler
 
 
@@ -100,7 +100,7 @@ def test_activations(name: str) -> None:
     output = torch.ops.fffexp.selected(z, block, None, one, one[0] * 0, one, one[0] * 0, name)
     truth = ACTIVATIONS[name](z.double())
     assert ((output - truth).abs() <= 1e-6 * truth.abs().clamp_min(1)).all()
-    assert native.activation_name(ACTIVATIONS[name]) == name
+    assert activations.activation_name(ACTIVATIONS[name]) == name
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu"])
@@ -232,7 +232,7 @@ class TestLayers:
         with pytest.raises(ValueError, match=r"'native'.*float64"):
             layer(random(3, 20, seed=0, dtype=torch.float64))
         layer.backend = "fast"
-        with pytest.raises(ValueError, match="'auto', 'native' or 'eager'"):
+        with pytest.raises(ValueError, match="'auto', 'native', 'triton' or 'eager'"):
             layer(random(3, 20, seed=0, dtype=torch.float64))
 
 

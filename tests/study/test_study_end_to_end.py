@@ -291,7 +291,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Summa
         url, uri = f"sqlite:///{tmp_path}/outputs/optuna.db", tracking.tracking_uri(None)
         runner = StudyRunner(spec, text, url, uri, jobs=1)
         store.fill(runner.search, url, {slot: {"layer": list(spec.layers)[slot % 2]} for slot in range(spec.trials)})
-        Worker(spec, url, uri, 0).work()
+        Worker(spec, url, uri, keep_seed=True).work()
         runner.run()
         return written(tmp_path)
 

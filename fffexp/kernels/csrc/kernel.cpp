@@ -249,8 +249,9 @@ void block(const Layer<W>& layer, const float* const* x, const Tile<W>& tile, co
   int group = 0;
   const auto hidden = [&](auto units) {
     constexpr int U = units.value;
-    dots<M, U, FRESH>(x, w1 + j * in, in, w2 + j * in, next.x[group % next.rows], tile.later[group % tile.rows],
-                      tile.y[group % tile.rows], h + j * M);
+    const W* read = FRESH && group == 0 ? b2 : next.x[group % next.rows];
+    dots<M, U, FRESH>(x, w1 + j * in, in, w2 + j * in, read, tile.later[group % tile.rows], tile.y[group % tile.rows],
+                      h + j * M);
     j += U;
     group++;
   };
@@ -262,6 +263,8 @@ void block(const Layer<W>& layer, const float* const* x, const Tile<W>& tile, co
   for (j = 0; j < width; j++)
     for (int m = 0; m < M; m++) h[j * M + m] *= gate[m];
 
+  if (NEXT)
+    for (j = 0; j < width; j += 64 / sizeof(W)) __builtin_prefetch(layer.hidden_bias + next.block * width + j, 0, 2);
   float* at[M];
   const auto advance = [&](int64_t o) {
     for (int m = 0; m < M; m++) at[m] = y[m] + o;

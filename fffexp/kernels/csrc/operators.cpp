@@ -1,4 +1,4 @@
-// The operators: which rows use which block, in what order, on which thread.
+// The operators that operators.py declares: which rows use which block, in what order, on which thread.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -413,21 +413,6 @@ bool force_instruction_set(string_view name) {
 }  // namespace fffexp
 
 TORCH_LIBRARY_FRAGMENT(fffexp, m) {
-  m.def("route(Tensor x, Tensor node_weight, Tensor node_bias) -> Tensor");
-  m.def(
-      "selected(Tensor x, Tensor block, Tensor? weights, Tensor hidden_weight, Tensor hidden_bias, "
-      "Tensor output_weight, Tensor output_bias, str activation) -> Tensor");
-  m.def(
-      "fff(Tensor x, Tensor node_weight, Tensor node_bias, Tensor hidden_weight, Tensor hidden_bias, "
-      "Tensor output_weight, Tensor output_bias, str activation) -> Tensor");
-  // without the detour through autograd's Python
-  m.def(
-      "fff_inference(Tensor x, Tensor node_weight, Tensor node_bias, Tensor hidden_weight, Tensor hidden_bias, "
-      "Tensor output_weight, Tensor output_bias, str activation) -> Tensor");
-  m.def("soft(Tensor z, Tensor logits, Tensor scale, str activation) -> (Tensor, Tensor)");
-  m.def(
-      "soft_backward(Tensor grad_h, Tensor grad_weights, Tensor z, Tensor logits, Tensor scale, Tensor? grad_more, "
-      "str activation) -> (Tensor, Tensor)");
   m.def("instruction_set() -> str", fffexp::instruction_set);
   m.def("force_instruction_set(str name) -> bool", fffexp::force_instruction_set);
 }

@@ -1,0 +1,168 @@
+"""Operators of inference and soft training that compiled kernels implement: C++ on a CPU, Triton on CUDA.
+
+`fffexp::fff`, `fffexp::selected` and `fffexp::route` take rows (B, I) in float32 or bfloat16. torch.compile,
+torch.export and autograd see them; gradients come from the grouped products of `grouped`.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fffexp.kernels.activations import GRADIENTS
+from fffexp.kernels.build import BuildError, build
+from fffexp.kernels.grouped import grouped_mm, grouped_outer
+from fffexp.routing.tree import block_counts
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+_BLOCKS = "Tensor hidden_weight, Tensor hidden_bias, Tensor output_weight, Tensor output_bias, str activation"
+_TREE = "Tensor x, Tensor node_weight, Tensor node_bias"
+_LIBRARY = torch.library.Library("fffexp", "FRAGMENT")
+for _schema in (
+    f"route({_TREE}) -> Tensor",
+    f"selected(Tensor x, Tensor block, Tensor? weights, {_BLOCKS}) -> Tensor",
+    f"fff({_TREE}, {_BLOCKS}) -> Tensor",
+    # without the detour through autograd's Python, which takes longer than a small batch
+    f"fff_inference({_TREE}, {_BLOCKS}) -> Tensor",
+    "soft(Tensor z, Tensor logits, Tensor scale, str activation) -> (Tensor, Tensor)",
+    "soft_backward(Tensor grad_h, Tensor grad_weights, Tensor z, Tensor logits, Tensor scale, Tensor? grad_more, "
+    "str activation) -> (Tensor, Tensor)",
+):
+    _LIBRARY.define(_schema)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # a graph is traced for one backend
+def available() -> bool:
+    """Whether the operators are loaded; the first call builds them, or says once why they cannot be had."""
+    return _load()
+
+
+@functools.cache
+def _load() -> bool:
+    try:
+        torch.ops.load_library(build())
+    except (BuildError, OSError) as error:
+        print(f"fffexp: {error}; plain PyTorch serves, more slowly", file=sys.stderr)
+        return False
+    return True
+
+
+def backend_of(weight: Tensor, activation: str | None) -> str | None:
+    """The compiled backend that serves weights like this one: "native", "triton" or None."""
+    if activation is None or weight.dtype not in DTYPES:
+        return None
+    if weight.is_cpu:
+        return "native" if available() else None
+    return "triton" if weight.is_cuda and _load_triton() else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # as above
+def _load_triton() -> bool:
+    try:
+        import fffexp.kernels.triton_kernels
+    except ImportError:
+        return False
+    return fffexp.kernels.triton_kernels.registered()
+
+
+def _register() -> None:
+    def rows(x: Tensor, *_: Any) -> Tensor:
+        return x.new_empty(x.shape[0], dtype=torch.long)
+
+    def outputs(x: Tensor, _0: Any, _1: Any, _2: Any, _3: Any, output_weight: Tensor, *_: Any) -> Tensor:
+        return x.new_empty(x.shape[0], output_weight.shape[2])
+
+    torch.library.register_fake("fffexp::route", rows)
+    torch.library.register_fake("fffexp::soft", lambda z, logits, *_: (torch.empty_like(z), torch.empty_like(logits)))
+    torch.library.register_fake(
+        "fffexp::soft_backward",
+        lambda grad_h, grad_weights, z, logits, *_: (torch.empty_like(z), torch.empty_like(logits)),
+    )
+    torch.library.register_fake("fffexp::fff_inference", outputs)
+    for name, setup, backward in (
+        ("fff", _fff_setup, _fff_backward),
+        ("selected", _selected_setup, _selected_backward),
+    ):
+        torch.library.register_fake(f"fffexp::{name}", outputs)
+        torch.library.register_autograd(f"fffexp::{name}", backward, setup_context=setup)
+
+
+# looked up once: a small batch takes no longer than such a look
+_FFF, _FFF_INFERENCE = torch.ops.fffexp.fff.default, torch.ops.fffexp.fff_inference.default
+_SELECTED = torch.ops.fffexp.selected.default
+
+
+def fff(x_BI: Tensor, *arguments: Any) -> Tensor:
+    """(B, O) of hard inference; the arguments are those of the operator `fffexp::fff`."""
+    output: Tensor = _FFF(x_BI, *arguments) if torch.is_grad_enabled() else _FFF_INFERENCE(x_BI, *arguments)
+    return output
+
+
+def selected(x_BI: Tensor, *arguments: Any) -> Tensor:
+    """(B, O) of chosen blocks; the arguments are those of the operator `fffexp::selected`."""
+    output: Tensor = _SELECTED(x_BI, *arguments)
+    return output
+
+
+def _selected_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.weighted = tensors[2] is not None
+    ctx.save_for_backward(*tensors)
+
+
+def _selected_backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
+    x, block, weights, *blocks = ctx.saved_tensors
+    grad_x, grad_weights, *grads = _gradients(grad_BO, x, block, weights, blocks, ctx.activation)
+    return grad_x, None, grad_weights, *grads, None
+
+
+def _fff_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _fff_backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
+    x, node_weight, node_bias, *blocks = ctx.saved_tensors
+    leaf = torch.ops.fffexp.route(x, node_weight, node_bias)
+    grad_x, _, *grads = _gradients(grad_BO, x, leaf.unsqueeze(1), None, blocks, ctx.activation)
+    # hard decisions: a node's gradient is zero almost everywhere
+    return grad_x, None, None, *grads, None
+
+
+def _gradients(
+    grad_BO: Tensor, x_BI: Tensor, block_BK: Tensor, weights_BK: Tensor | None, blocks: list[Tensor], activation: str
+) -> tuple[Tensor | None, ...]:
+    """Of x, the weights and the blocks' four tensors; hidden activations are computed again, grouped by block."""
+    w1, b1, w2, b2 = blocks
+    value, derivative = GRADIENTS[activation]
+    k = block_BK.shape[1]
+    block_R, order_R = block_BK.flatten().sort(stable=True)
+    sample_R = order_R // k
+    ends_G = block_counts(block_R, len(w1)).cumsum(0)
+    x_RI, grad_RO = x_BI[sample_R], grad_BO[sample_R]
+    z_RH = grouped_mm(x_RI, w1.mT, ends_G) + b1[block_R]
+    h_RH = value(z_RH)
+    grad_weights = None
+    if weights_BK is not None:
+        y_RO = grouped_mm(h_RH, w2, ends_G) + b2[block_R]
+        flat = (y_RO.float() * grad_RO.float()).sum(1)
+        grad_weights = torch.zeros_like(flat).index_copy(0, order_R, flat).view_as(weights_BK).to(weights_BK.dtype)
+        grad_RO = grad_RO * weights_BK.flatten()[order_R].to(grad_RO.dtype).unsqueeze(1)
+    grad_z = derivative(grouped_mm(grad_RO, w2.mT, ends_G), z_RH)
+    grad_x = torch.zeros_like(x_BI).index_add(0, sample_R, grouped_mm(grad_z, w1, ends_G))
+    grad_b1 = torch.zeros_like(b1).index_add(0, block_R, grad_z)
+    grad_b2 = torch.zeros_like(b2).index_add(0, block_R, grad_RO)
+    return (
+        grad_x,
+        grad_weights,
+        grouped_outer(grad_z, x_RI, ends_G),
+        grad_b1,
+        grouped_outer(h_RH, grad_RO, ends_G),
+        grad_b2,
+    )
+
+
+_register()

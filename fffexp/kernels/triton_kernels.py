@@ -1,0 +1,189 @@
+"""The operators of inference on CUDA: one kernel routes, one evaluates rows grouped by block.
+
+Shape suffixes: E entries (row times choice), T tiles of entries of one block, G blocks.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fffexp.routing.tree import block_counts
+
+ROUTE_ROWS, ROUTE_INPUTS = 4, 256
+TILE_ROWS = 16  # the fewest rows that a matrix unit takes
+TILE_HIDDEN, TILE_INPUTS, TILE_OUTPUTS = 64, 64, 64
+
+
+@triton.jit
+def _route_kernel(x, weight, bias, leaf, rows, inputs, DEPTH: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = r < rows
+    position = tl.zeros([ROWS], tl.int64)
+    for level in range(DEPTH):
+        node = position + ((1 << level) - 1)
+        products = tl.zeros([ROWS, INPUTS], tl.float32)
+        for start in range(0, inputs, INPUTS):
+            i = start + tl.arange(0, INPUTS)
+            mask = live[:, None] & (i < inputs)[None, :]
+            a = tl.load(x + r[:, None] * inputs + i[None, :], mask=mask, other=0.0).to(tl.float32)
+            w = tl.load(weight + node[:, None] * inputs + i[None, :], mask=mask, other=0.0).to(tl.float32)
+            products += a * w
+        logit = tl.sum(products, 1) + tl.load(bias + node, mask=live, other=0.0).to(tl.float32)
+        position = 2 * position + (logit >= 0).to(tl.int64)
+    tl.store(leaf + r, position, mask=live)
+
+
+@triton.jit
+def _tanh(z):
+    return 1 - 2 / (tl.exp(2 * z) + 1)
+
+
+@triton.jit
+def _activated(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        z = tl.where(z < 0, 0.0, z)  # in this form NaN stays NaN
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        z = 0.5 * z * (1 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+    elif ACTIVATION == "silu":
+        z = z / (1 + tl.exp(-z))
+    elif ACTIVATION == "tanh":
+        z = _tanh(z)
+    return z
+
+
+@triton.jit
+def _evaluate_kernel(
+    x,
+    order,
+    block,
+    first,
+    end,
+    gates,
+    w1,
+    b1,
+    w2,
+    b2,
+    y,
+    choices,
+    inputs,
+    width,
+    outputs,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    begin, stop = tl.load(first + tile), tl.load(end + tile)
+    if begin < stop:
+        g = tl.load(block + tile)
+        e = begin + tl.arange(0, ROWS)
+        live = e < stop
+        entry = tl.load(order + e, mask=live, other=0)
+        sample = entry // choices
+        gate = tl.full([ROWS], 1.0, tl.float32)
+        if GATED:
+            gate = tl.load(gates + entry, mask=live, other=0.0).to(tl.float32)
+        for hidden in range(0, width, HIDDEN):
+            j = hidden + tl.arange(0, HIDDEN)
+            inside = j < width
+            z = tl.zeros([ROWS, HIDDEN], tl.float32)
+            for start in range(0, inputs, INPUTS):
+                i = start + tl.arange(0, INPUTS)
+                known = i < inputs
+                a = tl.load(x + sample[:, None] * inputs + i[None, :], mask=live[:, None] & known[None, :], other=0.0)
+                at = w1 + (g * width + j[None, :]) * inputs + i[:, None]
+                w = tl.load(at, mask=inside[None, :] & known[:, None], other=0.0)
+                z = tl.dot(a, w, z, input_precision=PRECISION)
+            z += tl.load(b1 + g * width + j, mask=inside, other=0.0).to(tl.float32)[None, :]
+            h = _activated(z, ACTIVATION) * gate[:, None]
+            h = tl.where(inside[None, :], h, 0.0)  # an activation need not be 0 at 0
+            for start in range(0, outputs, OUTPUTS):
+                o = start + tl.arange(0, OUTPUTS)
+                known = o < outputs
+                at = w2 + (g * width + j[:, None]) * outputs + o[None, :]
+                w = tl.load(at, mask=inside[:, None] & known[None, :], other=0.0)
+                to = y + entry[:, None] * outputs + o[None, :]
+                mask = live[:, None] & known[None, :]
+                if hidden == 0:
+                    part = gate[:, None] * tl.load(b2 + g * outputs + o, mask=known, other=0.0).to(tl.float32)[None, :]
+                else:
+                    part = tl.load(to, mask=mask, other=0.0)
+                part = tl.dot(h.to(w.dtype), w, part, input_precision=PRECISION)
+                tl.store(to, part, mask=mask)
+
+
+def route(x: Tensor, node_weight: Tensor, node_bias: Tensor) -> Tensor:
+    """(B,) leaf of each row by hard decisions."""
+    x, node_weight, node_bias = x.to(node_weight.dtype).contiguous(), node_weight.contiguous(), node_bias.contiguous()
+    leaf = torch.empty(len(x), dtype=torch.long, device=x.device)
+    if len(x):
+        depth = (len(node_weight) + 1).bit_length() - 1
+        grid = (triton.cdiv(len(x), ROUTE_ROWS),)
+        shape = (len(x), x.shape[1], depth, ROUTE_ROWS, ROUTE_INPUTS)
+        _route_kernel[grid](x, node_weight, node_bias, leaf, *shape)
+    return leaf
+
+
+def selected(
+    x: Tensor,
+    block: Tensor,
+    weights: Tensor | None,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    activation: str,
+) -> Tensor:
+    """(B, O): for each row its (B, K) blocks, summed by weight."""
+    x, (batch, choices) = x.to(hidden_weight.dtype).contiguous(), block.shape
+    blocks = [t.contiguous() for t in (hidden_weight, hidden_bias, output_weight, output_bias)]
+    (groups, width, inputs), outputs = hidden_weight.shape, output_weight.shape[2]
+    entries = batch * choices
+    if not entries:
+        return x.new_zeros(batch, outputs)
+    block_E, order_E = block.flatten().sort(stable=True)
+    y = torch.empty(entries, outputs, dtype=torch.float32, device=x.device)
+    # Tiles of each block's entries, without asking the device how many there are: the rest are empty.
+    count_G = block_counts(block_E, groups)
+    end_G, tiles_G = count_G.cumsum(0), (count_G + TILE_ROWS - 1) // TILE_ROWS
+    last_G = tiles_G.cumsum(0)
+    tile_T = torch.arange(triton.cdiv(entries, TILE_ROWS) + min(groups, entries), device=x.device)
+    block_T = torch.searchsorted(last_G, tile_T, right=True).clamp_(max=groups - 1)
+    first_T = (end_G - count_G)[block_T] + (tile_T - (last_G - tiles_G)[block_T]) * TILE_ROWS
+    gates = x if weights is None else weights.contiguous()
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    _evaluate_kernel[(len(tile_T),)](
+        *(x, order_E, block_T, first_T, end_G[block_T], gates, *blocks, y),
+        *(choices, inputs, width, outputs),
+        *(weights is not None, activation, precision),
+        *(TILE_ROWS, min(TILE_HIDDEN, max(16, triton.next_power_of_2(width))), TILE_INPUTS, TILE_OUTPUTS),
+    )
+    return y.view(batch, choices, outputs).sum(1).to(x.dtype) if choices > 1 else y.to(x.dtype)
+
+
+def fff(x: Tensor, node_weight: Tensor, node_bias: Tensor, *blocks: Any) -> Tensor:
+    """(B, O) of hard inference."""
+    return selected(x, route(x, node_weight, node_bias).unsqueeze(1), None, *blocks)
+
+
+@functools.cache
+def registered() -> bool:
+    """Makes these the operators' implementation on CUDA, once."""
+    library = torch.library.Library("fffexp", "IMPL")
+    for name, function in (("route", route), ("selected", selected), ("fff", fff), ("fff_inference", fff)):
+        library.impl(name, function, "CUDA")
+    _kept.append(library)
+    return True
+
+
+_kept: list[torch.library.Library] = []  # what a library registers goes with it

@@ -1,0 +1,123 @@
+"""The CUDA kernels against the naive reference: on a GPU where there is one, else through Triton's interpreter."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor, nn
+
+from fffexp.kernels import naive
+from fffexp.kernels.activations import GRADIENTS
+from fffexp.kernels.naive import Blocks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton", reason="triton is not installed")
+from fffexp.kernels import triton_kernels  # noqa: E402 # needs it
+
+# Triton's interpreter (3.7) multiplies the bits of bfloat16 matrices as integers
+bfloat16 = pytest.param(torch.bfloat16, marks=[] if DEVICE == "cuda" else pytest.mark.skip(reason="no CUDA device"))
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, bfloat16], ids=str)
+# in, width, out: tiles filled or not, one of everything, more than one tile of each
+SIZES = [(64, 16, 64), (5, 3, 7), (1, 1, 1), (70, 70, 100)]
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(DEVICE, dtype)
+
+
+def make_blocks(count: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> Blocks:
+    inputs, width, outputs = sizes
+    shapes = ((count, width, inputs), (count, width), (count, width, outputs), (count, outputs))
+    scales = (inputs**-0.5, 1.0, width**-0.5, 1.0)
+    return Blocks(
+        *(random(*s, seed=i, dtype=dtype, scale=k) for i, (s, k) in enumerate(zip(shapes, scales, strict=True)))
+    )
+
+
+def exact(blocks: Blocks) -> Blocks:
+    return Blocks(*(p.double() for p in blocks))
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 6])
+@pytest.mark.parametrize("batch", [0, 1, 3, 63])
+@DTYPES
+def test_fff_and_its_route(depth: int, batch: int, dtype: torch.dtype) -> None:
+    sizes = (45, 6, 37)
+    blocks = make_blocks(2**depth, sizes, dtype)
+    nodes, bias = (random(2**depth - 1, *n, seed=7, dtype=dtype, scale=0.3) for n in ((sizes[0],), ()))
+    x = random(batch, sizes[0], seed=9, dtype=dtype)
+    leaf = triton_kernels.route(x, nodes, bias)
+    assert leaf.tolist() == [naive.fff_leaf(row, nodes.double(), bias.double(), depth) for row in x.double()]
+    output = triton_kernels.fff(x, nodes, bias, *blocks, "relu")
+    assert output.dtype == dtype
+    assert_close(output, naive.fff_hard(x.double(), nodes.double(), bias.double(), depth, exact(blocks), nn.ReLU()))
+
+
+def test_ties_go_right() -> None:
+    x, nodes, bias = (torch.ones(shape, device=DEVICE) for shape in ((11, 20), (15, 20), (15,)))
+    assert triton_kernels.route(x, 0 * nodes, 0 * bias).tolist() == [15] * 11
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+@DTYPES
+def test_selected(sizes: tuple[int, int, int], weighted: bool, dtype: torch.dtype) -> None:
+    # many rows a block, few, one row, none
+    for count, batch in ((3, 50), (40, 5), (5, 1), (3, 0)):
+        blocks, k = make_blocks(count, sizes, dtype), 3
+        x = random(batch, sizes[0], seed=9, dtype=dtype)
+        weights = torch.softmax(random(batch, k, seed=8, dtype=dtype), 1)
+        generator = torch.Generator().manual_seed(0)
+        block = torch.stack([torch.randperm(count, generator=generator)[:k] for _ in range(max(1, batch))])[:batch]
+        block = block.to(DEVICE)
+        output = triton_kernels.selected(x, block, weights if weighted else None, *blocks, "relu")
+        assert output.shape == (batch, sizes[2])
+        assert output.dtype == dtype
+        share = (weights if weighted else torch.ones_like(weights)).double()
+        truth = torch.zeros(batch, sizes[2], dtype=torch.float64, device=DEVICE)
+        for row in range(batch):
+            for choice in range(k):
+                value = naive.block(x[row].double(), int(block[row, choice]), exact(blocks), nn.ReLU())
+                truth[row] += share[row, choice] * value
+        assert_close(output, truth)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's; on a GPU infinity is silent
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_activations(name: str) -> None:
+    z = torch.cat([torch.linspace(-20, 20, 401), torch.tensor([-1e4, -100.0, 0.0, 1e-6, 100.0, 1e4])]).unsqueeze(1)
+    z, one = z.to(DEVICE), torch.ones(1, 1, 1, device=DEVICE)
+    block = torch.zeros(len(z), 1, dtype=torch.long, device=DEVICE)
+    output = triton_kernels.selected(z, block, None, one, one[0] * 0, one, one[0] * 0, name)
+    truth = GRADIENTS[name][0](z.double())
+    assert ((output - truth).abs() <= 1e-5 * truth.abs().clamp_min(1)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_layer_runs_on_it_with_every_gradient() -> None:
+    from fffexp import FFF, NoisyTopKMoE
+
+    for layer in (FFF(45, 37, 5, 6), NoisyTopKMoE(45, 37, 8, 6, k=2)):
+        layer.cuda().eval()
+        x = random(63, 45, seed=9, dtype=torch.float32).requires_grad_()
+        outputs, gradients = {}, {}
+        for backend in ("triton", "eager"):
+            layer.backend = backend
+            assert layer.inference_backend() == backend
+            outputs[backend] = layer(x)
+            wanted = [x, *(p for n, p in layer.named_parameters() if not n.startswith(("node", "noise")))]
+            gradients[backend] = torch.autograd.grad(outputs[backend].square().sum(), wanted)
+        assert_close(outputs["triton"], outputs["eager"])
+        for ours, theirs in zip(gradients["triton"], gradients["eager"], strict=True):
+            assert_close(ours, theirs)
