@@ -105,11 +105,12 @@ class ClassificationTask(LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler, interval = self._scheduler(optimizer, lambda: int(self.trainer.estimated_stepping_batches))
+        scheduler, interval = self.scheduler(optimizer, lambda: int(self.trainer.estimated_stepping_batches))
         monitor = getattr(scheduler, "monitor", None)
         return [optimizer], [{"scheduler": scheduler, "interval": interval, "monitor": monitor}]
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> tuple[Any, str]:
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> tuple[Any, str]:
+        """The scheduler, for a training of so many steps, and whether it advances by the "step" or "epoch"."""
         assert self.lr_scheduler is not None
         given = getattr(self.lr_scheduler, "keywords", {})
         if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
@@ -121,23 +122,27 @@ class ClassificationTask(LightningModule):
         # so that a bad setting is told now, not after the data is loaded
         optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
         if self.lr_scheduler is not None:
-            self._scheduler(optimizer, lambda: 100)
+            self.scheduler(optimizer, lambda: 100)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, *in_shape) -> (batch, num_classes) logits."""
         logits: Tensor = self.network(x)
         return logits
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Prediction loss plus regularisers."""
-        x, y = batch
+    def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, *in_shape), (batch,) -> () prediction loss plus regularisers, (batch, num_classes) logits."""
         logits = self(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
-        total = loss
+        total = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
         for layer in self._layer_list:
             for name, regularizer in layer.regularizers.items():
                 if coefficient := self.coefficients.get(name, 0.0):
                     total = total + coefficient * regularizer(layer.routing)
+        return total, logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Prediction loss plus regularisers."""
+        x, y = batch
+        total, logits = self.loss(x, y)
         # metrics wait for the end of the epoch: updating them every step would cost as much as the step
         self._train_steps.append((total.detach(), logits.detach().argmax(1), y))
         return total

@@ -8,6 +8,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fffexp.schedules import Adaptive, Schedule
 
 
+def apply_schedules(task: LightningModule, progress: float) -> None:
+    """Set the task's coefficients and its layers' scheduled buffers to their values at this share of the training."""
+    for name, schedule in task.schedules.items():
+        value = schedule(progress) if isinstance(schedule, Schedule) else float(schedule)
+        if task.coefficients.get(name) == value:
+            continue
+        task.coefficients[name] = value
+        for layer in task.layers.values():
+            if name in layer.scheduled:
+                getattr(layer, name).fill_(value)
+
+
 class Hardening(Callback):
     """Sets the task's coefficients and the layers' scheduled buffers before every step."""
 
@@ -25,15 +37,7 @@ class Hardening(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Evaluate every schedule."""
-        progress = trainer.global_step / self._steps
-        for name, schedule in pl_module.schedules.items():
-            value = schedule(progress) if isinstance(schedule, Schedule) else float(schedule)
-            if pl_module.coefficients.get(name) == value:
-                continue
-            pl_module.coefficients[name] = value
-            for layer in pl_module.layers.values():
-                if name in layer.scheduled:
-                    getattr(layer, name).fill_(value)
+        apply_schedules(pl_module, trainer.global_step / self._steps)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """Remember the entropy of this step, if a schedule adapts to it."""

@@ -95,4 +95,5 @@ def leaf_importance(routing: TreeRouting) -> Tensor:
 def block_counts(block: Tensor, blocks: int) -> Tensor:
     """Rows per leaf or expert, (blocks,) long; unlike bincount its shape does not depend on the data."""
     flat = block.flatten()
-    return torch.zeros(blocks, dtype=torch.long, device=block.device).index_add_(0, flat, torch.ones_like(flat))
+    # not in place: torch.vmap has no place for several results in one tensor
+    return torch.zeros(blocks, dtype=torch.long, device=block.device).index_add(0, flat, torch.ones_like(flat))

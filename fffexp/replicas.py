@@ -1,0 +1,219 @@
+"""Many seeds of one experiment trained at once: the parameters get a seed axis, and one pass serves all.
+
+A seed gives what `fffexp fit --seed_everything SEED` would: the same split, initialisation, order of the rows and
+selection on validation. At the widths of arXiv 2308.14711, table 1, ten seeds take the time of three.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fffexp.bench.latency import wait_for_timing
+from fffexp.callbacks.hardening import apply_schedules
+from fffexp.callbacks.routing import block_usage
+from fffexp.data.base import ClassificationData, Rows
+from fffexp.data.batches import Batches
+from fffexp.errors import UserError
+from fffexp.experiment import Context, ExperimentCLI, user_errors
+from fffexp.routing.tree import block_counts
+from fffexp.schedules import Adaptive
+from fffexp.task import ClassificationTask
+
+Parameters = dict[str, Tensor]
+# Rows of an evaluation pass.
+EVALUATION_ROWS = 8192
+
+
+@dataclass
+class Replica:
+    """What came of one seed; accuracies with hard decisions, epochs from 1."""
+
+    seed: int
+    train_accuracy: float  # the best of all epochs
+    epochs_to_fit: int
+    val_accuracy: float  # the best of all epochs
+    epochs_to_best: int
+    test_accuracy: float  # of the weights that were best on validation, read once
+    used_blocks: int | None  # leaves or experts that 0.1% of the validation set reaches, at those weights
+    epochs: int
+
+
+class _Loss(nn.Module):
+    """The loss as the forward pass of a module, which is what functional_call calls."""
+
+    def __init__(self, task: ClassificationTask) -> None:
+        super().__init__()
+        self.task = task
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        total, _ = self.task.loss(x, y)
+        self.task.on_after_backward()  # routing holds tensors of the seed axis
+        return total
+
+
+class Replicas:
+    """The same experiment with several seeds.
+
+    Args:
+        args: of `fffexp fit`, without a seed.
+        seeds: one replica each.
+
+    Raises:
+        UserError: a mistake in the arguments, or something that cannot have a seed axis.
+    """
+
+    def __init__(self, args: Sequence[str], seeds: Sequence[int]) -> None:
+        self.seeds = list(seeds)
+        with user_errors():
+            experiments = [
+                ExperimentCLI(["fit", *args, f"--seed_everything={seed}"], Context(quiet=True, dry=True))
+                for seed in self.seeds
+            ]
+        self.task: ClassificationTask = experiments[0].model
+        trainer = experiments[0].trainer
+        assert trainer.max_epochs is not None
+        self.epochs = trainer.max_epochs
+        self.data: list[ClassificationData] = [experiment.datamodule for experiment in experiments]
+        self.decay = _decay(trainer.callbacks)  # type: ignore[attr-defined] # set by a connector
+        if any(isinstance(schedule, Adaptive) for schedule in self.task.schedules.values()):
+            raise UserError("an Adaptive schedule differs from seed to seed: use another, or fffexp fit")
+        own = [dict(experiment.model.network.named_parameters()) for experiment in experiments]
+        self.parameters: Parameters = {
+            name: torch.stack([each[name].detach() for each in own]).requires_grad_() for name in own[0]
+        }
+        self.averaged: Parameters | None = None
+
+    def train(self, patience: int | None = None, say: Callable[[str], None] = lambda line: None) -> list[Replica]:
+        """Train all; stop early once neither accuracy of any seed has improved for `patience` epochs."""
+        for data in self.data:
+            data.setup()
+        if len({len(data.train_data[0]) for data in self.data}) > 1:
+            raise UserError("the seeds' training parts differ in size, so that their batches do: use fffexp fit")
+        task, optimizer = self.task, self.task.optimizer(list(self.parameters.values()))
+        epoch = 0
+        loaders = [
+            Batches(*data.train_data, data.batch_size, seed=data.seed, epoch=lambda: epoch) for data in self.data
+        ]
+        steps = len(loaders[0]) * self.epochs
+        scheduler, interval = task.scheduler(optimizer, lambda: steps) if task.lr_scheduler else (None, None)
+        task.on_fit_start()
+        loss = _Loss(task)
+        prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
+        losses = torch.vmap(partial(functional_call, loss), randomness="different")
+        best = _Best(self.seeds)
+        step, begun = 0, time.monotonic()
+        for epoch in range(self.epochs):
+            task.train()
+            for layer in task.layers.values():
+                layer.backend = "eager"  # what torch.vmap knows
+            for parts in zip(*loaders, strict=True):
+                wait_for_timing()
+                x, y = (torch.stack(rows) for rows in zip(*parts, strict=True))
+                apply_schedules(task, step / steps)
+                optimizer.zero_grad()
+                losses(prefixed, (x, y)).sum().backward()
+                optimizer.step()
+                self._average()
+                step += 1
+                if scheduler is not None and interval == "step":
+                    scheduler.step()
+            if scheduler is not None and interval == "epoch":
+                scheduler.step()
+            self._observe(best, epoch + 1)
+            say(f"epoch {epoch + 1:3}  {best.line()}  {time.monotonic() - begun:.0f} s")
+            if patience is not None and best.stalled(epoch + 1, patience):
+                break
+        return [self._replica(index, best, epoch + 1) for index in range(len(self.seeds))]
+
+    def _average(self) -> None:
+        if self.decay is None:
+            return
+        if self.averaged is None:
+            self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
+            return
+        for name, average in self.averaged.items():
+            average.lerp_(self.parameters[name].detach(), 1 - self.decay)
+
+    @torch.no_grad()
+    def _observe(self, best: "_Best", epoch: int) -> None:
+        weights = self.averaged or self.parameters
+        for index, data in enumerate(self.data):
+            mine = {name: p[index].detach() for name, p in weights.items()}
+            best.observe(index, epoch, self._accuracy(mine, data.train_data), self._accuracy(mine, data.val_data), mine)
+
+    def _accuracy(self, weights: Parameters, rows: Rows) -> float:
+        self._evaluate()
+        right = 0
+        for x, y in zip(*(part.split(EVALUATION_ROWS) for part in rows), strict=True):
+            right += int((functional_call(self.task.network, weights, (x,)).argmax(1) == y).sum())
+        return right / len(rows[1])
+
+    def _evaluate(self) -> None:
+        self.task.eval()
+        for layer in self.task.layers.values():
+            layer.backend = "auto"
+
+    @torch.no_grad()
+    def _replica(self, index: int, best: "_Best", epochs: int) -> Replica:
+        weights, data = best.weights[index], self.data[index]
+        return Replica(
+            seed=self.seeds[index],
+            train_accuracy=best.train[index][0],
+            epochs_to_fit=best.train[index][1],
+            val_accuracy=best.val[index][0],
+            epochs_to_best=best.val[index][1],
+            test_accuracy=self._accuracy(weights, data.test_data),
+            used_blocks=self._used(weights, data.val_data[0]),
+            epochs=epochs,
+        )
+
+    def _used(self, weights: Parameters, x: Tensor) -> int | None:
+        self._evaluate()
+        network = self.task.network
+        network.load_state_dict(weights, strict=False)  # buffers stay
+        (layer,) = self.task.layers.values()
+        if layer.blocks == 1:
+            return None
+        blocks = layer.route(x.flatten(1))
+        return int(block_usage(block_counts(blocks, layer.blocks), len(blocks))["used_leaves"])
+
+
+class _Best:
+    """The best accuracies of each seed so far, their epochs, and the weights that were best on validation."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.train, self.val = [[(-1.0, 0)] * len(seeds) for _ in range(2)]
+        self.weights: list[Parameters] = [{} for _ in seeds]
+
+    def observe(self, index: int, epoch: int, train: float, val: float, weights: Parameters) -> None:
+        if train > self.train[index][0]:
+            self.train[index] = train, epoch
+        if val > self.val[index][0]:
+            self.val[index] = val, epoch
+            self.weights[index] = {name: p.clone() for name, p in weights.items()}
+
+    def stalled(self, epoch: int, patience: int) -> bool:
+        return all(epoch - best >= patience for _, best in (*self.train, *self.val))
+
+    def line(self) -> str:
+        means = (100 * sum(value for value, _ in part) / len(part) for part in (self.train, self.val))
+        return "best so far, mean over seeds: train {:.2f}, validation {:.2f}".format(*means)
+
+
+def _decay(callbacks: Sequence[Callback]) -> float | None:
+    """Of the exponential weight average, None without one."""
+    for callback in callbacks:
+        if isinstance(callback, EMAWeightAveraging):
+            if (callback.update_every_n_steps, callback.update_starting_at_step) != (1, None):
+                raise UserError("replicas average weights from the first step on and after each: leave those options")
+            average = callback._kwargs["avg_fn"]
+            # torch keeps the decay in a closure: 1 averaged with 0
+            return float(average(torch.ones(()), torch.zeros(()), torch.ones(())))
+    return None

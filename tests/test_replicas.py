@@ -1,0 +1,70 @@
+"""Seeds trained at once against the same seeds trained by `fffexp fit`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from processes import enter, with_store
+
+from fffexp.errors import UserError
+from fffexp.experiment import Context, run
+from fffexp.replicas import Replicas
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def arguments(layer: str, *more: str) -> list[str]:
+    return [
+        f"--config={CONFIGS}/experiment/digits_{layer}.yaml",
+        "--trainer.max_epochs=3",
+        "--data.batch_size=100",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("layer", ["ff", "fff", "moe"])
+def test_a_seed_gives_what_fit_gives(layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(with_store(tmp_path), monkeypatch)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # a gate's noise is drawn in another order
+    replicas = Replicas(arguments(layer), [0, 5]).train()
+    assert [r.seed for r in replicas] == [0, 5]
+    for replica in replicas:
+        alone = run(["fit", *arguments(layer), f"--seed_everything={replica.seed}"], Context(quiet=True))
+        assert alone is not None
+        metrics = alone.metrics
+        # sums in another order: a row of 288 may be a tie
+        assert replica.val_accuracy == pytest.approx(metrics["val/accuracy"], abs=0.004)
+        assert replica.test_accuracy == pytest.approx(metrics["test/accuracy"], abs=0.004)
+        assert (replica.epochs_to_best, replica.epochs) == (metrics["epochs_to_best"], 3)
+        if layer == "ff":
+            assert replica.used_blocks is None
+        else:
+            assert replica.used_blocks is not None
+            assert 1 < replica.used_blocks <= 16
+
+
+def test_noise_differs_between_seeds() -> None:
+    # with equal splits, initialisation and order: only the gates' noise is left
+    replicas = Replicas(arguments("moe"), [0, 0]).train()
+    assert replicas[0] != replicas[1]
+
+
+def test_patience_ends_the_training() -> None:
+    # a learning rate of 0 improves nothing after the first epoch
+    frozen = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0", "--model.lr_scheduler=null"]
+    replicas = Replicas([*arguments("ff", *frozen), "--trainer.max_epochs=9"], [0, 1]).train(patience=2)
+    assert [(r.epochs, r.epochs_to_best, r.epochs_to_fit) for r in replicas] == [(3, 1, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("seeds", "more", "message"),
+    [
+        ([0, 2], [], "training parts differ in size"),
+        ([0], ["--model.coefficients.balance=fffexp.schedules.Adaptive", "--model.coefficients.balance.start=0.1",
+               "--model.coefficients.balance.factor=1.1", "--model.coefficients.balance.maximum=1"], "Adaptive"),
+        ([0], ["--model.layer.depth=-1"], "depth is -1"),
+    ],
+)  # fmt: skip
+def test_mistakes(seeds: list[int], more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Replicas(arguments("fff", *more), seeds).train()
