@@ -16,6 +16,7 @@ from fffexp.study.spec import load
 
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
 LAYERS = sorted((CONFIGS / "layer").glob("*.yaml"))
+RECIPES = sorted((CONFIGS / "recipe").glob("*.yaml"))
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
 IMAGES = {"train": 600, "t10k": 100}
@@ -78,6 +79,21 @@ def test_the_pieces_compose(layer: Path) -> None:
     assert "test/accuracy" in result.metrics
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_go_on_top(recipe: Path) -> None:
+    pieces = ("data/digits", "model/one_cycle", "trainer/averaged", "layer/fff")
+    if recipe.stem.startswith("paper"):  # a whole protocol, not ours
+        pieces = ("data/digits", "layer/fff")
+    configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
+    result = run(["fit", *configs, f"--config={recipe}", *SHORT, "--test=false"], Context(quiet=True))
+    assert result is not None
+    told = content(recipe)["model"]
+    if "optimizer" in told:
+        assert result.params["optimizer.lr"] == told["optimizer"]["init_args"]["lr"]
+    for name in told.get("coefficients", {}):
+        assert f"coefficients.{name}" in result.params
+
+
 def test_the_default_optimizer_will_do_without_a_model_config() -> None:
     configs = [f"--config={CONFIGS / piece}.yaml" for piece in ("data/digits", "layer/ff")]
     assert run(["fit", *configs, *SHORT, "--test=false"], Context(quiet=True)) is not None
@@ -97,7 +113,7 @@ def test_every_data_config_is_accepted_without_a_network(
 
 
 def test_every_config_is_run_here() -> None:
-    known = {*EXPERIMENTS, *LAYERS, *(CONFIGS / "data").glob("*.yaml")}
+    known = {*EXPERIMENTS, *LAYERS, *RECIPES, *(CONFIGS / "data").glob("*.yaml")}
     known |= {CONFIGS / "model" / "one_cycle.yaml", CONFIGS / "trainer" / "averaged.yaml"}
     assert set(CONFIGS.rglob("*.yaml")) == known
     assert STUDIES

@@ -1,5 +1,6 @@
-"""`fffexp reproduce figure3`: arguments to measurements to figures."""
+"""`fffexp reproduce figure3|table1`: arguments to measurements to figures and tables."""
 
+import argparse
 from pathlib import Path
 
 from fffexp.bench.arguments import Parser, natural, positive
@@ -19,14 +20,36 @@ def main(args: list[str]) -> int:
     sub.add_argument("--out_features", type=positive, default=768, metavar="N")
     sub.add_argument("--ff_depth", type=natural, metavar="N", help="FF up to width leaf_width * 2^N (the paper's: 5)")
     sub.add_argument("--threads", type=positive, default=1, metavar="N")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="measurements; a file that is there is completed")
     sub.add_argument("--figure", type=Path, metavar="FILE", help="PNG; beside the JSON unless named")
+    sub.set_defaults(run=_figure3)
+    _json(sub)
+    told = "accuracy of FF and FFF at equal training width (arXiv 2308.14711, table 1)"
+    sub = commands.add_parser("table1", help=told, description=told, allow_abbrev=False)
+    sub.add_argument("--data", choices=("fashion_mnist", "mnist", "usps"), default="fashion_mnist")
+    sub.add_argument("--protocol", choices=("paper", "best"), default="paper", help="as printed, or configs/recipe/")
+    sub.add_argument("--training_widths", nargs="+", type=positive, default=[16, 32, 64, 128], metavar="N")
+    sub.add_argument("--leaf_widths", nargs="+", type=positive, default=[8, 4, 2, 1], metavar="N")
+    sub.add_argument(
+        "--seeds", type=positive, default=10, metavar="N", help="how many: first_seed, first_seed + 1, ..."
+    )
+    sub.add_argument("--first_seed", type=natural, default=0, metavar="N")
+    sub.add_argument("--jobs", type=positive, default=2, metavar="N", help="processes, one cell each")
+    sub.set_defaults(run=_table1)
+    _json(sub)
     found = parser.parse_args(args)
-    from fffexp.reproduce import figure3
-
-    figure = found.figure or (found.json.with_suffix(".png") if found.json else Path("outputs/figure3.png"))
     if found.json and found.json.suffix != ".json":
         raise UserError(f"--json {found.json}: name a file that ends in .json")
+    found.run(found)
+    return 0
+
+
+def _json(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", type=Path, metavar="FILE", help="results; a file that is there is completed")
+
+
+def _figure3(found: argparse.Namespace) -> None:
+    from fffexp.reproduce import figure3
+
     measured = figure3.measure(
         found.depths,
         found.batch_sizes,
@@ -36,6 +59,15 @@ def main(args: list[str]) -> int:
         found.json,
     )
     print(figure3.report(measured))
+    figure = found.figure or (found.json.with_suffix(".png") if found.json else Path("outputs/figure3.png"))
     figure3.draw(measured, figure)
     print(f"drawn to {figure}" + (f", measurements in {found.json}" if found.json else ""))
-    return 0
+
+
+def _table1(found: argparse.Namespace) -> None:
+    from fffexp.reproduce import table1
+
+    wanted = table1.cells(found.protocol, found.training_widths, found.leaf_widths)
+    print(table1.HEADER, flush=True)
+    measured = table1.measure(found.data, found.protocol, wanted, range(found.seeds), found.jobs, found.json)
+    print(table1.report(measured))

@@ -27,8 +27,10 @@ def distinct(blocks: float, draws: float) -> float:
     return float(blocks * -np.expm1(draws * np.log1p(-1 / blocks))) if blocks > 1 else 1.0
 
 
-def fit(seconds: Sequence[float], flops: Sequence[float], size: Sequence[float]) -> Fit:
+def fit(seconds: Sequence[float], flops: Sequence[float], size: Sequence[float], most_flops_per_s: float) -> Fit:
     """Rates under which max(flops / rate, bytes / rate) + call comes closest to the measured times.
+
+    Operations are not faster than most_flops_per_s, what the machine was measured to reach.
 
     Raises:
         ValueError: fewer than 4 points, for there are 3 unknowns.
@@ -43,9 +45,12 @@ def fit(seconds: Sequence[float], flops: Sequence[float], size: Sequence[float])
 
     fastest = np.min(seconds)
     starts = [
-        np.log([share * fastest, np.median(ops / seconds), np.median(read / seconds)]) for share in (0.9, 0.1, 1e-3)
+        np.log([share * fastest, min(np.median(ops / seconds), 0.9 * most_flops_per_s), np.median(read / seconds)])
+        for share in (0.9, 0.1, 1e-3)
     ]
-    solved = min((least_squares(lambda p: model(p) - log_s, start) for start in starts), key=lambda s: s.cost)
+    bounds = -np.inf, [np.inf, np.log(most_flops_per_s), np.inf]
+    solutions = (least_squares(lambda p: model(p) - log_s, start, bounds=bounds) for start in starts)
+    solved = min(solutions, key=lambda solution: solution.cost)
     predicted = model(solved.x)
     total = float(((log_s - log_s.mean()) ** 2).sum())
     left = float(((log_s - predicted) ** 2).sum())

@@ -97,7 +97,7 @@ def fits(found: dict[str, Any]) -> dict[str, dict[int, Fit]]:
         for name, line in of(found["records"], batch_size).items():
             if name != "FF" and len(line) >= 4:
                 seconds, flops, size = ([r[key] for r in line] for key in ("median_s", "flops", "bytes"))
-                result[name][batch_size] = fit(seconds, flops, size)
+                result[name][batch_size] = fit(seconds, flops, size, found["limits"]["gemm_flops_per_s"])
     return dict(result)
 
 

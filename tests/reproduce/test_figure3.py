@@ -26,13 +26,14 @@ def test_distinct_blocks_are_those_of_random_draws(blocks: int, draws: int) -> N
 def test_the_fit_finds_the_rates_that_made_the_times() -> None:
     flops, size = 1e6 * np.array([1, 2, 4, 8, 16, 32]), 1e6 * np.array([8, 7, 6, 5, 4, 3])
     seconds = 3e-6 + np.maximum(flops / 1e11, size / 4e10)
-    found = fit(seconds, flops, size)
+    found = fit(seconds, flops, size, 2e11)
     assert found.r_squared == pytest.approx(1, abs=1e-6)
     assert found.flops_per_s == pytest.approx(1e11, rel=0.01)
     assert found.bytes_per_s == pytest.approx(4e10, rel=0.01)
     assert found.call_s == pytest.approx(3e-6, rel=0.05)
+    assert fit(seconds, flops, size, 5e10).flops_per_s <= 5e10
     with pytest.raises(ValueError, match="3 points cannot fit"):
-        fit(seconds[:3], flops[:3], size[:3])
+        fit(seconds[:3], flops[:3], size[:3], 2e11)
 
 
 def test_slopes() -> None:
