@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fffexp.bench.latency import exclusive_timing
+
 REPEATS = 20
 GEMM_SIZE = 2048
 READ_BYTES = 2**30
@@ -25,12 +27,12 @@ class Limits:
 
 
 def measure_limits(dtype: torch.dtype, device: str) -> Limits:
-    """With the threads that torch is set to."""
+    """With the threads that torch is set to, and the machine to itself."""
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
-    gemm = _best(lambda: a @ b, device)
     # in float32 whatever the dtype: a sum in bfloat16 would be bound by its arithmetic
     memory = torch.ones(READ_BYTES // 4, device=device)
-    read = _best(memory.sum, device)
+    with exclusive_timing():
+        gemm, read = _best(lambda: a @ b, device), _best(memory.sum, device)
     return Limits(2 * GEMM_SIZE**3 / gemm, READ_BYTES / read)
 
 
