@@ -247,7 +247,8 @@ def flat_params(config: Namespace, model: ClassificationTask) -> dict[str, Any]:
     params |= {f"layer.{name}": _short(value) for name, value in _init_args(settings.layer).items()}
     params |= total_sizes(model)
     params |= {"data": _short(config.data), "data.batch_size": config.data.init_args.batch_size}
-    params |= {"optimizer": _short(settings.optimizer), "label_smoothing": settings.label_smoothing}
+    params |= {"optimizer": _short(settings.optimizer)}
+    params |= {"label_smoothing": settings.label_smoothing, "input_noise": settings.input_noise}
     params |= {f"optimizer.{name}": value for name, value in _init_args(settings.optimizer).items()}
     if settings.lr_scheduler is not None:
         params["lr_scheduler"] = _short(settings.lr_scheduler)

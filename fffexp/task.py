@@ -36,6 +36,7 @@ class ClassificationTask(LightningModule):
             balance, importance; NoisyTopKMoE: importance, load) and values of what else the layer lets a
             schedule set (FFF: choice_scale). A number or a schedule.
         label_smoothing: share of the target spread over all classes.
+        input_noise: standard deviation of the normal noise that is added to every input in training.
         in_shape: shape of one sample; linked to the data.
         num_classes: number of classes; linked to the data.
 
@@ -52,12 +53,16 @@ class ClassificationTask(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         coefficients: dict[str, float | Schedule] | None = None,
         label_smoothing: float = 0.0,
+        input_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
+        if not input_noise >= 0:
+            raise ValueError(f"input_noise is {input_noise}; it must not be negative")
         self.network = MLP(layer, in_shape, num_classes)
+        self.input_noise = input_noise
         self.optimizer, self.lr_scheduler, self.label_smoothing = optimizer, lr_scheduler, label_smoothing
         self.schedules = dict(coefficients or {})
         # what the schedules say now; written by the Hardening callback
@@ -131,7 +136,7 @@ class ClassificationTask(LightningModule):
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, *in_shape), (batch,) -> () prediction loss plus regularisers, (batch, num_classes) logits."""
-        logits = self(x)
+        logits = self(x + self.input_noise * torch.randn_like(x) if self.input_noise else x)
         total = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
         for layer in self._layer_list:
             for name, regularizer in layer.regularizers.items():

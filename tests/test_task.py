@@ -120,6 +120,22 @@ def test_label_smoothing_is_checked(smoothing: float) -> None:
         make(label_smoothing=smoothing)
 
 
+def test_input_noise_is_added_in_training_alone() -> None:
+    task = make("FF", input_noise=0.5).train()
+    seen: list[Tensor] = []
+    task.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    task.on_fit_start()
+    x, y = samples(20_000)
+    task.loss(x, y)
+    task.eval()(x)
+    noise = seen[0] - x
+    assert float(noise.std()) == pytest.approx(0.5, rel=0.02)
+    assert abs(float(noise.mean())) < 0.01
+    assert torch.equal(seen[1], x)
+    with pytest.raises(ValueError, match="input_noise is -1"):
+        make(input_noise=-1.0)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_network_is_the_layer_on_flattened_samples(layer: str) -> None:
     network = MLP(LAYERS[layer], SHAPE, CLASSES).eval()
