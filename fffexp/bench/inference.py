@@ -153,7 +153,7 @@ def describe(contender: Contender, point: Point, batch_size: int, threads: int) 
     layer, blocks = contender.layer, 2**point.depth
     moe, dense = contender.name == "NoisyTopKMoE", contender.name == "FF"
     return {
-        "layer": contender.name.partition(" ")[0],
+        "layer": contender.name,
         "backend": contender.backend,
         "in_features": point.in_features,
         "out_features": point.out_features,

@@ -71,7 +71,7 @@ def _sparse(contenders: Sequence[Contender], point: Point) -> Iterator[Contender
                 twin = FFF(point.in_features, point.out_features, point.depth, point.leaf_width, sparse=mode)
             twin.leaves, twin.node_weight, twin.node_bias = layer.leaves, layer.node_weight, layer.node_bias
             twin.choice_scale = layer.choice_scale
-            yield Contender(f"FFF {mode}", f"sparse {mode}", twin, twin, twin.reference)
+            yield Contender(f"FFF {mode}", "sparse", twin, twin, twin.reference)
 
 
 def _measure(
