@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -43,6 +43,7 @@ class Replica:
     test_accuracy: float  # of the weights that were best on validation, read once
     used_blocks: int | None  # leaves or experts that 0.1% of the validation set reaches, at those weights
     epochs: int
+    diverged: bool  # some step's loss was not finite
 
 
 class _Loss(nn.Module):
@@ -84,6 +85,9 @@ class Replicas:
         self.decay = _decay(trainer.callbacks)  # type: ignore[attr-defined] # set by a connector
         if any(isinstance(schedule, Adaptive) for schedule in self.task.schedules.values()):
             raise UserError("an Adaptive schedule differs from seed to seed: use another, or fffexp fit")
+        if any(layer.sparse_gradients for layer in self.task.layers.values()):
+            raise UserError("sparse gradients have no seed axis: use fffexp fit")
+        _refuse(trainer)
         own = [dict(experiment.model.network.named_parameters()) for experiment in experiments]
         self.parameters: Parameters = {
             name: torch.stack([each[name].detach() for each in own]).requires_grad_() for name in own[0]
@@ -109,6 +113,7 @@ class Replicas:
         losses = torch.vmap(partial(functional_call, loss), randomness="different")
         best = _Best(self.seeds)
         step, begun = 0, time.monotonic()
+        finite = torch.ones(len(self.seeds), dtype=torch.bool)
         for epoch in range(self.epochs):
             task.train()
             for layer in task.layers.values():
@@ -118,7 +123,9 @@ class Replicas:
                 x, y = (torch.stack(rows) for rows in zip(*parts, strict=True))
                 apply_schedules(task, step / steps)
                 optimizer.zero_grad()
-                losses(prefixed, (x, y)).sum().backward()
+                loss_S = losses(prefixed, (x, y))
+                finite &= loss_S.detach().isfinite()
+                loss_S.sum().backward()
                 optimizer.step()
                 self._average()
                 step += 1
@@ -130,7 +137,7 @@ class Replicas:
             say(f"epoch {epoch + 1:3}  {best.line()}  {time.monotonic() - begun:.0f} s")
             if patience is not None and best.stalled(epoch + 1, patience):
                 break
-        return [self._replica(index, best, epoch + 1) for index in range(len(self.seeds))]
+        return [self._replica(index, best, epoch + 1, not finite[index]) for index in range(len(self.seeds))]
 
     def _average(self) -> None:
         if self.decay is None:
@@ -161,7 +168,7 @@ class Replicas:
             layer.backend = "auto"
 
     @torch.no_grad()
-    def _replica(self, index: int, best: "_Best", epochs: int) -> Replica:
+    def _replica(self, index: int, best: "_Best", epochs: int, diverged: bool) -> Replica:
         weights, data = best.weights[index], self.data[index]
         return Replica(
             seed=self.seeds[index],
@@ -172,6 +179,7 @@ class Replicas:
             test_accuracy=self._accuracy(weights, data.test_data),
             used_blocks=self._used(weights, data.val_data[0]),
             epochs=epochs,
+            diverged=diverged,
         )
 
     def _used(self, weights: Parameters, x: Tensor) -> int | None:
@@ -205,6 +213,19 @@ class _Best:
     def line(self) -> str:
         means = (100 * sum(value for value, _ in part) / len(part) for part in (self.train, self.val))
         return "best so far, mean over seeds: train {:.2f}, validation {:.2f}".format(*means)
+
+
+def _refuse(trainer: Trainer) -> None:
+    """Options of the trainer that are not followed here."""
+    for name, value, plain in (
+        ("gradient_clip_val", trainer.gradient_clip_val, (None,)),
+        ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1,)),
+        ("precision", trainer.precision, ("32-true",)),
+        ("max_steps", trainer.max_steps, (-1,)),
+        ("limit_train_batches", trainer.limit_train_batches, (None, 1.0)),
+    ):
+        if value not in plain:
+            raise UserError(f"trainer.{name} is {value}, which training of many seeds at once does not follow")
 
 
 def _decay(callbacks: Sequence[Callback]) -> float | None:

@@ -125,7 +125,17 @@ class ClassificationTask(LightningModule):
 
     def _check_optimizer(self) -> None:
         # so that a bad setting is told now, not after the data is loaded
-        optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = self.optimizer([parameter])
+        if any(layer.sparse_gradients for layer in self.layers.values()):
+            parameter.grad = torch.eye(1)[0].to_sparse()
+            try:
+                optimizer.step()
+            except (RuntimeError, NotImplementedError) as error:
+                name = type(optimizer).__name__
+                raise ValueError(
+                    f"{name} takes no sparse gradients: give fffexp.RowAdamW or torch.optim.SGD without momentum"
+                ) from error
         if self.lr_scheduler is not None:
             self.scheduler(optimizer, lambda: 100)
 

@@ -56,6 +56,13 @@ def test_patience_ends_the_training() -> None:
     assert [(r.epochs, r.epochs_to_best, r.epochs_to_fit) for r in replicas] == [(3, 1, 1)] * 2
 
 
+def test_divergence_is_told() -> None:
+    wild = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1e30", "--model.lr_scheduler=null"]
+    replicas = Replicas(arguments("ff", *wild), [0, 1]).train()
+    assert [r.diverged for r in replicas] == [True, True]
+    assert not any(r.diverged for r in Replicas(arguments("ff"), [0, 1]).train())
+
+
 @pytest.mark.parametrize(
     ("seeds", "more", "message"),
     [
@@ -63,6 +70,9 @@ def test_patience_ends_the_training() -> None:
         ([0], ["--model.coefficients.balance=fffexp.schedules.Adaptive", "--model.coefficients.balance.start=0.1",
                "--model.coefficients.balance.factor=1.1", "--model.coefficients.balance.maximum=1"], "Adaptive"),
         ([0], ["--model.layer.depth=-1"], "depth is -1"),
+        ([0], ["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val is 1"),
+        ([0], ["--model.layer.sparse=frozen", "--model.optimizer=fffexp.RowAdamW", "--model.coefficients=null"],
+         "sparse gradients have no seed axis"),
     ],
 )  # fmt: skip
 def test_mistakes(seeds: list[int], more: list[str], message: str) -> None:

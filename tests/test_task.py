@@ -17,6 +17,7 @@ from fffexp.callbacks.stability import DEVIATIONS, WINDOW, Stability, count_spik
 from fffexp.errors import NonFiniteLossError
 from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
 from fffexp.models.mlp import MLP
+from fffexp.optim import RowAdamW
 from fffexp.schedules import Exponential
 from fffexp.task import ClassificationTask
 
@@ -118,6 +119,13 @@ def test_k_1_is_refused_unless_there_is_one_expert() -> None:
 def test_label_smoothing_is_checked(smoothing: float) -> None:
     with pytest.raises(ValueError, match="label_smoothing is"):
         make(label_smoothing=smoothing)
+
+
+def test_an_optimizer_that_takes_no_sparse_gradients_is_named() -> None:
+    sparse = partial(FFF, depth=2, leaf_width=4, sparse="frozen")
+    with pytest.raises(ValueError, match=r"AdamW takes no sparse gradients: give fffexp\.RowAdamW"):
+        ClassificationTask(sparse, SHAPE, CLASSES)
+    ClassificationTask(sparse, SHAPE, CLASSES, optimizer=RowAdamW)
 
 
 def test_input_noise_is_added_in_training_alone() -> None:

@@ -32,6 +32,7 @@ def main(args: list[str]) -> int:
         told = f"{name} of layers of equal training width, interleaved, beside the machine's limits"
         sub = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
         _arguments(sub, batches, depths, k)
+        sub.add_argument("--peers", action="store_true", help="also fastfeedforward from PyPI, where it is installed")
         sub.set_defaults(run=run)
     told = "an MLP and a transformer block with each layer: the layer's speedup is not the model's"
     sub = commands.add_parser("model", help=told, description=told, allow_abbrev=False)
@@ -65,7 +66,6 @@ def _arguments(sub: argparse.ArgumentParser, batches: tuple[int, ...], depths: t
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--dtype", choices=list(DTYPES), default="float32")
     sub.add_argument("--backend", choices=["auto", "native", "triton", "eager"], default="auto")
-    sub.add_argument("--peers", action="store_true", help="also fastfeedforward from PyPI, where it is installed")
     sub.add_argument("--json", type=Path, metavar="FILE")
 
 
@@ -89,8 +89,11 @@ def _point(found: argparse.Namespace, depth: int) -> Point:
 
 
 def _check(found: argparse.Namespace) -> None:
-    if found.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {found.device}: torch sees no CUDA device here")
+    kind, _, index = found.device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index or "0").isdigit():
+        raise UserError(f"--device {found.device}: give cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {found.device}: torch sees no such CUDA device here")
     for name in found.layers:
         if name not in LAYERS:
             raise UserError(f"--layers: {name!r} is not one of {', '.join(LAYERS)}")

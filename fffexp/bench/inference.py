@@ -88,7 +88,7 @@ def rotating(contenders: Sequence[Contender], point: Point, batch_size: int) -> 
         enough = True
         for layer in sparse:
             touched = layer.weights_read(torch.cat(batches)) * point.dtype.itemsize
-            share = _visited(layer.route, batches, layer.blocks)
+            share = visited_share(layer.route, batches, layer.blocks)
             enough &= touched > CACHES * last_level_cache_bytes() or share >= WHOLE
         if enough or count >= most:
             return batches
@@ -143,7 +143,7 @@ def _record(
         bytes=size,
         limit_s=max(flops / limits.gemm_flops_per_s, size / limits.read_bytes_per_s),
         max_abs_error=error,
-        visited_share=_visited(layer.route, batches, layer.blocks),
+        visited_share=visited_share(layer.route, batches, layer.blocks),
         peak_bytes=_peak(contender.module, batches[0], point.device),
     )
 
@@ -181,7 +181,8 @@ def _ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def _visited(route: Callable[[Tensor], Tensor], batches: list[Tensor], blocks: int) -> float:
+def visited_share(route: Callable[[Tensor], Tensor], batches: list[Tensor], blocks: int) -> float:
+    """Of the blocks, those that any of the batches reaches."""
     return len(torch.cat([route(batch).flatten() for batch in batches]).unique()) / blocks
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fffexp.bench.contenders import PEER, TOLERANCES, Contender, Point, inputs, make
-from fffexp.bench.inference import describe, percentiles
+from fffexp.bench.inference import describe, percentiles, visited_share
 from fffexp.bench.latency import exclusive_timing
 from fffexp.bench.limits import Limits, synchronize
 from fffexp.bench.records import Record
@@ -60,18 +60,25 @@ def run_point(
     for batch_size, threads in itertools.product(batch_sizes, limits):
         torch.set_num_threads(threads)
         contenders = make(names, point, peers)
-        yield from _measure([*contenders, *_sparse(contenders, point)], point, batch_size, threads, limits[threads])
+        contenders += _sparse(contenders, point)
+        for contender in contenders:
+            if contender.name != PEER:
+                contender.layer.train()
+                contender.backend = contender.layer.training_backend(inputs(point, 1, 1)[0])
+        yield from _measure(contenders, point, batch_size, threads, limits[threads])
 
 
-def _sparse(contenders: Sequence[Contender], point: Point) -> Iterator[Contender]:
+def _sparse(contenders: Sequence[Contender], point: Point) -> list[Contender]:
     """The two ways to train the chosen leaves alone, on the weights of the soft FFF."""
+    twins = []
     for layer in (c.layer for c in contenders if isinstance(c.layer, FFF) and c.name == "FFF"):
         for mode in SPARSE:
             with torch.device("meta"):
                 twin = FFF(point.in_features, point.out_features, point.depth, point.leaf_width, sparse=mode)
             twin.leaves, twin.node_weight, twin.node_bias = layer.leaves, layer.node_weight, layer.node_bias
             twin.choice_scale = layer.choice_scale
-            yield Contender(f"FFF {mode}", "sparse", twin, twin, twin.reference)
+            twins.append(Contender(f"FFF {mode}", "sparse", twin, twin, twin.reference))
+    return twins
 
 
 def _measure(
@@ -98,7 +105,7 @@ def _measure(
             for name, step in steps.items():
                 parts[name].append(step.run(batches[done % 8], grads[done % 8]))
     for contender in contenders:
-        yield _record(contender, point, batch_size, threads, limits, parts, errors[contender.name], batches[0])
+        yield _record(contender, point, batch_size, threads, limits, parts, errors[contender.name], batches)
 
 
 def _record(
@@ -109,21 +116,22 @@ def _record(
     limits: Limits,
     parts: dict[str, list[tuple[float, float, float]]],
     error: float,
-    x: Tensor,
+    batches: list[Tensor],
 ) -> Record:
     layer, name = contender.layer, contender.name
     totals = {each: [sum(part) for part in rounds] for each, rounds in parts.items()}
     forward, backward, optimizer = (statistics.median(column) for column in zip(*parts[name], strict=True))
-    # forward, and the products by weights; the input needs no gradient
-    sparse = isinstance(layer, FFF) and layer.sparse
-    moe = name == "NoisyTopKMoE"
+    sparse, moe = layer.sparse_gradients, name == "NoisyTopKMoE"
     width = layer.inference_width if sparse or moe else layer.training_width
+    # forward, the weights' gradients and the hidden activations'; the input needs none
     dense = 2 * width * (point.in_features + point.out_features)
-    nodes = 2 * (layer.training_size - layer.training_width) * point.in_features
+    nodes = 2 * (layer.training_size - layer.training_width) * point.in_features  # a MoE's gate, and its noise
+    passes = 4 if moe else 2
     if sparse:
         nodes = 2 * point.depth * point.in_features
-    flops = batch_size * (5 * dense // 2 + 2 * nodes)
-    weights = layer.weights_read(x) if sparse or moe else layer.parameter_count
+        passes = 1 if isinstance(layer, FFF) and layer.sparse == "frozen" else 3  # routing, logits, their gradients
+    flops = batch_size * (2 * dense + 2 * width * point.out_features + passes * nodes)
+    weights = layer.weights_read(batches[0]) if sparse or moe else layer.parameter_count
     scalars = 3 * weights + 2 * batch_size * (point.in_features + point.out_features)
     size = scalars * point.dtype.itemsize
 
@@ -140,14 +148,14 @@ def _record(
         bytes=size,
         limit_s=max(flops / limits.gemm_flops_per_s, size / limits.read_bytes_per_s),
         max_abs_error=error,
-        visited_share=1.0,
+        visited_share=visited_share(layer.route, batches, layer.blocks) if sparse or moe else 1.0,
         speedup_over_ff=over("FF"),
         speedup_over_moe=over("NoisyTopKMoE") if name == "FFF" else None,
         speedup_over_peer=over(PEER) if name == "FFF" else None,
         forward_s=forward,
         backward_s=backward,
         optimizer_s=optimizer,
-        operations_over_ff=(dense + nodes) / dense if isinstance(layer, FFF) and not sparse else None,
+        operations_over_ff=(dense + nodes) / dense if name == "FFF" else None,
     )
 
 
@@ -157,18 +165,20 @@ def _check(contender: Contender, x: Tensor) -> float:
     Raises:
         RuntimeError: it is too large: nothing of this layer may be timed.
     """
-    layer, rows = contender.layer, x[:CHECKED_ROWS]
+    layer, rows, asked = contender.layer, x[:CHECKED_ROWS], contender.layer.backend
     if layer.parameter_count > CHECKED_SCALARS:
         rows = x[:1]
     soft: Literal["soft", "hard"] = "soft" if layer.hardens else "hard"
     module: Callable[[Tensor], Tensor] = contender.module
     assert isinstance(module, nn.Module)
-    if contender.name == PEER or (isinstance(layer, FFF) and layer.sparse):
+    if contender.name == PEER or layer.sparse_gradients:
         module.train()
         soft = "soft" if contender.name == PEER else "hard"
     else:
         layer.decisions = "soft"
-        layer.eval()  # the noise of a gate and dropout are not compared
+        layer.eval()  # the noise of a gate is not compared
+        if not layer.hardens:
+            layer.backend = "eager"  # what trains, where inference has another
     output = module(rows)
     truth = layer.reference(rows, soft)
     error = float((output.double() - truth).abs().max().detach())
@@ -190,6 +200,6 @@ def _check(contender: Contender, x: Tensor) -> float:
             bound = 10 * TOLERANCES[x.dtype] * max(1.0, float(b.abs().max()))
             if not float((a.to_dense().double() - b.double()).abs().max()) <= bound:
                 raise RuntimeError(f"{contender.name} has a wrong gradient in training: not timed")
-    layer.decisions = "auto"
+    layer.decisions, layer.backend = "auto", asked
     layer.train()
     return error

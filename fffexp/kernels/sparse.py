@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fffexp.kernels.eager import Hidden
 from fffexp.kernels.grouped import grouped_mm, grouped_outer
@@ -20,50 +21,37 @@ def _rows(index_U: Tensor, values: Tensor, rows: int) -> Tensor:
     return torch.sparse_coo_tensor(index_U.unsqueeze(0), values, shape, is_coalesced=True, check_invariants=False)
 
 
-class _Selected(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """Rows sorted by block, each times its block's matrix, (G, O, I) or (G, I, O), plus its bias (G, O)."""
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, block_B: Tensor, hidden: Hidden, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
-    ) -> Tensor:
-        block_R, order_R = block_B.sort(stable=True)
+    def forward(ctx: Any, x_RI: Tensor, block_R: Tensor, weight: Tensor, bias: Tensor, inputs_last: bool) -> Tensor:
         used_U, place_R, count_U = torch.unique_consecutive(block_R, return_inverse=True, return_counts=True)
-        ends_G = torch.zeros(len(w1), dtype=torch.long, device=x.device).index_copy_(0, used_U, count_U).cumsum(0)
-        x_RI = x[order_R]
-        z_RH = grouped_mm(x_RI, w1.mT, ends_G) + b1[block_R]
-        with torch.enable_grad():  # of the activation and dropout, whatever they are
-            ctx.z = z_RH.requires_grad_()
-            ctx.h = hidden(ctx.z)
-        h_RH = ctx.h.detach()
-        ctx.save_for_backward(x_RI, h_RH, w1, w2, order_R, used_U, place_R, count_U, ends_G)
-        y_RO = grouped_mm(h_RH, w2, ends_G) + b2[block_R]
-        return torch.empty_like(y_RO).index_copy_(0, order_R, y_RO)
+        ends_G = count_U.new_zeros(len(weight)).index_copy_(0, used_U, count_U).cumsum(0)
+        ctx.save_for_backward(x_RI, weight, used_U, place_R, count_U, ends_G)
+        ctx.inputs_last = inputs_last
+        return grouped_mm(x_RI, weight.mT if inputs_last else weight, ends_G) + bias[block_R]
 
     @staticmethod
-    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
-        x_RI, h_RH, w1, w2, order_R, used_U, place_R, count_U, ends_G = ctx.saved_tensors
-        ends_U, groups = count_U.cumsum(0), len(w1)
-
-        def rows(values: Tensor) -> Tensor:
-            return _rows(used_U, values, groups)
-
-        def summed(values_R: Tensor) -> Tensor:
-            total = values_R.new_zeros(len(used_U), values_R.shape[1])
-            return total.index_add_(0, place_R, values_R)
-
-        grad_RO = grad_BO[order_R]
-        (grad_z,) = torch.autograd.grad(ctx.h, ctx.z, grouped_mm(grad_RO, w2.mT, ends_G))
+    @once_differentiable
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
+        x_RI, weight, used_U, place_R, count_U, ends_G = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x_RI).index_copy_(0, order_R, grouped_mm(grad_z, w1, ends_G))
-        hidden = rows(grouped_outer(grad_z, x_RI, ends_U)), rows(summed(grad_z))
-        output = rows(grouped_outer(h_RH, grad_RO, ends_U)), rows(summed(grad_RO))
-        return grad_x, None, None, *hidden, *output
+            grad_x = grouped_mm(grad_RO, weight if ctx.inputs_last else weight.mT, ends_G)
+        sides = (grad_RO, x_RI) if ctx.inputs_last else (x_RI, grad_RO)
+        grad_weight = _rows(used_U, grouped_outer(*sides, count_U.cumsum(0)), len(weight))
+        summed = grad_RO.new_zeros(len(used_U), grad_RO.shape[1]).index_add_(0, place_R, grad_RO)
+        return grad_x, None, grad_weight, _rows(used_U, summed, len(weight)), None
 
 
 def selected(x_BI: Tensor, block_B: Tensor, blocks: Blocks, hidden: Hidden) -> Tensor:
     """(B, O): for each sample its one block; the gradients of the blocks are sparse (torch.sparse_coo)."""
-    output: Tensor = _Selected.apply(x_BI, block_B, hidden, *blocks)
-    return output
+    w1, b1, w2, b2 = blocks
+    block_R, order_R = block_B.sort(stable=True)
+    h_RH = hidden(_Product.apply(x_BI[order_R], block_R, w1, b1, True))
+    y_RO = _Product.apply(h_RH, block_R, w2, b2, False)
+    return torch.zeros_like(y_RO).index_copy(0, order_R, y_RO)
 
 
 class _PathLogits(torch.autograd.Function):
@@ -73,6 +61,7 @@ class _PathLogits(torch.autograd.Function):
         return torch.bmm(weight[node_BD], x_BI.unsqueeze(2)).squeeze(2) + bias[node_BD]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
         x_BI, node_BD, weight = ctx.saved_tensors
         (batch, depth), nodes = node_BD.shape, len(weight)
@@ -94,5 +83,6 @@ def path_log_probability(
     levels = torch.arange(depth, device=x_BI.device)
     node_BD = (leaf_B.unsqueeze(1) >> (depth - levels)) + 2**levels - 1
     right_BD = leaf_B.unsqueeze(1) >> (depth - 1 - levels) & 1
-    logits_BD: Tensor = _PathLogits.apply(x_BI, node_BD, node_weight, node_bias)
+    with torch.autocast(x_BI.device.type, enabled=False):  # decisions are not made in a lower precision
+        logits_BD: Tensor = _PathLogits.apply(x_BI, node_BD, node_weight, node_bias)
     return F.logsigmoid(logits_BD * scale * (2 * right_BD - 1)).sum(1)

@@ -79,6 +79,15 @@ class FeedforwardLayer(nn.Module, ABC):
         """The backend that the next hard inference runs on."""
         return "eager"
 
+    def training_backend(self, x: Tensor) -> str:
+        """The backend that the next training pass of x runs on."""
+        return "eager"
+
+    @property
+    def sparse_gradients(self) -> bool:
+        """Whether gradients hold only the rows in use, which most optimizers refuse."""
+        return False
+
     def check_trainable(self) -> None:
         """Raise ValueError if this layer can be timed but not trained."""
 

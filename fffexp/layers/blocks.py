@@ -31,10 +31,16 @@ class BlockMLP(nn.Module):
         self.output_weight = nn.Parameter(torch.empty(blocks, width, out_features))
         self.output_bias = nn.Parameter(torch.empty(blocks, out_features))
         self.hidden = nn.Sequential(activation(), nn.Dropout(dropout))
-        self.dropout = dropout
-        self.compiled_activation = activation_name(self.hidden[0])
         for parameter, fan_in in zip(self.parameters(), (in_features, in_features, width, width), strict=False):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+    @property
+    def compiled_activation(self) -> str | None:
+        """What the compiled kernels call the hidden part as it is now, or None where they cannot compute it."""
+        activation, dropout = self.hidden._modules.values()
+        assert dropout is not None
+        assert activation is not None
+        return None if dropout.training and dropout.p else activation_name(activation)
 
     def tensors(self) -> Blocks:
         """The parameters as the kernels take them."""
@@ -85,11 +91,9 @@ class BlockMLP(nn.Module):
         Raises:
             ValueError: as `backend`.
         """
-        backend = self.backend(requested)
         # dropout and lower precision are left to torch
-        plain = not self.training or self.dropout == 0
         float32 = x.dtype == self.hidden_weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return "native" if backend == "native" and plain and float32 else "eager"
+        return "native" if float32 and self.compiled_activation and self.backend(requested) == "native" else "eager"
 
     def mixture(self, x: Tensor, weights: Tensor) -> Tensor:
         """(B, in), (B, blocks) -> (B, out): all blocks, weighted."""
@@ -98,7 +102,8 @@ class BlockMLP(nn.Module):
     def selected(self, x: Tensor, block: Tensor, weights: Tensor | None = None, backend: str = "eager") -> Tensor:
         """(B, in), (B, k), (B, k) -> (B, out): only the chosen blocks, summed by weight."""
         if backend != "eager":
-            return operators.selected(x, block, weights, *self.tensors(), self.compiled_activation)
+            tensors = self.tensors()
+            return operators.selected(x.to(tensors[0].dtype), block, weights, *tensors, self.compiled_activation)
         return eager.selected(x, block, weights, self.tensors(), self.hidden)
 
 

@@ -50,6 +50,10 @@ class FF(FeedforwardLayer):
         """Torch's own products."""
         return "linear"
 
+    def training_backend(self, x: Tensor) -> str:
+        """Torch's own products."""
+        return "linear"
+
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) zeros: there is one block."""
         return torch.zeros(x.shape[:-1].numel(), 1, dtype=torch.long, device=x.device)

@@ -41,7 +41,8 @@ class FFF(FeedforwardLayer):
             trees that have hardened: "frozen" leaves the nodes as they are (h = infinity, section 4.3); "chosen_path"
             multiplies the output by p / stopgrad(p), p the product of the choices on the path, which moves the nodes
             by a biased estimate: the other leaves' outputs have no say. Gradients are sparse tensors: use RowAdamW or
-            SGD without momentum. There are no regularisers in this mode, for they look at all leaves.
+            SGD without momentum. There are no regularisers in this mode and `routing` stays None, for they look at all
+            leaves.
 
     Raises:
         ValueError: depth below 0, a size below 1, an unknown sparse mode, one together with region_leak, or weights
@@ -100,17 +101,19 @@ class FFF(FeedforwardLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if self.training and self.sparse:
+        if self.training and self.sparse and self.decisions != "soft":
             output = self._sparse(rows)
         elif self.training or not self.hard:
             output = self._soft(rows)
         elif arguments := self._modules["leaves"].compiled(self.backend):  # type: ignore[union-attr,operator] # self.leaves takes 0.7 us
-            output = operators.fff(rows, *parameters(self, ("node_weight", "node_bias")), *arguments)
+            nodes = parameters(self, ("node_weight", "node_bias"))
+            output = operators.fff(rows.to(nodes[0].dtype), *nodes, *arguments)
         else:
             output = self.leaves.selected(rows, self.route(rows))
         return output if x.dim() == 2 else output.reshape(*x.shape[:-1], self.out_features)
 
     def _sparse(self, rows: Tensor) -> Tensor:
+        _ = self.hard  # refuses decisions that there are not
         with torch.no_grad():
             leaf = self.route(rows).squeeze(1)
         rows = rows.to(self.node_weight.dtype)
@@ -152,6 +155,15 @@ class FFF(FeedforwardLayer):
     def inference_backend(self) -> str:
         """The backend that the next hard inference runs on."""
         return self.leaves.backend(self.backend)
+
+    def training_backend(self, x: Tensor) -> str:
+        """The backend that the next training pass of x runs on."""
+        return "sparse" if self.sparse else self.leaves.soft_backend(self.backend, x)
+
+    @property
+    def sparse_gradients(self) -> bool:
+        """Whether it trains the chosen leaves alone."""
+        return self.sparse is not None
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) leaf of each row."""

@@ -29,10 +29,7 @@ def main(args: list[str]) -> int:
     sub.add_argument("--protocol", choices=("paper", "best"), default="paper", help="as printed, or configs/recipe/")
     sub.add_argument("--training_widths", nargs="+", type=positive, default=[16, 32, 64, 128], metavar="N")
     sub.add_argument("--leaf_widths", nargs="+", type=positive, default=[8, 4, 2, 1], metavar="N")
-    sub.add_argument(
-        "--seeds", type=positive, default=10, metavar="N", help="how many: first_seed, first_seed + 1, ..."
-    )
-    sub.add_argument("--first_seed", type=natural, default=0, metavar="N")
+    sub.add_argument("--seeds", type=positive, default=10, metavar="N", help="how many, from 0 on")
     sub.add_argument("--jobs", type=positive, default=2, metavar="N", help="processes, one cell each")
     sub.set_defaults(run=_table1)
     _json(sub)

@@ -1,7 +1,6 @@
 """`fffexp reproduce figure3`: time of inference against the number of blocks (arXiv 2308.14711, figures 3 and 4)."""
 
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from fffexp.bench.limits import environment, measure_limits
 from fffexp.bench.records import Record
 from fffexp.errors import UserError
 from fffexp.reproduce.cost import Fit, fit, local_slopes
+from fffexp.reproduce.results import load, save
 
 # The paper's FF reach width 32 * 2^5; wider ones are what FFF saves.
 FF_DEPTH = 5
@@ -44,21 +44,21 @@ def measure(
     """
     torch.set_num_threads(threads)
     setting = {"sizes": list(sizes), "threads": threads, "ff_depth": ff_depth}
-    found: dict[str, Any] = {"figure": "figure3", "setting": setting, "environment": {}, "limits": {}, "records": []}
-    if path and path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"--json {path}: no JSON: {error}: give another file, or remove it") from error
-        if found.get("setting") != setting:
-            raise UserError(f"--json {path}: it holds another measurement: give another file, or remove it")
+    kind = {"figure": "figure3", "setting": setting}
+    found = load(path, kind) or {**kind, "environment": {}, "limits": {}, "records": []}
+    points = list(itertools.product(depths, batch_sizes, (1, 2)))
+    done = {(r["depth_of_point"], r["batch_size"], r["k_of_point"]) for r in found["records"]}
+    if done.issuperset(points):
+        return found
+    where = environment([threads], "cpu")
+    for key in ("cpu", "torch", "instruction_set"):
+        if found["records"] and found["environment"][key] != where[key]:
+            raise UserError(f"--json {path}: measured with another {key}: give another file, or remove it")
     limits = measure_limits(torch.float32, "cpu")
-    found |= {"environment": environment([threads], "cpu"), "limits": asdict(limits)}
+    found |= {"environment": where, "limits": asdict(limits)}
     in_features, out_features, leaf_width = sizes
-    for depth, batch_size, k in itertools.product(depths, batch_sizes, (1, 2)):
-        if any(
-            (r["depth_of_point"], r["batch_size"], r["k_of_point"]) == (depth, batch_size, k) for r in found["records"]
-        ):
+    for depth, batch_size, k in points:
+        if (depth, batch_size, k) in done:
             continue
         names = ["NoisyTopKMoE"] if k == 2 else ["NoisyTopKMoE", "FFF"]
         if k == 1 and depth <= ff_depth:
@@ -67,9 +67,7 @@ def measure(
         for record in run_point(names, point, [batch_size], {threads: limits}, peers=False):
             found["records"].append(asdict(record) | {"depth_of_point": depth, "k_of_point": k})
             print(f"2^{depth:<3} batch {batch_size:<5} {series(record):8} {1e6 * record.median_s:12.1f} us", flush=True)
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+        save(path, found)
     return found
 
 

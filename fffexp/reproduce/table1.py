@@ -1,6 +1,5 @@
 """`fffexp reproduce table1`: FF against FFF at equal training width (arXiv 2308.14711, section 4.1)."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,6 +12,7 @@ import torch
 
 from fffexp.errors import UserError
 from fffexp.reproduce.paper import printed
+from fffexp.reproduce.results import load, save
 from fffexp.study.statistics import mean_interval
 
 Protocol = Literal["paper", "best"]
@@ -90,14 +90,7 @@ def measure(
         UserError: the file is of another measurement.
     """
     setting = {"table": "table1", "data": data, "protocol": protocol}
-    found: dict[str, Any] = {**setting, "seeds": [], "cells": [], "runs": []}
-    if path and path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"--json {path}: no JSON: {error}: give another file, or remove it") from error
-        if {key: found.get(key) for key in setting} != setting:
-            raise UserError(f"--json {path}: it holds another measurement: give another file, or remove it")
+    found = load(path, setting) or {**setting, "seeds": [], "cells": [], "runs": []}
     done = {(_cell(run), run["seed"]) for run in found["runs"]}
     missing = {cell: [seed for seed in seeds if (cell, seed) not in done] for cell in wanted}
     todo = {cell: todo for cell, todo in missing.items() if todo}
@@ -109,15 +102,14 @@ def measure(
                 cell = running[future]
                 found["runs"] += [asdict(cell) | replica for replica in future.result()]
                 _summarize(found)
-                if path:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(found, indent=1) + "\n")
+                save(path, found)
                 (row,) = (c for c in found["cells"] if c["metric"] == "G_A" and _cell(c) == cell)
                 print(line(row), flush=True)
         except BaseException:
+            workers = list(pool._processes.values())  # shutdown forgets them
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(pool._processes.values()):
-                process.terminate()
+            for worker in workers:
+                worker.terminate()
             raise
     _summarize(found)
     return found
@@ -168,6 +160,7 @@ def _summarize(found: dict[str, Any]) -> None:
                     "values": values,
                     "used_leaves": [run["used_blocks"] for run in runs],
                     "collapsed": sum(2 * (run["used_blocks"] or 999999) < 2 ** (cell.depth or 0) for run in runs),
+                    "diverged": sum(run["diverged"] for run in runs),
                     "n": len(values),
                 }
             )

@@ -80,7 +80,8 @@ def test_training_records(tmp_path: Path) -> None:
     records = run("training", tmp_path, "--peers")["records"]
     # two peers' less at depth 0, and two sparse modes of FFF at each of 4 points
     assert len(records) == 14 + 8
-    assert {r["backend"] for r in records if r["layer"] == "FFF"} == {"native"}
+    ran = {"FF": "linear", "NoisyTopKMoE": "eager", "FFF": "native", "fastfeedforward": "0.2.1"}
+    assert {r["layer"]: r["backend"] for r in records}.items() >= ran.items()
     assert {r["backend"] for r in records if r["layer"] in ("FFF frozen", "FFF chosen_path")} == {"sparse"}
     for r in records:
         parts = r["forward_s"], r["backward_s"], r["optimizer_s"]
@@ -145,7 +146,7 @@ def test_inputs_rotate_until_the_weights_do_not_fit_the_cache(monkeypatch: pytes
     some = contenders.make(["FFF"], point, False)
     monkeypatch.setattr(inference, "last_level_cache_bytes", lambda: 2**30)
     batches = inference.rotating(some, point, 1)
-    assert inference._visited(some[0].layer.route, batches, 64) >= inference.WHOLE
+    assert inference.visited_share(some[0].layer.route, batches, 64) >= inference.WHOLE
     monkeypatch.setattr(inference, "last_level_cache_bytes", lambda: 100)
     assert len(inference.rotating(some, point, 1)) == 8
     assert len({float(batch[0, 0]) for batch in batches}) == len(batches)
@@ -165,15 +166,14 @@ def test_limits_are_plausible() -> None:
         (["--batch_sizes", "0"], "'0' is not a whole number of at least 1"),
         (["--layers", "Dense"], "'Dense' is not one of FF"),
         (["--dtype", "int8"], "--dtype"),
-        (["--device", "cuda"], "no CUDA device"),
+        (["--device", "cuda:99"], "no such CUDA device"),
+        (["--device", "gpu"], "give cpu, cuda"),
         (["--depths", "40"], "depth 40: the weights would take"),
         (["--peers", "--dtype", "bfloat16", "--depths", "1"], "float32 alone"),
         (["--json"], "--json"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is one here")
     assert main(["bench", "inference", *arguments]) == 2
     told = capsys.readouterr().err.strip()
     assert message in told

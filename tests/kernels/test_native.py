@@ -26,7 +26,7 @@ ACTIVATIONS = {
 }
 # in, width, out: vectors and tiles filled or not, one of everything, more than a page of weights
 SIZES = [(64, 16, 64), (5, 3, 7), (1, 1, 1), (40, 33, 100), (33, 2, 17), (1100, 5, 1030)]
-BATCHES = [0, 1, 2, 3, 8, 9, 63, 257]
+BATCHES = [0, 1, 2, 3, 4, 8, 9, 12, 63, 257]
 
 needs_compiler = pytest.mark.skipif(not operators.available(), reason="no C++ compiler")
 pytestmark = needs_compiler
@@ -224,6 +224,25 @@ class TestLayers:
             output = layer(x)
         assert output.dtype == torch.bfloat16
         assert_close(output, layer(x))
+
+    def test_what_the_layer_is_now_counts(self, make: type) -> None:
+        layer = make().eval()
+        x = random(9, 20, seed=0, dtype=torch.float32)
+        hidden = next(m for m in layer.modules() if isinstance(m, nn.Sequential))
+        hidden[0] = nn.GELU()
+        output = layer(x)
+        layer.backend = "eager"
+        assert_close(output, layer(x))
+        hidden[0], layer.backend = nn.Softplus(), "auto"
+        assert layer.inference_backend() == "eager"
+        # dropout that stays on in evaluation
+        hidden[0], hidden[1] = nn.ReLU(), nn.Dropout(0.5).train()
+        assert layer.inference_backend() == "eager"
+
+    def test_inputs_of_another_type_are_taken_as_the_weights(self, make: type) -> None:
+        layer = make().eval()
+        x = random(9, 20, seed=0, dtype=torch.bfloat16)
+        assert_close(layer(x), layer(x.float()))
 
     def test_a_backend_that_does_not_serve_is_named(self, make: type) -> None:
         layer = make().eval().double()

@@ -43,6 +43,37 @@ def test_frozen_equals_naive_with_every_gradient(depth: int, dtype: torch.dtype,
         assert_close(found, truth[name])
 
 
+def test_an_activation_may_have_parameters() -> None:
+    layer = make(3, sparse="frozen", activation=nn.PReLU)
+    x = inputs(21, dtype=torch.float64)
+    expected = naive.fff_hard(
+        x, layer.node_weight, layer.node_bias, 3, layer.leaves.tensors(), lambda z: layer.leaves.hidden(z)
+    )
+    slope = layer.leaves.hidden[0].weight
+    found, wanted = (torch.autograd.grad(y.sum(), slope)[0] for y in (layer(x), expected))
+    assert wanted.abs().max() > 0
+    assert_close(found, wanted)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    layer = make(3, sparse="chosen_path")
+    x = inputs(9, dtype=torch.float64).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_decisions_in_training() -> None:
+    layer, plain = make(3, sparse="frozen"), make(3)
+    x = inputs(9, dtype=torch.float64)
+    assert_close(layer(x), plain.eval()(x))
+    layer.decisions = plain.decisions = "soft"
+    assert_close(layer(x), plain(x))
+    layer.decisions = "nonsense"  # type: ignore[assignment] # on purpose
+    with pytest.raises(ValueError, match="decisions is 'nonsense'"):
+        layer(x)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 3, 63])
 def test_batches(batch: int) -> None:
     layer = make(3, sparse="chosen_path")

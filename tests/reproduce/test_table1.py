@@ -28,7 +28,8 @@ def test_cells_are_those_of_the_table() -> None:
 def cell(values: list[float], printed: float) -> dict[str, Any]:
     runs = [
         {"training_width": 128, "leaf_width": 8, "reduction": None, "seed": i, "train_accuracy": v / 100,
-         "test_accuracy": v / 100, "epochs_to_fit": 3, "epochs_to_best": 2 + i, "used_blocks": used}
+         "test_accuracy": v / 100, "epochs_to_fit": 3, "epochs_to_best": 2 + i, "used_blocks": used,
+         "diverged": i == 3}
         for i, (v, used) in enumerate(zip(values, [16, 8, 7, 1], strict=False))
     ]  # fmt: skip
     found = {"data": "fashion_mnist", "runs": runs}
@@ -43,6 +44,7 @@ def test_statistics_of_a_cell() -> None:
     assert (row["best"], row["worst"], row["n"]) == (pytest.approx(89), pytest.approx(86), 4)
     # t(3) = 3.182, s = 1.291
     assert row["ci95"] == pytest.approx((87.5 - 3.182 * 1.291 / 2, 87.5 + 3.182 * 1.291 / 2), abs=1e-2)
+    assert row["diverged"] == 1
     assert row["collapsed"] == 2  # fewer than half of 16 leaves in use: 7 and 1
 
 
@@ -100,9 +102,22 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
     assert math.isfinite(by_cell[(8, readings[0])]["mean"])
 
 
+def test_a_mistake_in_the_data_is_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = f"--data.root={tmp_path}"
+    monkeypatch.setitem(table1.DATA, "fashion_mnist", [*table1.DATA["fashion_mnist"], more])
+    assert main(["reproduce", "table1", "--training_widths", "16", "--seeds", "1"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert "no IDX files" in told
+    assert "\n" not in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--json", "/"], "--json /: name a file that ends in .json"),
+        (["--json", "/proc/no/x.json"], "--json /proc/no/x.json: "),
         (["--training_widths", "12", "--leaf_widths", "8"], "12 hidden neurons are not a power of 2 of leaves of 8"),
         (["--data", "letters"], "invalid choice: 'letters'"),
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),

@@ -372,14 +372,18 @@ void route(const Layer<W>& layer, const W* const* rows, int count, int64_t* leaf
     leaf[r] = 0;
   }
   int level = 0;
-  if (layer.depth >= 2 && count == kRows) {
-    float top[3 * kRows + kLanes];
-    dots<kRows, 3, false>(x, layer.node_weight, in, layer.node_weight, layer.node_weight, layer.node_weight, layer.node_weight, top);
-    for (; level < 2; level++)
-      for (int r = 0; r < count; r++) {
-        const int64_t node = leaf[r] + level;
-        leaf[r] = 2 * leaf[r] + (top[node * kRows + r] + value(layer.node_bias[node]) >= 0);
-      }
+  if (layer.depth >= 2 && count % kRows == 0) {  // the three nodes at the top for several rows at once
+    const W* nodes = layer.node_weight;
+    for (int first = 0; first < count; first += kRows) {
+      float top[3 * kRows + kLanes];
+      dots<kRows, 3, false>(x + first, nodes, in, nodes, nodes, nodes, nodes, top);
+      for (int at = 0; at < 2; at++)
+        for (int r = 0; r < kRows; r++) {
+          const int64_t node = leaf[first + r] + at;
+          leaf[first + r] = 2 * leaf[first + r] + (top[node * kRows + r] + value(layer.node_bias[node]) >= 0);
+        }
+    }
+    level = 2;
   }
   const W* ahead = layer.node_weight;  // a row's next node is brought while the rows after it are decided
   for (; level < layer.depth; level++)

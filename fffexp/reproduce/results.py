@@ -1,0 +1,40 @@
+"""Result files that a command completes when it is called again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fffexp.errors import UserError
+
+
+def load(path: Path | None, kind: dict[str, Any]) -> dict[str, Any] | None:
+    """What the file holds, or None where there is none yet; it is made sure that it can be written.
+
+    Raises:
+        UserError: it cannot be read or written, or says something else than `kind` of what it is.
+    """
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+") as file:
+            file.seek(0)
+            text = file.read()
+        if not text:
+            return None
+        found = json.loads(text)
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--json {path}: no JSON: {error}: give another file, or remove it") from error
+    if not isinstance(found, dict) or {key: found.get(key) for key in kind} != kind:
+        raise UserError(f"--json {path}: it holds another measurement: give another file, or remove it")
+    return found
+
+
+def save(path: Path | None, found: dict[str, Any]) -> None:
+    """Write it, if there is a path: whole or not at all."""
+    if path:
+        made = path.with_suffix(".tmp")
+        made.write_text(json.dumps(found, indent=1) + "\n")
+        made.replace(path)
