@@ -83,8 +83,10 @@ def _reproduce(args: list[str]) -> int:
     if args[1:2] == ["figure3"]:
         _use_huge_pages()
     from fffexp.reproduce.commands import main as reproduce
+    from fffexp.tracking import terminated_by_signal
 
-    return reproduce(args[1:])
+    with terminated_by_signal():  # the processes that train end with this one
+        return reproduce(args[1:])
 
 
 def _use_huge_pages() -> None:

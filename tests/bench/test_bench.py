@@ -88,7 +88,7 @@ def test_training_records(tmp_path: Path) -> None:
         assert all(part > 0 for part in parts)
         assert r["median_s"] == pytest.approx(sum(parts), rel=0.5)
     deep = {r["layer"]: r for r in records if r["batch_size"] == 33 and r["training_width"] == 32}
-    # 1 + (2^d - 1) in / (w (in + out)), of the issue of operations alone
+    # 1 + (2^d - 1) in / (w (in + out)): operations alone
     assert deep["FFF"]["operations_over_ff"] == pytest.approx(1 + 7 * 24 / (32 * 44))
     assert deep["FFF"]["speedup_over_ff"] > 0
 
