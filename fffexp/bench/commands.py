@@ -78,7 +78,6 @@ def _models(found: argparse.Namespace) -> None:
             records.append(record)
             print(model.row(record), flush=True)
             if found.json:
-                found.json.parent.mkdir(parents=True, exist_ok=True)
                 content = {"environment": where, "records": model.as_json(records)}
                 found.json.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -97,6 +96,12 @@ def _check(found: argparse.Namespace) -> None:
     for name in found.layers:
         if name not in LAYERS:
             raise UserError(f"--layers: {name!r} is not one of {', '.join(LAYERS)}")
+    if found.json:  # before minutes are spent on what cannot be written
+        try:
+            found.json.parent.mkdir(parents=True, exist_ok=True)
+            found.json.open("a").close()
+        except OSError as error:
+            raise UserError(f"--json {found.json}: {error.strerror}") from error
 
 
 def _points(found: argparse.Namespace, run: Callable[..., object]) -> None:

@@ -50,7 +50,6 @@ class Record:
 
 def write(path: Path, environment: dict[str, Any], limits: dict[str, Limits], records: Sequence[Record]) -> None:
     """JSON; limits are those of the first number of threads, and all of them under `limits_by_threads`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "environment": environment,
         "limits": asdict(next(iter(limits.values()))),

@@ -171,6 +171,7 @@ def test_limits_are_plausible() -> None:
         (["--depths", "40"], "depth 40: the weights would take"),
         (["--peers", "--dtype", "bfloat16", "--depths", "1"], "float32 alone"),
         (["--json"], "--json"),
+        (["--json", "/proc/no/x.json"], "--json /proc/no/x.json: "),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
