@@ -17,7 +17,8 @@ from torch.func import functional_call
 
 from fffexp.bench.latency import wait_for_timing
 from fffexp.callbacks.hardening import apply_schedules
-from fffexp.callbacks.routing import block_usage
+from fffexp.callbacks.routing import block_usage, dead_leaves
+from fffexp.callbacks.stability import count_spikes, late_deviation
 from fffexp.data.base import ClassificationData, Rows
 from fffexp.data.batches import Batches
 from fffexp.errors import UserError
@@ -43,7 +44,10 @@ class Replica:
     test_accuracy: float  # of the weights that were best on validation, read once
     used_blocks: int | None  # leaves or experts that 0.1% of the validation set reaches, at those weights
     epochs: int
-    diverged: bool  # some step's loss was not finite
+    val_accuracy_std: float  # over the last quarter of the epochs
+    loss_spikes: int  # steps whose loss leaves the course of those before
+    nonfinite_steps: int  # steps whose loss was not finite
+    dead_blocks: int | None  # leaves or experts that no training sample reaches, at the selected weights
 
 
 class _Loss(nn.Module):
@@ -112,8 +116,7 @@ class Replicas:
         prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
         losses = torch.vmap(partial(functional_call, loss), randomness="different")
         best = _Best(self.seeds)
-        step, begun = 0, time.monotonic()
-        finite = torch.ones(len(self.seeds), dtype=torch.bool)
+        begun, course = time.monotonic(), []
         for epoch in range(self.epochs):
             task.train()
             for layer in task.layers.values():
@@ -121,14 +124,13 @@ class Replicas:
             for parts in zip(*loaders, strict=True):
                 wait_for_timing()
                 x, y = (torch.stack(rows) for rows in zip(*parts, strict=True))
-                apply_schedules(task, step / steps)
+                apply_schedules(task, len(course) / steps)
                 optimizer.zero_grad()
                 loss_S = losses(prefixed, (x, y))
-                finite &= loss_S.detach().isfinite()
+                course.append(loss_S.detach())
                 loss_S.sum().backward()
                 optimizer.step()
                 self._average()
-                step += 1
                 if scheduler is not None and interval == "step":
                     scheduler.step()
             if scheduler is not None and interval == "epoch":
@@ -137,7 +139,8 @@ class Replicas:
             say(f"epoch {epoch + 1:3}  {best.line()}  {time.monotonic() - begun:.0f} s")
             if patience is not None and best.stalled(epoch + 1, patience):
                 break
-        return [self._replica(index, best, epoch + 1, not finite[index]) for index in range(len(self.seeds))]
+        courses = torch.stack(course, dim=1).double()
+        return [self._replica(index, best, epoch + 1, courses[index]) for index in range(len(self.seeds))]
 
     def _average(self) -> None:
         if self.decay is None:
@@ -168,8 +171,10 @@ class Replicas:
             layer.backend = "auto"
 
     @torch.no_grad()
-    def _replica(self, index: int, best: "_Best", epochs: int, diverged: bool) -> Replica:
+    def _replica(self, index: int, best: "_Best", epochs: int, losses: Tensor) -> Replica:
         weights, data = best.weights[index], self.data[index]
+        self._evaluate()
+        self.task.network.load_state_dict(weights, strict=False)  # buffers stay
         return Replica(
             seed=self.seeds[index],
             train_accuracy=best.train[index][0],
@@ -177,20 +182,24 @@ class Replicas:
             val_accuracy=best.val[index][0],
             epochs_to_best=best.val[index][1],
             test_accuracy=self._accuracy(weights, data.test_data),
-            used_blocks=self._used(weights, data.val_data[0]),
+            used_blocks=self._used(data.val_data[0]),
             epochs=epochs,
-            diverged=diverged,
+            val_accuracy_std=late_deviation(best.course[index]),
+            loss_spikes=count_spikes(losses[losses.isfinite()].numpy()),
+            nonfinite_steps=int((~losses.isfinite()).sum()),
+            dead_blocks=self._dead(data.train_data[0]),
         )
 
-    def _used(self, weights: Parameters, x: Tensor) -> int | None:
-        self._evaluate()
-        network = self.task.network
-        network.load_state_dict(weights, strict=False)  # buffers stay
+    def _used(self, x: Tensor) -> int | None:
         (layer,) = self.task.layers.values()
         if layer.blocks == 1:
             return None
         blocks = layer.route(x.flatten(1))
         return int(block_usage(block_counts(blocks, layer.blocks), len(blocks))["used_leaves"])
+
+    def _dead(self, x: Tensor) -> int | None:
+        dead = dead_leaves(self.task, x)
+        return int(dead["stability/dead_leaves"]) if dead else None
 
 
 class _Best:
@@ -198,11 +207,13 @@ class _Best:
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.train, self.val = [[(-1.0, 0)] * len(seeds) for _ in range(2)]
+        self.course: list[list[float]] = [[] for _ in seeds]  # of the validation accuracy
         self.weights: list[Parameters] = [{} for _ in seeds]
 
     def observe(self, index: int, epoch: int, train: float, val: float, weights: Parameters) -> None:
         if train > self.train[index][0]:
             self.train[index] = train, epoch
+        self.course[index].append(val)
         if val > self.val[index][0]:
             self.val[index] = val, epoch
             self.weights[index] = {name: p.clone() for name, p in weights.items()}

@@ -36,6 +36,9 @@ def test_a_seed_gives_what_fit_gives(layer: str, tmp_path: Path, monkeypatch: py
         assert replica.val_accuracy == pytest.approx(metrics["val/accuracy"], abs=0.004)
         assert replica.test_accuracy == pytest.approx(metrics["test/accuracy"], abs=0.004)
         assert (replica.epochs_to_best, replica.epochs) == (metrics["epochs_to_best"], 3)
+        assert replica.val_accuracy_std == pytest.approx(metrics["stability/val_accuracy_std"], abs=0.004)
+        assert replica.loss_spikes == pytest.approx(metrics["stability/loss_spikes"], abs=1)
+        assert replica.dead_blocks == metrics.get("stability/dead_leaves")
         if layer == "ff":
             assert replica.used_blocks is None
         else:
@@ -59,8 +62,8 @@ def test_patience_ends_the_training() -> None:
 def test_divergence_is_told() -> None:
     wild = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1e30", "--model.lr_scheduler=null"]
     replicas = Replicas(arguments("ff", *wild), [0, 1]).train()
-    assert [r.diverged for r in replicas] == [True, True]
-    assert not any(r.diverged for r in Replicas(arguments("ff"), [0, 1]).train())
+    assert all(r.nonfinite_steps > 0 for r in replicas)
+    assert not any(r.nonfinite_steps for r in Replicas(arguments("ff"), [0, 1]).train())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """How evenly training goes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,9 +95,8 @@ class Stability(Callback):
             "stability/nonfinite_steps": float(self._nonfinite_steps),
         }
         if self._val_accuracy:
-            quarter = self._val_accuracy[-max(1, len(self._val_accuracy) // 4) :]
             results["epochs_to_best"] = float(self._epochs[int(np.argmax(self._val_accuracy))])
-            results["stability/val_accuracy_std"] = float(np.std(quarter, ddof=1)) if len(quarter) > 1 else 0.0
+            results["stability/val_accuracy_std"] = late_deviation(self._val_accuracy)
         if self._train_accuracy:
             results["epochs_to_fit"] = float(self._epochs[int(np.argmax(self._train_accuracy))])
         return results
@@ -120,6 +119,12 @@ class Stability(Callback):
         self._nonfinite_steps = state_dict["nonfinite_steps"]
         self._train_accuracy = list(state_dict["train_accuracy"])
         self._val_accuracy = list(state_dict["val_accuracy"])
+
+
+def late_deviation(accuracies: Sequence[float]) -> float:
+    """Standard deviation over the last quarter of the epochs; 0 for a single one."""
+    quarter = accuracies[-max(1, len(accuracies) // 4) :]
+    return float(np.std(quarter, ddof=1)) if len(quarter) > 1 else 0.0
 
 
 def count_spikes(losses: NDArray[np.float64]) -> int:

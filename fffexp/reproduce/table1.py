@@ -160,7 +160,7 @@ def _summarize(found: dict[str, Any]) -> None:
                     "values": values,
                     "used_leaves": [run["used_blocks"] for run in runs],
                     "collapsed": sum(2 * (run["used_blocks"] or 999999) < 2 ** (cell.depth or 0) for run in runs),
-                    "diverged": sum(run["diverged"] for run in runs),
+                    "diverged": sum(run["nonfinite_steps"] > 0 for run in runs),
                     "n": len(values),
                 }
             )

@@ -29,7 +29,7 @@ def cell(values: list[float], printed: float) -> dict[str, Any]:
     runs = [
         {"training_width": 128, "leaf_width": 8, "reduction": None, "seed": i, "train_accuracy": v / 100,
          "test_accuracy": v / 100, "epochs_to_fit": 3, "epochs_to_best": 2 + i, "used_blocks": used,
-         "diverged": i == 3}
+         "nonfinite_steps": 2 * (i == 3)}
         for i, (v, used) in enumerate(zip(values, [16, 8, 7, 1], strict=False))
     ]  # fmt: skip
     found = {"data": "fashion_mnist", "runs": runs}
