@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fffexp.data import IDX, Digits, FashionMNIST, Hub
-    from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
+    from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE, SwitchMoE
     from fffexp.optim import RowAdamW
     from fffexp.task import ClassificationTask
 
@@ -19,11 +19,12 @@ __all__ = [
     "Hub",
     "NoisyTopKMoE",
     "RowAdamW",
+    "SwitchMoE",
 ]
 
 _HOMES = {
     "fffexp.data": ("Digits", "FashionMNIST", "Hub", "IDX"),
-    "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE"),
+    "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE", "SwitchMoE"),
     "fffexp.optim": ("RowAdamW",),
     "fffexp.task": ("ClassificationTask",),
 }

@@ -22,8 +22,8 @@ from fffexp.callbacks.stability import count_spikes, late_deviation
 from fffexp.data.base import ClassificationData, Rows
 from fffexp.data.batches import Batches
 from fffexp.errors import UserError
-from fffexp.experiment import Context, ExperimentCLI, user_errors
-from fffexp.routing.tree import block_counts
+from fffexp.experiment import Context, ExperimentCLI, flat_params, user_errors
+from fffexp.routing.blocks import block_counts
 from fffexp.schedules import Adaptive
 from fffexp.task import ClassificationTask
 
@@ -41,13 +41,28 @@ class Replica:
     epochs_to_fit: int
     val_accuracy: float  # the best of all epochs
     epochs_to_best: int
-    test_accuracy: float  # of the weights that were best on validation, read once
+    test_accuracy: float | None  # of the weights that were best on validation; None if it was not to be read
     used_blocks: int | None  # leaves or experts that 0.1% of the validation set reaches, at those weights
     epochs: int
     val_accuracy_std: float  # over the last quarter of the epochs
     loss_spikes: int  # steps whose loss leaves the course of those before
     nonfinite_steps: int  # steps whose loss was not finite
     dead_blocks: int | None  # leaves or experts that no training sample reaches, at the selected weights
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names that fit tracks."""
+        found = {
+            "val/accuracy": self.val_accuracy,
+            "test/accuracy": self.test_accuracy,
+            "epochs_to_fit": self.epochs_to_fit,
+            "epochs_to_best": self.epochs_to_best,
+            "routing/used_leaves": self.used_blocks,
+            "stability/val_accuracy_std": self.val_accuracy_std,
+            "stability/loss_spikes": self.loss_spikes,
+            "stability/nonfinite_steps": self.nonfinite_steps,
+            "stability/dead_leaves": self.dead_blocks,
+        }
+        return {name: float(value) for name, value in found.items() if value is not None}
 
 
 class _Loss(nn.Module):
@@ -70,6 +85,10 @@ class Replicas:
         args: of `fffexp fit`, without a seed.
         seeds: one replica each.
 
+    Attributes:
+        config: YAML, enough to rerun the first seed alone.
+        params: what is tracked of it.
+
     Raises:
         UserError: a mistake in the arguments, or something that cannot have a seed axis.
     """
@@ -81,6 +100,8 @@ class Replicas:
                 ExperimentCLI(["fit", *args, f"--seed_everything={seed}"], Context(quiet=True, dry=True))
                 for seed in self.seeds
             ]
+        self.config: str = experiments[0].resolved_yaml
+        self.params = flat_params(experiments[0].resolved, experiments[0].model)
         self.task: ClassificationTask = experiments[0].model
         trainer = experiments[0].trainer
         assert trainer.max_epochs is not None
@@ -98,8 +119,19 @@ class Replicas:
         }
         self.averaged: Parameters | None = None
 
-    def train(self, patience: int | None = None, say: Callable[[str], None] = lambda line: None) -> list[Replica]:
-        """Train all; stop early once neither accuracy of any seed has improved for `patience` epochs."""
+    def train(
+        self, patience: int | None = None, test: bool = True, say: Callable[[str], None] = lambda line: None
+    ) -> list[Replica]:
+        """Train all, then read the test set once, if at all.
+
+        Args:
+            patience: training stops once neither accuracy of any seed has improved for so many epochs.
+            test: whether the test set is read.
+            say: gets a line each epoch.
+
+        Raises:
+            UserError: the seeds' training parts differ in size.
+        """
         for data in self.data:
             data.setup()
         if len({len(data.train_data[0]) for data in self.data}) > 1:
@@ -116,7 +148,7 @@ class Replicas:
         prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
         losses = torch.vmap(partial(functional_call, loss), randomness="different")
         best = _Best(self.seeds)
-        begun, course = time.monotonic(), []
+        begun, course = time.monotonic(), list[Tensor]()
         for epoch in range(self.epochs):
             task.train()
             for layer in task.layers.values():
@@ -140,7 +172,7 @@ class Replicas:
             if patience is not None and best.stalled(epoch + 1, patience):
                 break
         courses = torch.stack(course, dim=1).double()
-        return [self._replica(index, best, epoch + 1, courses[index]) for index in range(len(self.seeds))]
+        return [self._replica(index, best, epoch + 1, courses[index], test) for index in range(len(self.seeds))]
 
     def _average(self) -> None:
         if self.decay is None:
@@ -171,7 +203,7 @@ class Replicas:
             layer.backend = "auto"
 
     @torch.no_grad()
-    def _replica(self, index: int, best: "_Best", epochs: int, losses: Tensor) -> Replica:
+    def _replica(self, index: int, best: "_Best", epochs: int, losses: Tensor, test: bool) -> Replica:
         weights, data = best.weights[index], self.data[index]
         self._evaluate()
         self.task.network.load_state_dict(weights, strict=False)  # buffers stay
@@ -181,7 +213,7 @@ class Replicas:
             epochs_to_fit=best.train[index][1],
             val_accuracy=best.val[index][0],
             epochs_to_best=best.val[index][1],
-            test_accuracy=self._accuracy(weights, data.test_data),
+            test_accuracy=self._accuracy(weights, data.test_data) if test else None,
             used_blocks=self._used(data.val_data[0]),
             epochs=epochs,
             val_accuracy_std=late_deviation(best.course[index]),

@@ -29,7 +29,8 @@ class ClassificationTask(LightningModule):
 
     Args:
         layer: which feedforward layer, with all but its in_features and out_features.
-        optimizer: which optimizer, with all but the parameters.
+        optimizer: which optimizer, with all but the parameters; AdamW unless given (and not as the default value,
+            whose weight decay jsonargparse would hand on to an optimizer that a config names instead).
         lr_scheduler: which scheduler, with all but the optimizer. One that takes `total_steps` and is not given
             it gets the length of the training and is stepped every batch; others are stepped every epoch.
         coefficients: factor of each regulariser of the layer by its name (FFF: hardening_mean, hardening_sum,
@@ -49,7 +50,7 @@ class ClassificationTask(LightningModule):
         layer: LayerFactory,
         in_shape: Sequence[int],
         num_classes: int,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         coefficients: dict[str, float | Schedule] | None = None,
         label_smoothing: float = 0.0,
@@ -63,7 +64,8 @@ class ClassificationTask(LightningModule):
             raise ValueError(f"input_noise is {input_noise}; it must not be negative")
         self.network = MLP(layer, in_shape, num_classes)
         self.input_noise = input_noise
-        self.optimizer, self.lr_scheduler, self.label_smoothing = optimizer, lr_scheduler, label_smoothing
+        self.optimizer: OptimizerCallable = optimizer or torch.optim.AdamW
+        self.lr_scheduler, self.label_smoothing = lr_scheduler, label_smoothing
         self.schedules = dict(coefficients or {})
         # what the schedules say now; written by the Hardening callback
         self.coefficients: dict[str, float] = {}

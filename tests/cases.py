@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fffexp.kernels.naive import Blocks
-from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
+from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE, SwitchMoE
 
 IN, OUT = 6, 4
 
@@ -108,6 +108,8 @@ CASES = (
     Case(NoisyTopKMoE, {"num_experts": 5, "expert_width": 3, "k": 2}, (15, 20, 6, 11, 245, 180)),
     # 2 * 3*6 + 3 experts * (6*2 + 2 + 2*4 + 4); 2 * (3*6 + 3*2*10)
     Case(NoisyTopKMoE, {"num_experts": 3, "expert_width": 2, "k": 3}, (6, 9, 6, 9, 114, 156)),
+    # 5*6 + 5 experts * (6*3 + 3 + 3*4 + 4); 2 * (5*6 + 3*10)
+    Case(SwitchMoE, {"num_experts": 5, "expert_width": 3}, (15, 20, 3, 8, 215, 120)),
 )
 
 # Options to draw, and the parameters they should give: (inputs, outputs, **options) -> scalars.
@@ -131,5 +133,9 @@ DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Cal
         lambda i, o, num_experts, expert_width, k: (
             num_experts * (2 * i + expert_width * (i + 1) + (expert_width + 1) * o)
         ),
+    ),
+    SwitchMoE: (
+        st.fixed_dictionaries({"num_experts": st.integers(1, 6), "expert_width": st.integers(1, 5)}),
+        lambda i, o, num_experts, expert_width: num_experts * (i + expert_width * (i + 1) + (expert_width + 1) * o),
     ),
 }

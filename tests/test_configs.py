@@ -81,7 +81,8 @@ def test_the_pieces_compose(layer: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_go_on_top(recipe: Path) -> None:
-    pieces = ("data/digits", "model/one_cycle", "trainer/averaged", "layer/fff")
+    layer = recipe.stem if (CONFIGS / "layer" / recipe.name).is_file() else "fff"
+    pieces = ("data/digits", "model/one_cycle", "trainer/averaged", f"layer/{layer}")
     if recipe.stem.startswith("paper"):  # a whole protocol, not ours
         pieces = ("data/digits", "layer/fff")
     configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
@@ -90,6 +91,8 @@ def test_recipes_go_on_top(recipe: Path) -> None:
     told = content(recipe)["model"]
     if "optimizer" in told:
         assert result.params["optimizer.lr"] == told["optimizer"]["init_args"]["lr"]
+        if told["optimizer"].get("class_path") == "torch.optim.SGD":
+            assert result.params["optimizer.weight_decay"] == 0, "plain SGD as the paper prints it"
     for name in told.get("coefficients", {}):
         assert f"coefficients.{name}" in result.params
 
@@ -97,6 +100,16 @@ def test_recipes_go_on_top(recipe: Path) -> None:
 def test_the_default_optimizer_will_do_without_a_model_config() -> None:
     configs = [f"--config={CONFIGS / piece}.yaml" for piece in ("data/digits", "layer/ff")]
     assert run(["fit", *configs, *SHORT, "--test=false"], Context(quiet=True)) is not None
+
+
+@pytest.mark.parametrize("model", [[], [f"--config={CONFIGS}/model/one_cycle.yaml"]])
+def test_an_optimizer_of_ones_own_takes_nothing_from_the_default(model: list[str]) -> None:
+    configs = [f"--config={CONFIGS / piece}.yaml" for piece in ("data/digits", "layer/ff")]
+    own = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.2"]
+    result = run(["fit", *configs, *model, *own, *SHORT, "--test=false"], Context(quiet=True))
+    assert result is not None
+    assert (result.params["optimizer"], result.params["optimizer.lr"]) == ("SGD", 0.2)
+    assert result.params["optimizer.weight_decay"] == 0, "AdamW's weight decay of 0.01 is not SGD's"
 
 
 @pytest.mark.parametrize("data", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)

@@ -22,7 +22,7 @@ def arguments(layer: str, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("layer", ["ff", "fff", "moe"])
+@pytest.mark.parametrize("layer", ["ff", "fff", "moe", "switch"])
 def test_a_seed_gives_what_fit_gives(layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(with_store(tmp_path), monkeypatch)
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # a gate's noise is drawn in another order

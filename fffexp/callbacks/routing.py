@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from fffexp.layers import FeedforwardLayer
-from fffexp.routing.tree import block_counts
+from fffexp.routing.blocks import block_counts
 
 # A leaf is in use if at least this share of the samples reaches it.
 IN_USE = 0.001

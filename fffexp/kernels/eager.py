@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fffexp.kernels.grouped import grouped_mm
 from fffexp.kernels.naive import Blocks
-from fffexp.routing.tree import block_counts, descend
+from fffexp.routing.blocks import block_counts
+from fffexp.routing.tree import descend
 
 Hidden = Callable[[Tensor], Tensor]  # activation and dropout
 

@@ -4,7 +4,7 @@ Blocks (leaves or experts) are given as hidden_weight (G, width, in), hidden_bia
 output_weight (G, width, out), output_bias (G, out); autograd works through all of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -67,7 +67,19 @@ def moe(x_BI: Tensor, logits_BE: Tensor, k: int, blocks: Blocks, activation: Act
     for x, logits in zip(x_BI, logits_BE, strict=True):
         chosen = sorted(range(len(logits)), key=lambda i: -float(logits[i].detach()))[:k]
         gates = torch.softmax(logits[chosen], dim=0)
-        rows.append(
-            torch.stack([g * block(x, i, blocks, activation) for g, i in zip(gates, chosen, strict=True)]).sum(0)
-        )
+        rows.append(weighted(x, chosen, gates, blocks, activation))
     return torch.stack(rows) if rows else x_BI.new_zeros(0, blocks.output_bias.shape[1])
+
+
+def switch(x_BI: Tensor, logits_BE: Tensor, blocks: Blocks, activation: Activation) -> Tensor:
+    """(B, in) -> (B, out): the expert of the largest logit, weighted by its softmax over all."""
+    rows = []
+    for x, logits in zip(x_BI, logits_BE, strict=True):
+        chosen = max(range(len(logits)), key=lambda i: float(logits[i].detach()))
+        rows.append(torch.softmax(logits, dim=0)[chosen] * block(x, chosen, blocks, activation))
+    return torch.stack(rows) if rows else x_BI.new_zeros(0, blocks.output_bias.shape[1])
+
+
+def weighted(x: Tensor, chosen: Iterable[int], weights: Tensor, blocks: Blocks, activation: Activation) -> Tensor:
+    """(in,) -> (out,): some blocks for one sample, summed by weight."""
+    return torch.stack([w * block(x, i, blocks, activation) for w, i in zip(weights, chosen, strict=True)]).sum(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fffexp.kernels.activations import GRADIENTS
 from fffexp.kernels.build import BuildError, build
 from fffexp.kernels.grouped import grouped_mm, grouped_outer
-from fffexp.routing.tree import block_counts
+from fffexp.routing.blocks import block_counts
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fffexp.routing.tree import block_counts
+from fffexp.routing.blocks import block_counts
 
 ROUTE_ROWS, ROUTE_INPUTS = 4, 256
 TILE_ROWS = 16  # the fewest rows that a matrix unit takes

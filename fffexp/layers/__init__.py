@@ -4,5 +4,6 @@ from fffexp.layers.base import FeedforwardLayer
 from fffexp.layers.ff import FF
 from fffexp.layers.fff import FFF
 from fffexp.layers.moe import NoisyTopKMoE
+from fffexp.layers.switch import SwitchMoE
 
-__all__ = ["FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE"]
+__all__ = ["FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE", "SwitchMoE"]

@@ -1,13 +1,15 @@
-"""The noisy top-k gate of a mixture of experts.
+"""Gates of mixtures of experts: noisy top-k, and Switch.
 
 Shape suffixes: B samples, E experts, K experts chosen for a sample.
-Source: Shazeer et al., arXiv 1701.06538, section 2.1 and appendix A.
+Sources: Shazeer et al., arXiv 1701.06538, section 2.1 and appendix A; Fedus et al., arXiv 2101.03961, section 2.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fffexp.routing.blocks import balance, cv_squared
 
 # Below this the noise is treated as this small, so that the load stays finite where there is none.
 SMALLEST_NOISE = 1e-6
@@ -26,11 +28,17 @@ class GateRouting:
     load_E: Tensor
 
 
-def cv_squared(values: Tensor) -> Tensor:
-    """Squared coefficient of variation with the population variance: 0 if uniform, n - 1 if one-hot."""
-    mean = values.mean()
-    # an empty batch has no importance to vary
-    return values.var(correction=0) / mean.square().clamp_min(torch.finfo(values.dtype).tiny)
+@dataclass(frozen=True)
+class SwitchRouting:
+    """What one training pass of a Switch gate leaves behind for losses and metrics.
+
+    Args:
+        gates_BE: (batch, experts) softmax over all experts.
+        expert_B: (batch,) the expert that was chosen.
+    """
+
+    gates_BE: Tensor
+    expert_B: Tensor
 
 
 def kth_excluding(logits_BE: Tensor, k: int) -> Tensor:
@@ -63,6 +71,11 @@ def load(routing: GateRouting) -> Tensor:
     return cv_squared(routing.load_E)
 
 
-def gate_entropy(routing: GateRouting) -> Tensor:
+def switch_balance(routing: SwitchRouting) -> Tensor:
+    """Auxiliary loss of arXiv 2101.03961, section 2.2: 1 if uniform, experts if collapsed."""
+    return balance(routing.gates_BE, routing.expert_B)
+
+
+def gate_entropy(routing: GateRouting | SwitchRouting) -> Tensor:
     """Entropy in nats of the mean gate over the experts; log E if they are used alike."""
     return torch.special.entr(routing.gates_BE.mean(0)).sum()

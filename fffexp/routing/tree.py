@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fffexp.routing.gate import cv_squared
+from fffexp.routing import blocks
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,10 @@ def hardening_sum(routing: TreeRouting) -> Tensor:
 
 
 def balance(routing: TreeRouting) -> Tensor:
-    """Leaves times sum of (share of hard decisions x mean soft weight), arXiv 2405.16836: 1 if uniform."""
-    batch, leaves = routing.leaf_weights_BL.shape
-    counts = block_counts(routing.leaf_B, leaves)
-    return leaves * (counts / max(batch, 1) * routing.leaf_weights_BL.sum(0) / max(batch, 1)).sum()
+    """Load balancing of arXiv 2405.16836: 1 if uniform, leaves if collapsed."""
+    return blocks.balance(routing.leaf_weights_BL, routing.leaf_B)
 
 
 def leaf_importance(routing: TreeRouting) -> Tensor:
     """CV^2 of the leaves' soft weights summed over the batch: 0 if uniform, leaves - 1 if collapsed."""
-    return cv_squared(routing.leaf_weights_BL.sum(0))
-
-
-def block_counts(block: Tensor, blocks: int) -> Tensor:
-    """Rows per leaf or expert, (blocks,) long; unlike bincount its shape does not depend on the data."""
-    flat = block.flatten()
-    # not in place: torch.vmap has no place for several results in one tensor
-    return torch.zeros(blocks, dtype=torch.long, device=block.device).index_add(0, flat, torch.ones_like(flat))
+    return blocks.cv_squared(routing.leaf_weights_BL.sum(0))

@@ -55,19 +55,23 @@ def resume(name: str, jobs: int = 1, storage: str | None = None, tracking_uri: s
     _run(spec, attrs["text"], jobs, url, tracking_uri)
 
 
-def show(name: str, max_latency_ms: float | None = None) -> None:
-    """Print the best finalist within a latency budget, beside the best FF.
+def show(name: str, max_latency_ms: float | None = None, trials: bool = False) -> None:
+    """Print the best finalist within a latency budget, beside the best FF; or all trials of the search.
 
     Args:
-        name: of the study.
+        name: of the study, or a summary.json.
         max_latency_ms: largest latency of a batch of 256, in milliseconds.
+        trials: print every trial, the best first, and how far it is from the best.
     """
-    from fffexp.study.text import show as answer
+    from fffexp.study import text
 
-    path = Path("outputs/studies") / name / "summary.json"
+    path = Path(name) if name.endswith(".json") else Path("outputs/studies") / name / "summary.json"
     if not path.is_file():
         raise UserError(f"{path} is not there: run the study first, from this folder (fffexp study run FILE)")
-    print(answer(json.loads(path.read_text()), max_latency_ms))
+    if trials and max_latency_ms is not None:
+        raise UserError("--trials lists the search, which --max_latency_ms does not choose from: leave one out")
+    summary = json.loads(path.read_text())
+    print(text.trials(summary) if trials else text.show(summary, max_latency_ms))
 
 
 def _storage_url(given: str | None) -> str:

@@ -10,9 +10,13 @@ from fffexp.study.summary import pareto_front
 
 
 def search_work(spec: StudySpec) -> dict[int, dict[str, Any]]:
-    """Slots of the search: the layers in turn, each as often as the others."""
-    layers = list(spec.layers)
-    return {slot: {"layer": layers[slot % len(layers)]} for slot in range(spec.trials)}
+    """Slots of the search and what is fixed of their values: the layers in turn, each as often as the others."""
+    work = {}
+    for slot in range(spec.trials):
+        trial, index = divmod(slot, len(spec.layers))
+        layer, part = list(spec.layers.items())[index]
+        work[slot] = {"layer": layer} | {f"{layer}.{name}": value for name, value in part.fixed(trial).items()}
+    return work
 
 
 def finals_name(spec: StudySpec) -> str:

@@ -76,6 +76,10 @@ class Parameter:
             return trial.suggest_int(name, self.low, self.high, log=self.log)
         return trial.suggest_float(name, self.low, self.high, log=self.log)
 
+    def contains(self, value: Any) -> bool:
+        """Whether it can be chosen."""
+        return value in self.choices if self.choices is not None else bool(self.low <= value <= self.high)
+
     def ends(self) -> list[Any]:
         """First and last value; of a range of real numbers, which seldom contradict others, only the first."""
         if self.choices:
@@ -90,10 +94,17 @@ class LayerSpace:
     Args:
         config: config of the layer, relative to the study file.
         space: its parameters, by the short names that tables show.
+        first: values that are tried before the sampler chooses: all those of an ablation, say. A parameter that is
+            left out has the value that it has in the first of them.
     """
 
     config: str
     space: dict[str, Parameter]
+    first: list[dict[str, Any]] = field(default_factory=list)
+
+    def fixed(self, trial: int) -> dict[str, Any]:
+        """Values that are given for the layer's trial of this number; none once the sampler chooses."""
+        return self.first[0] | self.first[trial] if trial < len(self.first) else {}
 
 
 @dataclass
@@ -112,6 +123,8 @@ class StudySpec:
         constraints: metrics and the largest value that is feasible; with one objective only.
         sampler: how Optuna chooses.
         pruner: stops hopeless trials early; with one objective only.
+        together: train a trial's seeds at once (`fffexp.replicas`), which is faster; nothing but accuracy and
+            stability is measured then, so for one objective without constraints or pruner.
     """
 
     name: str
@@ -125,6 +138,7 @@ class StudySpec:
     objectives: dict[str, Direction] = field(default_factory=lambda: dict(OBJECTIVES))
     constraints: dict[str, float] = field(default_factory=dict)
     pruner: BasePruner | None = None
+    together: bool = False
     folder: Path = Path()
 
     def check(self) -> None:
@@ -150,16 +164,37 @@ class StudySpec:
             )
         if len(self.objectives) > 1 and self.constraints:
             raise UserError("constraints go with a single objective; drop them or the further objectives")
+        if self.together and (len(self.objectives) > 1 or self.constraints or self.pruner is not None):
+            raise UserError(
+                "together: seeds that train at once are neither timed nor pruned; "
+                "leave val/accuracy as the only objective, and constraints and pruner out"
+            )
         for layer, part in self.layers.items():
             where = f"layers.{layer}.space"
             if not part.space:
                 raise UserError(f"{where} is empty: name at least one parameter")
             for name, parameter in part.space.items():
                 parameter.check(f"{where}.{name}")
+            self._check_first(layer, part)
             keys = [key for parameter in part.space.values() for key in parameter.set]
             keys += [*self.overrides, "name", "seed_everything", "test"]
             if twice := sorted({key for key in keys if keys.count(key) > 1}):
                 raise UserError(f"{where}: {twice[0]} is set twice, or by the study too: leave one out")
+
+    def _check_first(self, layer: str, part: LayerSpace) -> None:
+        if len(part.first) > self.trials_per_layer:
+            raise UserError(
+                f"layers.{layer}.first has {len(part.first)} entries: raise trials_per_layer to that, or drop some"
+            )
+        for index, given in enumerate(part.first):
+            where = f"layers.{layer}.first[{index}]"
+            if unknown := sorted(given.keys() - part.space.keys()):
+                raise UserError(f"{where}: {unknown[0]} is not in the space")
+            if index == 0 and (missing := sorted(part.space.keys() - given.keys())):
+                raise UserError(f"{where}: {missing[0]} is missing; the first entry gives all parameters")
+            for name, value in given.items():
+                if not part.space[name].contains(value):
+                    raise UserError(f"{where}: {name} = {value} is not among the choices or within low and high")
 
     @property
     def trials(self) -> int:
@@ -172,11 +207,13 @@ class StudySpec:
         ends = itertools.product(*(parameter.ends() for parameter in space.values()))
         return [dict(zip(space, values, strict=True)) for values in ends]
 
-    def arguments(self, layer: str, values: dict[str, Any], seed: int, test: bool) -> list[str]:
-        """Command line of one fit."""
+    def arguments(self, layer: str, values: dict[str, Any], seed: int | None, test: bool) -> list[str]:
+        """Command line of one fit, or of replicas if there is no one seed."""
         part = self.layers[layer]
         settings = {key: values[name] for name, parameter in part.space.items() for key in parameter.set}
-        settings = {**self.overrides, **settings, "name": self.name, "seed_everything": seed, "test": test}
+        settings = {**self.overrides, **settings, "name": self.name, "test": test}
+        if seed is not None:
+            settings["seed_everything"] = seed
         configs = [f"--config={self.folder / config}" for config in (*self.configs, part.config)]
         return ["fit", *configs, *(f"--{key}={_flag(value)}" for key, value in settings.items())]
 

@@ -33,6 +33,7 @@ class Trial(TypedDict):
     state: str
     params: dict[str, Any]
     values: list[float] | None
+    val_accuracies: list[float]  # of the search, one a seed
     run_id: str | None
     seeds: list[int]
     mean: float | None
@@ -50,6 +51,7 @@ class Summary(TypedDict):
     study: str
     directions: list[str]
     metrics: list[str]
+    seeds: list[int]  # of the search
     trials: list[Trial]
     pareto: list[int]
     finalists: list[int]

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fffexp.study.statistics import paired_difference
 from fffexp.study.summary import Summary, Trial, answer, finalist_trials, latency_ms
 
 COLUMNS = 120
@@ -100,6 +101,37 @@ def show(summary: Summary, max_latency_ms: float | None = None) -> str:
         ]
     lines += ["", "Brackets are 95% t intervals over fresh seeds."]
     return "\n".join(lines)
+
+
+def trials(summary: Summary) -> str:
+    """Every trial of the search, the best first: its validation accuracy, and the difference to the layer's best."""
+    done = sorted((t for t in summary["trials"] if t["values"]), key=lambda t: -t["values"][0] if t["values"] else 0)
+    best = {trial["params"]["layer"]: trial for trial in reversed(done)}
+    settings_of = {trial["number"]: describe(trial) for trial in done}
+    wide = max(map(len, settings_of.values()), default=0)
+    lines = [
+        f"{'trial':>5}  {'layer':12}  {'hyperparameters':{wide}}  {'val acc':>7}  to the best of its layer, paired"
+    ]
+    for trial in done:
+        layer = trial["params"]["layer"]
+        assert trial["values"] is not None
+        start = (
+            f"{trial['number']:5}  {layer:12}  {settings_of[trial['number']]:{wide}}  {100 * trial['values'][0]:7.2f}"
+        )
+        lines.append(f"{start}  {_difference(trial, best[layer], summary)}".rstrip())
+    seeds = ", ".join(map(str, summary["seeds"]))
+    lines += ["", f"In percent, mean over seeds {seeds}; brackets are 95% t intervals of the difference."]
+    return "\n".join(lines)
+
+
+def _difference(trial: Trial, best: Trial, summary: Summary) -> str:
+    if trial is best:
+        return ""
+    ours, theirs = (dict(zip(summary["seeds"], t["val_accuracies"], strict=True)) for t in (trial, best))
+    mean, interval, _ = paired_difference(ours, theirs)
+    return f"{100 * mean:+.2f}" + (
+        "" if interval is None else " [{:+.2f}, {:+.2f}]".format(*(100 * i for i in interval))
+    )
 
 
 def describe(trial: Trial) -> str:

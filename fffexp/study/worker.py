@@ -21,10 +21,12 @@ from optuna_integration import PyTorchLightningPruningCallback
 
 from fffexp import tracking
 from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError
-from fffexp.experiment import Context, Result, run
+from fffexp.experiment import Context, Result, run, total_sizes
+from fffexp.replicas import Replicas
 from fffexp.study import store
 from fffexp.study.plan import chosen, finals_name, finals_work, search_work
 from fffexp.study.spec import StudySpec, parse
+from fffexp.study.summary import LATENCY
 from fffexp.tracking import terminated_by_signal
 
 POLL_S = 0.5
@@ -116,10 +118,13 @@ class Worker:
         layer = trial.suggest_categorical("layer", list(self.spec.layers))
         space = self.spec.layers[layer].space
         values = {name: parameter.suggest(trial, f"{layer}.{name}") for name, parameter in space.items()}
-        results = self._train_seeds(trial, layer, values)
+        train = self._train_together if self.spec.together else self._train_seeds
+        results = train(trial, layer, values)
         means = {name: fmean(r.metrics[name] for r in results) for name in results[0].metrics}
         trial.set_user_attr("sizes", results[0].sizes)
-        trial.set_user_attr("latency_ms", means["speed/latency_b256_ms"])
+        trial.set_user_attr("val_accuracies", [r.metrics["val/accuracy"] for r in results])
+        if LATENCY in means:
+            trial.set_user_attr("latency_ms", means[LATENCY])
         missing = [name for name in (*self.spec.objectives, *self.spec.constraints) if name not in means]
         if missing:
             raise UserError(f"metric {missing[0]} is not measured; there are {', '.join(sorted(means))}")
@@ -151,6 +156,22 @@ class Worker:
             mean_run.params({k: v for k, v in results[0].params.items() if k != "seed"} | {"seeds": seeds})
             shared = set.intersection(*(set(r.metrics) for r in results))
             mean_run.metrics({name: fmean(r.metrics[name] for r in results) for name in shared})
+        return results
+
+    def _train_together(self, trial: optuna.Trial, layer: str, values: dict[str, Any]) -> list[Result]:
+        tags = {"study": self.spec.name, "trial": str(trial.number), "layer": layer}
+        name = f"trial {trial.number} {layer}"
+        with tracking.run(self.client, self.experiment, name, tags, self.parent) as run_of_all:
+            trial.set_user_attr("run_id", run_of_all.id)
+            replicas = Replicas(self.spec.arguments(layer, values, None, test=False)[1:], self.spec.seeds)
+            run_of_all.text(replicas.config, "config.yaml")
+            run_of_all.params({k: v for k, v in replicas.params.items() if k != "seed"} | {"seeds": self.spec.seeds})
+            sizes = total_sizes(replicas.task)
+            results = [
+                Result(run_of_all.id, replica.metrics(), replicas.params, sizes, replicas.config)
+                for replica in replicas.train(test=False)
+            ]
+            run_of_all.metrics({name: fmean(r.metrics[name] for r in results) for name in results[0].metrics})
         return results
 
     def _final_trial(self, trial: optuna.Trial) -> float:

@@ -7,6 +7,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from fffexp.routing import gate
+from fffexp.routing.blocks import cv_squared
 from fffexp.routing.gate import GateRouting
 
 
@@ -19,13 +20,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_cv_squared_is_n_minus_1_if_one_hot_and_0_if_uniform(n: int, dtype: torch.dtype) -> None:
     one_hot = torch.zeros(n, dtype=dtype)
     one_hot[-1] = 3
-    assert_close(gate.cv_squared(one_hot), torch.tensor(n - 1.0))
-    assert gate.cv_squared(torch.full((n,), 0.5, dtype=dtype)) == 0
+    assert_close(cv_squared(one_hot), torch.tensor(n - 1.0))
+    assert cv_squared(torch.full((n,), 0.5, dtype=dtype)) == 0
 
 
 def test_cv_squared_of_nothing_is_finite() -> None:
     values = torch.zeros(4, requires_grad=True)
-    loss = gate.cv_squared(values)
+    loss = cv_squared(values)
     loss.backward()
     assert loss == 0
     assert values.grad.isfinite().all()

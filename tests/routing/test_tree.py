@@ -6,6 +6,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from fffexp.routing import tree
+from fffexp.routing.blocks import block_counts
 from fffexp.routing.tree import TreeRouting
 
 
@@ -149,4 +150,4 @@ def test_leaf_importance(weights: list[list[float]], expected: float) -> None:
 @pytest.mark.parametrize("shape", [(7,), (7, 1), (0, 2), (5, 2)])
 def test_block_counts(shape: tuple[int, ...]) -> None:
     blocks = torch.randint(4, shape, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(tree.block_counts(blocks, 6), torch.bincount(blocks.flatten(), minlength=6))
+    assert torch.equal(block_counts(blocks, 6), torch.bincount(blocks.flatten(), minlength=6))

@@ -11,6 +11,7 @@ from processes import CONFIGS, digits, write_yaml
 from fffexp.cli import main
 from fffexp.errors import UserError
 from fffexp.experiment import check
+from fffexp.study.plan import search_work
 from fffexp.study.spec import StudySpec, digest, load
 
 CONTENT: dict[str, Any] = {
@@ -84,10 +85,35 @@ def test_one_value_may_go_to_several_keys(tmp_path: Path) -> None:
     assert {"--a.b=8", "--c=8"} <= set(arguments)
 
 
+FIRST = [{"width": 8, "lr": 0.1}, {"lr": 0.01}]
+
+
+def with_first(*first: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    layers = copy.deepcopy(CONTENT["layers"])
+    layers["FF"]["first"] = list(first)
+    return {"layers": layers} | changes
+
+
+def test_values_that_are_tried_first(tmp_path: Path) -> None:
+    work = search_work(spec(tmp_path, **with_first(*FIRST)))
+    assert work == {
+        0: {"layer": "FF", "FF.width": 8, "FF.lr": 0.1},
+        1: {"layer": "FF", "FF.width": 8, "FF.lr": 0.01},
+        2: {"layer": "FF"},
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"layers": {}}, ["layers is empty"]),
+        ({"together": True}, ["together", "only objective"]),
+        (with_first({"width": 8}), ["first[0]: lr is missing"]),
+        (with_first(*FIRST, {"depth": 3}), ["first[2]: depth is not in the space"]),
+        (with_first(FIRST[0], {"width": 2}), ["first[1]: width = 2"]),
+        (with_first(FIRST[0], {"lr": 0.05}), ["first[1]: lr = 0.05"]),
+        (with_first(*FIRST, trials_per_layer=1), ["first has 2 entries", "trials_per_layer"]),
+        ({"together": True, "objectives": ACCURACY, "pruner": MEDIAN}, ["together", "pruner"]),
         ({"layers": {"FF": CONTENT["layers"]["FF"] | {"config": "nonesuch.yaml"}}}, ["nonesuch.yaml", "not there"]),
         ({"layers": {"FF": {"config": "ff.yaml", "space": {}}}}, ["layers.FF.space is empty"]),
         ({"overrides": {"model.layer.init_args.width": 3}}, ["model.layer.init_args.width", "twice"]),

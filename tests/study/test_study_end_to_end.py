@@ -1,5 +1,6 @@
 """`fffexp study` from a file to its summary, with processes that come and go."""
 
+import copy
 import json
 import signal
 import time
@@ -19,6 +20,7 @@ from fffexp import tracking
 from fffexp.cli import main
 from fffexp.experiment import Context, run
 from fffexp.study import store
+from fffexp.study.plan import search_work
 from fffexp.study.runner import StudyRunner
 from fffexp.study.spec import load
 from fffexp.study.summary import Summary
@@ -290,7 +292,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Summa
         spec, text = load(write_yaml(tmp_path / "tiny.yaml", CONTENT | {"final_seeds": [5]} | changes))
         url, uri = f"sqlite:///{tmp_path}/outputs/optuna.db", tracking.tracking_uri(None)
         runner = StudyRunner(spec, text, url, uri, jobs=1)
-        store.fill(runner.search, url, {slot: {"layer": list(spec.layers)[slot % 2]} for slot in range(spec.trials)})
+        store.fill(runner.search, url, search_work(spec))
         Worker(spec, url, uri, keep_seed=True).work()
         runner.run()
         return written(tmp_path)
@@ -330,6 +332,37 @@ def test_one_objective_with_a_constraint_and_a_pruner(work: Callable[..., Summar
     pruned = [r for r in runs(tmp_path) if r.info.status == "KILLED"]
     assert len(pruned) == states["PRUNED"]
     assert all(r.data.tags["pruned"] == "true" for r in pruned)
+
+
+def test_seeds_that_train_at_once(
+    work: Callable[..., Summary], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = copy.deepcopy(CONTENT["layers"])
+    layers["FF"]["first"] = [{"width": 5}]
+    layers["FFF"]["first"] = [{"depth": 3, "leaf_width": 4}, {"depth": 1}]
+    summary = work(**ACCURACY, together=True, seeds=[0, 1], layers=layers)
+    chosen = [{k: v for k, v in t["params"].items() if k != "layer"} for t in summary["trials"]]
+    assert [chosen[i] for i in (0, 1, 3)] == [{"width": 5}, *({"depth": d, "leaf_width": 4} for d in (3, 1))]
+    assert {t["state"] for t in summary["trials"]} == {"COMPLETE"}
+    for trial in summary["trials"]:
+        assert trial["values"] == [pytest.approx(sum(trial["val_accuracies"]) / 2)]
+        (mine,) = (r for r in runs(tmp_path) if r.info.run_id == trial["run_id"])
+        assert mine.data.metrics["val/accuracy"] == pytest.approx(trial["values"][0])
+        assert "test/accuracy" not in mine.data.metrics, "the test set is for finalists"
+        assert mine.data.params["layer"] == trial["params"]["layer"]
+        config = artifact(tmp_path, mine.info.run_id, "config.yaml")
+        again = run(["fit", f"--config={config}", "--name=again", "--test=false"], Context(quiet=True))
+        assert again is not None
+        # sums in another order: a row of 288 may be a tie
+        assert again.metrics["val/accuracy"] == pytest.approx(trial["val_accuracies"][0], abs=0.004)
+    assert summary["finalists"]
+    capsys.readouterr()
+    path = str(tmp_path / "outputs" / "studies" / "tiny" / "summary.json")
+    assert main(["study", "show", path, "--trials", "true"]) == 0
+    told = capsys.readouterr().out
+    assert told.splitlines()[1].split()[0] == str(summary["best"])
+    assert len(told.splitlines()) == 1 + 4 + 2
+    assert main(["study", "show", "tiny", "--trials", "true", "--max_latency_ms", "1"]) == 2
 
 
 def test_a_constraint_that_nothing_meets(work: Callable[..., Summary], capsys: pytest.CaptureFixture[str]) -> None:

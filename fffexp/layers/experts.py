@@ -1,0 +1,107 @@
+"""What mixtures of experts have in common: experts, a gate that is a product, and dispatch."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.kernels import naive
+from fffexp.layers.base import FeedforwardLayer, check_fits, decision_logits, positive, probability
+from fffexp.layers.blocks import BlockMLP
+
+
+class GatedExperts(FeedforwardLayer):
+    """A mixture of experts that evaluates k of them for a sample, in training too.
+
+    Args and errors: those of its children.
+    """
+
+    gate_products: ClassVar[int] = 1  # rows of the input's width that an expert has in the gate
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int,
+        expert_width: int,
+        k: int,
+        activation: Callable[[], nn.Module],
+        dropout: float,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.num_experts = positive("num_experts", num_experts)
+        self.expert_width = positive("expert_width", expert_width)
+        self.k = positive("k", k)
+        if k > num_experts:
+            raise ValueError(f"k is {k} but there are {num_experts} experts: lower k or raise num_experts")
+        probability("dropout", dropout)
+        per_expert = self.gate_products * in_features + expert_width * (in_features + out_features + 1) + out_features
+        check_fits(num_experts * per_expert, "lower num_experts or expert_width")
+        self.gate_weight = nn.Parameter(torch.empty(num_experts, in_features))
+        self.experts = BlockMLP(in_features, out_features, num_experts, expert_width, activation, dropout)
+
+    @abstractmethod
+    def gates(self, logits_BE: Tensor, expert_BK: Tensor) -> Tensor:
+        """(B, E), (B, K) -> (B, K) weight of each chosen expert's output."""
+
+    def dispatch(self, x: Tensor, expert_BK: Tensor, gates_BK: Tensor) -> Tensor:
+        """(..., in), (B, K), (B, K) -> (..., out): each row through its own experts alone, summed by gate."""
+        backend = "eager" if self.training else self.inference_backend()
+        output = self.experts.selected(x.reshape(-1, self.in_features), expert_BK, gates_BK, backend)
+        return output.reshape(*x.shape[:-1], self.out_features)
+
+    def inference_backend(self) -> str:
+        """The backend that the next inference runs on."""
+        return self.experts.backend(self.backend)
+
+    def route(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (rows, k) experts of each row, without noise, best first."""
+        logits = decision_logits(x.reshape(-1, self.in_features), self.gate_weight, None)
+        return logits.topk(self.k, dim=1).indices
+
+    def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+        """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
+        logits_BE, rows = x.double() @ self.gate_weight.double().T, []
+        for row, logits in zip(x.double(), logits_BE, strict=True):
+            chosen = logits.topk(self.k).indices
+            blocks = self.experts.exact(chosen.tolist())
+            gates = self.gates(logits[None], chosen[None])[0]
+            rows.append(naive.weighted(row, range(self.k), gates, blocks, self.experts.hidden))
+        return torch.stack(rows)
+
+    def weights_read(self, x: Tensor) -> int:
+        """The gate and the experts that are chosen."""
+        return self.gate_weight.numel() + len(self.route(x).unique()) * self.experts.scalars
+
+    @property
+    def blocks(self) -> int:
+        """Experts."""
+        return self.num_experts
+
+    @property
+    def training_width(self) -> int:
+        """E * e."""
+        return self.num_experts * self.expert_width
+
+    @property
+    def training_size(self) -> int:
+        """E * e + E: a gate's row counts as one neuron."""
+        return self.training_width + self.num_experts
+
+    @property
+    def inference_width(self) -> int:
+        """K * e."""
+        return self.k * self.expert_width
+
+    @property
+    def inference_size(self) -> int:
+        """K * e + E."""
+        return self.inference_width + self.num_experts
+
+    @property
+    def flops_per_sample(self) -> int:
+        """The gate and k experts."""
+        experts = self.inference_width * (self.in_features + self.out_features)
+        return 2 * (self.num_experts * self.in_features + experts)

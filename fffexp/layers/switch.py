@@ -1,0 +1,58 @@
+"""The mixture of experts that trains at k = 1."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.layers.base import Regularizer, decision_logits
+from fffexp.layers.experts import GatedExperts
+from fffexp.routing import gate
+
+
+class SwitchMoE(GatedExperts):
+    """Mixture of experts with a Switch gate (Fedus et al., arXiv 2101.03961, section 2.1).
+
+    One expert a sample, its output times its softmax probability among all experts, which is how the gate learns.
+    No noise, and no capacity: every row reaches its expert.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        num_experts: number of experts.
+        expert_width: hidden neurons of one expert.
+        activation: makes the activation module of the experts.
+        dropout: probability of dropping a hidden activation in training.
+
+    Raises:
+        ValueError: a size below 1, or weights that do not fit in memory.
+    """
+
+    regularizers: Mapping[str, Regularizer] = MappingProxyType({"balance": gate.switch_balance})
+    metrics: Mapping[str, Regularizer] = MappingProxyType({"gate_entropy": gate.gate_entropy})
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int,
+        expert_width: int,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, out_features, num_experts, expert_width, 1, activation, dropout)
+        # section 2.4: a tenth of the usual variance
+        nn.init.trunc_normal_(self.gate_weight, std=(0.1 / in_features) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        logits = decision_logits(x.reshape(-1, self.in_features), self.gate_weight, None)
+        expert = logits.argmax(1, keepdim=True)
+        if self.training:
+            self._record(gate.SwitchRouting(gates_BE=torch.softmax(logits, dim=1), expert_B=expert.squeeze(1)))
+        return self.dispatch(x, expert, self.gates(logits, expert))
+
+    def gates(self, logits_BE: Tensor, expert_BK: Tensor) -> Tensor:
+        """(B, E), (B, 1) -> (B, 1): probability of the chosen among all."""
+        return torch.softmax(logits_BE, dim=1).gather(1, expert_BK)
