@@ -144,6 +144,7 @@ class Replicas:
         steps = len(loaders[0]) * self.epochs
         scheduler, interval = task.scheduler(optimizer, lambda: steps) if task.lr_scheduler else (None, None)
         task.on_fit_start()
+        noise, task.input_noise = task.input_noise, 0.0  # is added here
         loss = _Loss(task)
         prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
         losses = torch.vmap(partial(functional_call, loss), randomness="different")
@@ -156,6 +157,7 @@ class Replicas:
             for parts in zip(*loaders, strict=True):
                 wait_for_timing()
                 x, y = (torch.stack(rows) for rows in zip(*parts, strict=True))
+                _add_noise(x, noise)
                 apply_schedules(task, len(course) / steps)
                 optimizer.zero_grad()
                 loss_S = losses(prefixed, (x, y))
@@ -232,6 +234,15 @@ class Replicas:
     def _dead(self, x: Tensor) -> int | None:
         dead = dead_leaves(self.task, x)
         return int(dead["stability/dead_leaves"]) if dead else None
+
+
+def _add_noise(x_SB: Tensor, deviation: float) -> None:
+    """Normal noise, drawn once for a step and rolled by another amount for each seed: drawing is slow."""
+    if deviation:
+        drawn = torch.randn(x_SB[0].numel())
+        shifts = torch.randint(len(drawn), (len(x_SB),)).tolist()
+        for x_B, shift in zip(x_SB, shifts, strict=True):
+            x_B.add_(drawn.roll(shift).view_as(x_B), alpha=deviation)
 
 
 class _Best:

@@ -8,7 +8,7 @@ from processes import enter, with_store
 
 from fffexp.errors import UserError
 from fffexp.experiment import Context, run
-from fffexp.replicas import Replicas
+from fffexp.replicas import Replicas, _add_noise
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -50,6 +50,19 @@ def test_noise_differs_between_seeds() -> None:
     # with equal splits, initialisation and order: only the gates' noise is left
     replicas = Replicas(arguments("moe"), [0, 0]).train()
     assert replicas[0] != replicas[1]
+
+
+def test_input_noise_is_that_of_the_task_and_differs_between_seeds() -> None:
+    x = torch.zeros(3, 50, 1, 8, 8)
+    _add_noise(x, 0.2)
+    flat = x.flatten(1)
+    assert flat.std(dim=1) == pytest.approx(0.2, abs=0.01)
+    assert (torch.corrcoef(flat) - torch.eye(3)).abs().max() < 0.1
+    _add_noise(before := x.clone(), 0.0)
+    assert torch.equal(before, x)
+    noisy = Replicas(arguments("ff", "--model.input_noise=1.0"), [0, 0]).train()
+    assert noisy[0] != noisy[1]
+    assert noisy[0] != Replicas(arguments("ff"), [0, 0]).train()[0]
 
 
 def test_patience_ends_the_training() -> None:

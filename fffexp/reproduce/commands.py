@@ -6,6 +6,8 @@ from pathlib import Path
 from fffexp.bench.arguments import Parser, natural, positive
 from fffexp.errors import UserError
 
+LAYERS = ("FF", "NoisyTopKMoE", "SwitchMoE", "FFF")
+
 
 def main(args: list[str]) -> int:
     """Parse and run."""
@@ -29,8 +31,11 @@ def main(args: list[str]) -> int:
     sub.add_argument("--protocol", choices=("paper", "best"), default="paper", help="as printed, or configs/recipe/")
     sub.add_argument("--training_widths", nargs="+", type=positive, default=[16, 32, 64, 128], metavar="N")
     sub.add_argument("--leaf_widths", nargs="+", type=positive, default=[8, 4, 2, 1], metavar="N")
-    sub.add_argument("--seeds", type=positive, default=10, metavar="N", help="how many, from 0 on")
-    sub.add_argument("--jobs", type=positive, default=2, metavar="N", help="processes, one cell each")
+    told = "of FF and FFF, and with --protocol best of the mixtures of experts too"
+    sub.add_argument("--layers", nargs="+", choices=LAYERS, default=["FF", "FFF"], help=told)
+    told = "FF of equal parameters, inference size and inference time beside each FFF (--protocol best)"
+    sub.add_argument("--controls", action="store_true", help=told)
+    _trainings(sub)
     sub.set_defaults(run=_table1)
     _json(sub)
     found = parser.parse_args(args)
@@ -38,6 +43,11 @@ def main(args: list[str]) -> int:
         raise UserError(f"--json {found.json}: name a file that ends in .json")
     found.run(found)
     return 0
+
+
+def _trainings(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--seeds", type=positive, default=10, metavar="N", help="how many, from 0 on")
+    sub.add_argument("--jobs", type=positive, default=2, metavar="N", help="processes, one cell each")
 
 
 def _json(sub: argparse.ArgumentParser) -> None:
@@ -62,9 +72,12 @@ def _figure3(found: argparse.Namespace) -> None:
 
 
 def _table1(found: argparse.Namespace) -> None:
-    from fffexp.reproduce import table1
+    if found.protocol == "paper" and (found.controls or {*found.layers} - {"FF", "FFF"}):
+        raise UserError("--protocol paper has FF and FFF alone: add --protocol best for controls and other layers")
+    from fffexp.reproduce import runs, table1
 
-    wanted = table1.cells(found.protocol, found.training_widths, found.leaf_widths)
-    print(table1.HEADER, flush=True)
-    measured = table1.measure(found.data, found.protocol, wanted, range(found.seeds), found.jobs, found.json)
+    wanted = table1.cells(found.protocol, found.training_widths, found.leaf_widths, found.layers)
+    print(runs.HEADER, flush=True)
+    seeds = range(found.seeds)
+    measured = table1.measure(found.data, found.protocol, wanted, seeds, found.controls, found.jobs, found.json)
     print(table1.report(measured))

@@ -1,6 +1,7 @@
 """Intervals of means and of paired differences over seeds."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from scipy import stats
 
@@ -54,6 +55,46 @@ def paired_difference(
     result = stats.ttest_rel([a[seed] for seed in seeds], [b[seed] for seed in seeds])
     low, high = result.confidence_interval(confidence)
     return mean, (float(low), float(high)), n
+
+
+class Paired(NamedTuple):
+    """A difference of means paired by seed; `p` of a two-sided t-test, adjusted for the tests made beside it."""
+
+    difference: float
+    interval: Interval | None
+    seeds: int
+    p: float | None
+
+
+def paired_tests(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]]) -> list[Paired]:
+    """Paired t-tests (scipy.stats.ttest_rel) of values by seed; the false discovery rate is that of all together."""
+    found, ps = [], []
+    for a, b in pairs:
+        mean, interval, n = paired_difference(a, b)
+        found.append((mean, interval, n))
+        seeds = sorted(a.keys() & b.keys())
+        if interval is None:
+            continue
+        if interval[0] == interval[1]:  # the same difference with every seed
+            ps.append(float(abs(mean) < _ROUNDING))
+        else:
+            ps.append(float(stats.ttest_rel([a[seed] for seed in seeds], [b[seed] for seed in seeds]).pvalue))
+    left = iter(adjusted(ps))
+    return [Paired(mean, interval, n, None if interval is None else next(left)) for mean, interval, n in found]
+
+
+def above(values: Sequence[Sequence[float]], bounds: Sequence[float]) -> list[float]:
+    """p of one-sided one-sample t-tests: is the mean above the bound? Adjusted for all together."""
+    ps = [
+        float(stats.ttest_1samp(sample, bound, alternative="greater").pvalue)
+        for sample, bound in zip(values, bounds, strict=True)
+    ]
+    return adjusted(ps)
+
+
+def adjusted(ps: Sequence[float]) -> list[float]:
+    """P values for which the false discovery rate is controlled (Benjamini and Hochberg)."""
+    return [float(p) for p in stats.false_discovery_control(ps)] if ps else []
 
 
 def overlap(a: Interval, b: Interval) -> bool:

@@ -1,23 +1,30 @@
 """FF against FFF at equal training width: cells, statistics and the command, on small data of the same form."""
 
+import copy
 import gzip
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from scipy import stats
 
 from fffexp.cli import main
-from fffexp.reproduce import paper, table1
-from fffexp.reproduce.table1 import Cell
+from fffexp.errors import UserError
+from fffexp.experiment import Context, ExperimentCLI
+from fffexp.reproduce import controls, paper, runs, stability, table1
+from fffexp.reproduce.cells import CONFIGS, Cell, Layer
+from fffexp.reproduce.commands import LAYERS
 
 
 def test_cells_are_those_of_the_table() -> None:
-    best = table1.cells("best", paper.WIDTHS, paper.LEAF_WIDTHS)
+    best = table1.cells("best", paper.WIDTHS, paper.LEAF_WIDTHS, ["FF", "FFF"])
     assert len(best) == 20
-    assert len(table1.cells("paper", paper.WIDTHS, paper.LEAF_WIDTHS)) == 4 + 2 * 16
+    assert len(table1.cells("paper", paper.WIDTHS, paper.LEAF_WIDTHS, ["FF", "FFF"])) == 4 + 2 * 16
     assert best[0].training_width == 128  # the longest first
     assert {(c.training_width, c.leaf_width): c.depth for c in best}[(128, 8)] == 4
     assert all(table1.printed("fashion_mnist", c.leaf_width, c.training_width) for c in best)
@@ -25,21 +32,65 @@ def test_cells_are_those_of_the_table() -> None:
     assert paper.printed("fashion_mnist", 8, 256) is None
 
 
-def cell(values: list[float], printed: float) -> dict[str, Any]:
-    runs = [
-        {"training_width": 128, "leaf_width": 8, "reduction": None, "seed": i, "train_accuracy": v / 100,
-         "test_accuracy": v / 100, "epochs_to_fit": 3, "epochs_to_best": 2 + i, "used_blocks": used,
-         "nonfinite_steps": 2 * (i == 3)}
-        for i, (v, used) in enumerate(zip(values, [16, 8, 7, 1], strict=False))
+def test_inference_sizes() -> None:
+    sizes = {"FF": 128, "NoisyTopKMoE": 2 * 8 + 16, "SwitchMoE": 8 + 16, "FFF": 8 + 4}
+    assert {layer: Cell(layer, 128, None if layer == "FF" else 8).inference_size for layer in LAYERS} == sizes
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_sizes_are_those_of_the_layer(layer: Layer) -> None:
+    cell = Cell(layer, 32, None if layer == "FF" else 4)
+    for protocol in ("best", "paper") if layer in ("FF", "FFF") else ("best",):
+        args = [a for a in table1.arguments(cell, "fashion_mnist", protocol) if "fashion_mnist.yaml" not in a]
+        experiment = ExperimentCLI(["fit", f"--config={CONFIGS}/data/digits.yaml", *args], Context(dry=True))
+        (made,) = experiment.model.layers.values()
+        assert type(made).__name__ == layer
+        assert (made.training_width, made.inference_size) == (32, cell.inference_size)
+        assert made.blocks == cell.blocks
+        optimizer = made_by(experiment.model.optimizer)
+        if protocol == "paper":
+            assert (type(optimizer).__name__, optimizer.defaults["lr"]) == ("SGD", 0.2)
+            assert optimizer.defaults["weight_decay"] == optimizer.defaults["momentum"] == 0
+        else:
+            assert type(optimizer).__name__ == "AdamW"
+
+
+def made_by(factory: Any) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = factory([torch.nn.Parameter(torch.zeros(1))])
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("layer", "leaf_width", "message"), [("FFF", 3, "not a power of 2"), ("SwitchMoE", 5, "not a number of experts")]
+)
+def test_leaf_widths_that_do_not_fit(layer: Layer, leaf_width: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Cell(layer, 16, leaf_width)
+
+
+def runs_of(cell: Cell, accuracies: list[float], **more: Any) -> list[dict[str, Any]]:
+    base = {
+        "epochs_to_fit": 3, "used_blocks": cell.blocks, "nonfinite_steps": 0, "val_accuracy_std": 0.01,
+        "loss_spikes": 1, "dead_blocks": 0,
+    }  # fmt: skip
+    return [
+        asdict(cell) | base | more
+        | {"seed": i, "train_accuracy": v / 100, "test_accuracy": v / 100, "epochs_to_best": 2 + i}
+        for i, v in enumerate(accuracies)
     ]  # fmt: skip
-    found = {"data": "fashion_mnist", "runs": runs}
-    table1._summarize(found)
-    (row,) = (c for c in found["cells"] if c["metric"] == "G_A")
-    return row | {"paper": printed}
+
+
+def row_of(values: list[float], printed: float) -> dict[str, Any]:
+    made = runs_of(Cell("FFF", 128, 8), values)
+    for run, used in zip(made, [16, 8, 7, 1], strict=False):
+        run["used_blocks"] = used
+    made[-1]["nonfinite_steps"] = 2
+    (row,) = (row for row in runs.rows(made, {"G_A": printed}) if row["metric"] == "G_A")
+    return row
 
 
 def test_statistics_of_a_cell() -> None:
-    row = cell([86.0, 87.0, 88.0, 89.0], 86.1)
+    row = row_of([86.0, 87.0, 88.0, 89.0], 86.1)
     assert row["mean"] == pytest.approx(87.5)
     assert (row["best"], row["worst"], row["n"]) == (pytest.approx(89), pytest.approx(86), 4)
     # t(3) = 3.182, s = 1.291
@@ -52,7 +103,79 @@ def test_statistics_of_a_cell() -> None:
     ("printed", "answer"), [(85.0, "better"), (88.5, "reproduced"), (95.0, "not reproduced"), (89.3, "not told apart")]
 )
 def test_verdicts(printed: float, answer: str) -> None:
-    assert table1.verdict(cell([86.0, 87.0, 88.0, 89.0], printed)).split(":")[0] == answer
+    assert runs.verdict(row_of([86.0, 87.0, 88.0, 89.0], printed)).split(":")[0] == answer
+
+
+def test_cells_above_the_paper_are_counted() -> None:
+    rows = [row_of([86.0, 87.0, 88.0, 89.0], printed) for printed in (80.0, 87.0)]
+    # t = 7.5 / 0.6455 and 0.5 / 0.6455 with 3 degrees of freedom; the larger is not adjusted
+    assert "in 1 of 2 cells" in runs.above_paper(rows)
+    assert runs.above_paper(rows).endswith("2.5e-01")
+    assert runs.above_paper([]) == ""
+
+
+def table(*parts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    return {"data": "fashion_mnist", "controls": [], "runs": [run for part in parts for run in part], **more}
+
+
+def test_controls_are_of_equal_size() -> None:
+    found = table()
+    wanted = [Cell("FFF", 128, 8), Cell("FFF", 16, 8)]
+    controls.choose(found, wanted)
+    first = found["controls"][0]
+    # 15 nodes * 785 + 128 * 785 + 128 * 10 + 16 * 10 = 113,695 parameters; FF: 795 a neuron + 10
+    assert (first["parameters"], first["inference_size"]) == (143, 12)
+    assert found["controls"][1]["inference_size"] == 9
+    assert 1 <= first["inference_time"] <= 512
+    assert first["time_ratio"] <= 1 or first["inference_time"] == 1
+    before = copy.deepcopy(found["controls"])
+    controls.choose(found, wanted)
+    assert found["controls"] == before, "times are not taken again"
+    dense = [cell.training_width for cell in controls.cells(found, [*wanted, Cell("FF", 12)])]
+    assert {143, 9, 128, 16} <= set(dense)
+    assert 12 not in dense, "it is wanted anyway"
+    assert dense == sorted(dense, reverse=True)
+
+
+def test_comparisons_with_controls_are_paired() -> None:
+    control = Cell("FFF", 128, 8).describe() | {
+        "width": 128, "parameters": 143, "inference_size": 12, "inference_time": 24,
+    }  # fmt: skip
+    ours, ahead, behind = [88.0, 87.0, 88.5], [89.0, 88.1, 89.4], [86.0, 85.0, 86.6]
+    found = table(
+        runs_of(Cell("FFF", 128, 8), ours), runs_of(Cell("FF", 128), ahead), runs_of(Cell("FF", 12), behind),
+        runs_of(Cell("FF", 24), [88.0, 87.5, 88.0]), controls=[control],
+    )  # fmt: skip
+    made = {c["kind"]: c for c in controls.comparisons(found)}
+    assert set(made) == {"width", "inference_size", "inference_time"}  # no run of 143 neurons
+    assert made["width"]["difference"] == pytest.approx(-1.0)
+    ps = [stats.ttest_rel(ours, theirs).pvalue for theirs in (ahead, behind, [88.0, 87.5, 88.0])]
+    assert [made[kind]["p"] for kind in ("width", "inference_size", "inference_time")] == pytest.approx(
+        list(stats.false_discovery_control(ps))
+    )
+    told = {line.split()[3] + line.split()[4]: line for line in controls.report(found).splitlines()[1:4]}
+    assert told["width128"].endswith("FF is ahead")
+    assert next(line for line in told.values() if "inference size" in line).endswith("FFF is ahead")
+    assert next(line for line in told.values() if "inference time" in line).endswith("no difference shown")
+    assert controls.report(table()) == ""
+
+
+def test_stability() -> None:
+    steady = runs_of(Cell("FFF", 128, 8), [88.0, 88.1, 87.9, 88.0, 88.05, 87.95])
+    wild = runs_of(Cell("NoisyTopKMoE", 128, 8), [80.0, 88.0, 70.0, 89.0, 84.0, 60.0], val_accuracy_std=0.02)
+    wild[0]["used_blocks"] = 7
+    found = table(steady, wild)
+    rows = {row["layer"]: row for row in stability.table(found)}
+    assert rows["NoisyTopKMoE"]["collapsed"] == 1
+    assert rows["FFF"]["std"] == pytest.approx(np.std([88.0, 88.1, 87.9, 88.0, 88.05, 87.95], ddof=1))
+    assert rows["FFF"]["mean - worst"] == pytest.approx(0.1)
+    assert rows["FFF"]["ETT_G std"] == pytest.approx(np.std(range(6), ddof=1))
+    tests = {t["measure"]: t for t in stability.tests(found)}
+    assert tests["late std"]["p"] == pytest.approx(1.5 * 2 / 2**6)  # Wilcoxon: all six the same way; second of three
+    assert tests["spikes"]["p"] == 1
+    assert tests["std of test accuracy"]["FFF"] < tests["std of test accuracy"]["rival"]
+    assert "NoisyTopKMoE" in stability.report(found)
+    assert stability.report(table()) == ""
 
 
 @pytest.fixture
@@ -70,8 +193,8 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (root / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
     more = [f"--data.root={root}", "--trainer.max_epochs=4", "--data.batch_size=50"]
     monkeypatch.setitem(table1.DATA, "fashion_mnist", [*table1.DATA["fashion_mnist"], *more[:1]])
-    arguments = Cell.arguments
-    monkeypatch.setattr(Cell, "arguments", lambda self, *args: [*arguments(self, *args), *more[1:]])
+    arguments = table1.arguments
+    monkeypatch.setattr(table1, "arguments", lambda *args: [*arguments(*args), *more[1:]])
     return root
 
 
@@ -97,7 +220,7 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
     if protocol == "paper":  # in 16 steps the averaged weights of the other have hardly moved
         assert by_cell[(None, None)]["mean"] > 90, "two classes that anything can tell apart"
     assert "95% interval" in told
-    monkeypatch.setattr(table1, "train", None)  # nothing is left to train
+    monkeypatch.setattr(runs, "train", None)  # nothing is left to train
     assert main([*command, "--leaf_widths", "8", "4", "--seeds", "3"]) == 0
     assert math.isfinite(by_cell[(8, readings[0])]["mean"])
 

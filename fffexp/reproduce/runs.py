@@ -1,0 +1,164 @@
+"""Training the cells of a table, many seeds at once and a cell a process, and what comes of them as rows."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fffexp.reproduce.cells import Cell
+from fffexp.reproduce.results import save
+from fffexp.study.statistics import above, mean_interval
+
+# Metric, the key of a run, its factor (accuracies in percent), and whether more is better.
+METRICS = (
+    ("M_A", "train_accuracy", 100, True),
+    ("G_A", "test_accuracy", 100, True),
+    ("ETT_M", "epochs_to_fit", 1, False),
+    ("ETT_G", "epochs_to_best", 1, False),
+)
+
+
+def complete(
+    found: dict[str, Any],
+    wanted: Mapping[Cell, Sequence[str]],
+    seeds: Sequence[int],
+    patience: int | None,
+    jobs: int,
+    path: Path | None,
+    done: Callable[[Cell], None],
+) -> None:
+    """Train the seeds of the cells that are not among found["runs"]; each cell is written when it is done.
+
+    Args:
+        found: the table, which gets the runs.
+        wanted: arguments of `fffexp fit` for each cell, the longest trainings first.
+        seeds: of every cell.
+        patience: epochs without a better accuracy that end a training.
+        jobs: processes.
+        path: where the table is written.
+        done: called for each cell before the table is written.
+    """
+    have = {(Cell.of(run), run["seed"]) for run in found["runs"]}
+    missing = {cell: [seed for seed in seeds if (cell, seed) not in have] for cell in wanted}
+    todo = {cell: seeds for cell, seeds in missing.items() if seeds}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin) as pool:
+        running = {pool.submit(train, wanted[cell], seeds, patience): cell for cell, seeds in todo.items()}
+        try:
+            for future in as_completed(running):
+                cell = running[future]
+                found["runs"] += [asdict(cell) | replica for replica in future.result()]
+                done(cell)
+                save(path, found)
+        except BaseException:
+            workers = list(pool._processes.values())  # shutdown forgets them
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.terminate()
+            raise
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    # hardened choices multiply to numbers that are slow and as good as 0
+    torch.set_flush_denormal(True)
+
+
+def train(args: Sequence[str], seeds: Sequence[int], patience: int | None) -> list[dict[str, Any]]:
+    """The replicas of a cell, as JSON."""
+    from fffexp.replicas import Replicas
+
+    return [asdict(replica) for replica in Replicas(args, seeds).train(patience)]
+
+
+def of(found: Mapping[str, Any], cell: Cell) -> list[dict[str, Any]]:
+    """The runs of a cell by seed."""
+    return sorted((run for run in found["runs"] if Cell.of(run) == cell), key=lambda run: run["seed"])
+
+
+def cells(found: Mapping[str, Any]) -> list[Cell]:
+    """That have runs: the widest first, FF before the others, wide leaves before narrow ones."""
+    order = {"FF": 0, "NoisyTopKMoE": 1, "SwitchMoE": 2, "FFF": 3}
+    return sorted(
+        {Cell.of(run) for run in found["runs"]},
+        key=lambda c: (-c.training_width, order[c.layer], -(c.leaf_width or 0), c.reduction or ""),
+    )
+
+
+def rows(runs: Sequence[Mapping[str, Any]], printed: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """A row for each metric of a cell, beside the number that the paper prints."""
+    cell = Cell.of(runs[0])
+    made = []
+    for metric, key, factor, more in METRICS:
+        values = [factor * run[key] for run in runs]
+        mean, interval = mean_interval(values)
+        best, worst = (max, min) if more else (min, max)
+        made.append(
+            {
+                **cell.describe(),
+                "metric": metric,
+                "paper": printed.get(metric),
+                "best": best(values),
+                "mean": mean,
+                "ci95": interval,
+                "std": statistics.stdev(values) if len(values) > 1 else None,
+                "worst": worst(values),
+                "values": values,
+                "used_leaves": [run["used_blocks"] for run in runs],
+                "collapsed": collapsed(runs),
+                "diverged": sum(run["nonfinite_steps"] > 0 for run in runs),
+                "n": len(values),
+            }
+        )
+    return made
+
+
+def collapsed(runs: Sequence[Mapping[str, Any]]) -> int:
+    """Runs that use fewer than half of their leaves or experts."""
+    return sum(run["used_blocks"] is not None and 2 * run["used_blocks"] < Cell.of(run).blocks for run in runs)
+
+
+HEADER = (
+    f"{'layer':13}{'w':>5}{'leaf':>5}{'reading':>8}{'metric':>7}{'paper':>7}{'best':>8}{'mean':>8}"
+    f"{'95% interval':>18}{'std':>7}{'worst':>8}{'n':>4}{'collapsed':>10}  verdict"
+)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row of the printed table."""
+    r = row
+    interval = "" if r["ci95"] is None else "[{:.2f}, {:.2f}]".format(*r["ci95"])
+    paper = "" if r["paper"] is None else f"{r['paper']:.1f}"
+    std = "" if r["std"] is None else f"{r['std']:.2f}"
+    start = f"{r['layer']:13}{r['training_width']:5}{r['leaf_width'] or '':>5}{r['reduction'] or '':>8}{r['metric']:>7}"
+    numbers = f"{paper:>7}{r['best']:8.2f}{r['mean']:8.2f}{interval:>18}{std:>7}{r['worst']:8.2f}{r['n']:4}"
+    return f"{start}{numbers}{r['collapsed']:10}  {verdict(r)}".rstrip()
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """How an accuracy stands to the paper's best of ten."""
+    if row["paper"] is None or row["ci95"] is None or not row["metric"].endswith("_A"):
+        return ""
+    low, high = row["ci95"]
+    if low > row["paper"]:
+        return "better: the interval of the mean lies above the paper's best"
+    if row["best"] >= row["paper"]:
+        return "reproduced: the best reaches the paper's best"
+    return "not reproduced" if high < row["paper"] else "not told apart"
+
+
+def above_paper(rows: Sequence[Mapping[str, Any]]) -> str:
+    """In how many cells the mean test accuracy of FFF is above the paper's best of ten; "" where none can be tested."""
+    tested = [row for row in rows if row["layer"] == "FFF" and row["metric"] == "G_A" and row["paper"] and row["n"] > 1]
+    if not tested:
+        return ""
+    ps = above([row["values"] for row in tested], [row["paper"] for row in tested])
+    shown = sum(row["ci95"][0] > row["paper"] for row in tested)
+    return (
+        f"FFF: in {shown} of {len(tested)} cells the 95% interval of the mean G_A lies above the paper's best;\n"
+        f"largest p of one-sided t-tests, adjusted for all cells by Benjamini and Hochberg: {max(ps):.1e}"
+    )

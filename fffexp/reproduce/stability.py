@@ -1,0 +1,108 @@
+"""How evenly layers train, across seeds and within a run."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy import stats
+
+from fffexp.reproduce import runs
+from fffexp.reproduce.cells import Cell, Layer
+from fffexp.study.statistics import adjusted
+
+RIVALS: tuple[Layer, ...] = ("NoisyTopKMoE", "SwitchMoE")
+WITHIN = {
+    "late std": ("val_accuracy_std", 100),
+    "spikes": ("loss_spikes", 1),
+    "nonfinite": ("nonfinite_steps", 1),
+    "dead": ("dead_blocks", 1),
+}
+
+
+def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a cell: measures across seeds, and means over seeds of those within a run."""
+    rows = []
+    for cell in runs.cells(found):
+        of_cell = runs.of(found, cell)
+        if len(of_cell) < 2:
+            continue
+        accuracies = [100 * run["test_accuracy"] for run in of_cell]
+        row = {
+            **cell.describe(),
+            "std": statistics.stdev(accuracies),
+            "mean - worst": statistics.mean(accuracies) - min(accuracies),
+            "collapsed": runs.collapsed(of_cell),
+            "ETT_G": statistics.mean(run["epochs_to_best"] for run in of_cell),
+            "ETT_G std": statistics.stdev(run["epochs_to_best"] for run in of_cell),
+        }
+        for name, (key, factor) in WITHIN.items():
+            values = [run[key] for run in of_cell]
+            row[name] = None if None in values else factor * statistics.mean(values)
+        rows.append(row)
+    return rows
+
+
+def tests(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Does FFF train more evenly than a MoE of the same training and block width?
+
+    Across seeds by Brown and Forsythe's test of equal variance, within runs by Wilcoxon's of paired measures; p
+    adjusted for all by Benjamini and Hochberg.
+    """
+    made = []
+    present = set(runs.cells(found))
+    for cell in runs.cells(found):
+        if cell.layer != "FFF" or cell.reduction is not None:
+            continue
+        for other in RIVALS:
+            rival = Cell(other, cell.training_width, cell.leaf_width)
+            if rival not in present:
+                continue
+            ours, theirs = ({run["seed"]: run for run in runs.of(found, each)} for each in (cell, rival))
+            seeds = sorted(ours.keys() & theirs.keys())
+            if len(seeds) < 3:
+                continue
+            a, b = ([100 * of[seed]["test_accuracy"] for seed in seeds] for of in (ours, theirs))
+            made.append(_test(cell, other, "std of test accuracy", statistics.stdev, a, b, stats.levene(a, b).pvalue))
+            for name in ("late std", "spikes"):
+                key, factor = WITHIN[name]
+                a, b = ([factor * of[seed][key] for seed in seeds] for of in (ours, theirs))
+                p = 1.0 if a == b else stats.wilcoxon(a, b).pvalue
+                made.append(_test(cell, other, name, statistics.mean, a, b, p))
+    for each, p in zip(made, adjusted([each["p"] for each in made]), strict=True):
+        each["p"] = p
+    return made
+
+
+def _test(
+    cell: Cell, other: str, measure: str, of: Any, a: Sequence[float], b: Sequence[float], p: float
+) -> dict[str, Any]:
+    return {**cell.describe(), "other": other, "measure": measure, "FFF": of(a), "rival": of(b), "p": float(p)}
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Both tables; "" where nothing was trained with several seeds."""
+    rows = table(found)
+    if not rows:
+        return ""
+    head = f"{'layer':13}{'w':>5}{'leaf':>5}{'reading':>8}{'std':>7}{'mean-worst':>11}{'collapsed':>10}"
+    lines = ["stability", head + f"{'ETT_G':>8}{'std':>6}" + "".join(f"{name:>10}" for name in WITHIN)]
+    for r in rows:
+        start = f"{r['layer']:13}{r['training_width']:5}{r['leaf_width'] or '':>5}{r['reduction'] or '':>8}"
+        across = f"{r['std']:7.2f}{r['mean - worst']:11.2f}{r['collapsed']:10}{r['ETT_G']:8.1f}{r['ETT_G std']:6.1f}"
+        lines.append(start + across + "".join(f"{'' if r[n] is None else format(r[n], '.2f'):>10}" for n in WITHIN))
+    lines.append(
+        "std, worst: test accuracy over seeds in points; late std: of validation accuracy over the last quarter of the "
+        "epochs;\nspikes, nonfinite: steps; dead: leaves or experts that no training sample reaches; means over seeds."
+    )
+    compared = tests(found)
+    if compared:
+        lines += ["", f"{'w':>5}{'leaf':>5}  {'FFF against':14}{'measure':22}{'FFF':>9}{'rival':>9}{'p':>10}"]
+    for t in compared:
+        start = f"{t['training_width']:5}{t['leaf_width']:5}  {t['other']:14}{t['measure']:22}"
+        lines.append(f"{start}{t['FFF']:9.2f}{t['rival']:9.2f}{t['p']:10.1e}")
+    if compared:
+        lines.append(
+            "p: Brown and Forsythe's test of equal variance (std), Wilcoxon's signed rank test, paired (others);\n"
+            "adjusted for all lines by Benjamini and Hochberg."
+        )
+    return "\n".join(lines)
