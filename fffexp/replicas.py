@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,6 +29,7 @@ from fffexp.schedules import Adaptive
 from fffexp.task import ClassificationTask
 
 Parameters = dict[str, Tensor]
+_MONITORED = ("train/accuracy", "val/accuracy")
 # Rows of an evaluation pass.
 EVALUATION_ROWS = 8192
 
@@ -72,10 +74,10 @@ class _Loss(nn.Module):
         super().__init__()
         self.task = task
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        total, _ = self.task.loss(x, y)
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        total, logits = self.task.loss(x, y)
         self.task.on_after_backward()  # routing holds tensors of the seed axis
-        return total
+        return total, (logits.detach().argmax(1) == y).sum()
 
 
 class Replicas:
@@ -120,17 +122,22 @@ class Replicas:
         self.averaged: Parameters | None = None
 
     def train(
-        self, patience: int | None = None, test: bool = True, say: Callable[[str], None] = lambda line: None
+        self,
+        patience: int | None = None,
+        fit_matters: bool = True,
+        test: bool = True,
+        say: Callable[[str], None] = lambda line: None,
     ) -> list[Replica]:
         """Train all, then read the test set once, if at all.
 
         Args:
-            patience: training stops once neither accuracy of any seed has improved for so many epochs.
+            patience: training stops once no seed's validation accuracy has improved for so many epochs.
+            fit_matters: a better training accuracy counts as well.
             test: whether the test set is read.
             say: gets a line each epoch.
 
         Raises:
-            UserError: the seeds' training parts differ in size.
+            UserError: the seeds' training parts differ in size, or their learning rates would.
         """
         for data in self.data:
             data.setup()
@@ -143,6 +150,11 @@ class Replicas:
         ]
         steps = len(loaders[0]) * self.epochs
         scheduler, interval = task.scheduler(optimizer, lambda: steps) if task.lr_scheduler else (None, None)
+        plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
+        if plateau is not None and (len(self.seeds) > 1 or plateau.monitor not in _MONITORED):
+            raise UserError(
+                f"a plateau differs from seed to seed: give one seed, and monitor {' or '.join(_MONITORED)}"
+            )
         task.on_fit_start()
         noise, task.input_noise = task.input_noise, 0.0  # is added here
         loss = _Loss(task)
@@ -154,24 +166,29 @@ class Replicas:
             task.train()
             for layer in task.layers.values():
                 layer.backend = "eager"  # what torch.vmap knows
+            right = torch.zeros(len(self.seeds), dtype=torch.long)
             for parts in zip(*loaders, strict=True):
                 wait_for_timing()
                 x, y = (torch.stack(rows) for rows in zip(*parts, strict=True))
                 _add_noise(x, noise)
                 apply_schedules(task, len(course) / steps)
                 optimizer.zero_grad()
-                loss_S = losses(prefixed, (x, y))
+                loss_S, right_S = losses(prefixed, (x, y))
+                right += right_S
                 course.append(loss_S.detach())
                 loss_S.sum().backward()
                 optimizer.step()
                 self._average()
                 if scheduler is not None and interval == "step":
                     scheduler.step()
-            if scheduler is not None and interval == "epoch":
-                scheduler.step()
             self._observe(best, epoch + 1)
+            if plateau is not None:
+                in_training = float(right[0] / len(self.data[0].train_data[0]))
+                plateau.step(in_training if plateau.monitor == "train/accuracy" else best.course[0][-1])
+            elif scheduler is not None and interval == "epoch":
+                scheduler.step()
             say(f"epoch {epoch + 1:3}  {best.line()}  {time.monotonic() - begun:.0f} s")
-            if patience is not None and best.stalled(epoch + 1, patience):
+            if patience is not None and best.stalled(epoch + 1, patience, fit_matters):
                 break
         courses = torch.stack(course, dim=1).double()
         return [self._replica(index, best, epoch + 1, courses[index], test) for index in range(len(self.seeds))]
@@ -261,8 +278,8 @@ class _Best:
             self.val[index] = val, epoch
             self.weights[index] = {name: p.clone() for name, p in weights.items()}
 
-    def stalled(self, epoch: int, patience: int) -> bool:
-        return all(epoch - best >= patience for _, best in (*self.train, *self.val))
+    def stalled(self, epoch: int, patience: int, fit_matters: bool) -> bool:
+        return all(epoch - best >= patience for _, best in (*self.val, *(self.train if fit_matters else ())))
 
     def line(self) -> str:
         means = (100 * sum(value for value, _ in part) / len(part) for part in (self.train, self.val))

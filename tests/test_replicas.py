@@ -8,7 +8,7 @@ from processes import enter, with_store
 
 from fffexp.errors import UserError
 from fffexp.experiment import Context, run
-from fffexp.replicas import Replicas, _add_noise
+from fffexp.replicas import Replicas, _add_noise, _Best
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -70,6 +70,41 @@ def test_patience_ends_the_training() -> None:
     frozen = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0", "--model.lr_scheduler=null"]
     replicas = Replicas([*arguments("ff", *frozen), "--trainer.max_epochs=9"], [0, 1]).train(patience=2)
     assert [(r.epochs, r.epochs_to_best, r.epochs_to_fit) for r in replicas] == [(3, 1, 1)] * 2
+
+
+def test_a_better_fit_can_be_left_out_of_patience() -> None:
+    best = _Best([0, 1])
+    for epoch, train in enumerate((0.5, 0.6, 0.7), start=1):
+        best.observe(0, epoch, train, 0.5, {})
+        best.observe(1, epoch, 0.5, 0.5, {})
+    assert best.stalled(3, 2, fit_matters=False)
+    assert not best.stalled(3, 2, fit_matters=True), "the training accuracy of one seed was better just now"
+    assert best.stalled(5, 2, fit_matters=True)
+
+
+PLATEAU = [
+    "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.mode=max",
+    "--model.lr_scheduler.patience=0", "--model.lr_scheduler.threshold=0.02", "--trainer.max_epochs=6",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("monitor", ["train/accuracy", "val/accuracy"])
+def test_a_plateau_is_that_of_fit(monitor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(with_store(tmp_path), monkeypatch)
+    args = arguments("ff", *PLATEAU, f"--model.lr_scheduler.monitor={monitor}", "--model.lr_scheduler.factor=0.01")
+    (replica,) = Replicas(args, [0]).train()
+    alone = run(["fit", *args, "--seed_everything=0"], Context(quiet=True))
+    assert alone is not None
+    assert replica.val_accuracy == pytest.approx(alone.metrics["val/accuracy"], abs=0.004)
+    assert replica.val_accuracy_std == pytest.approx(alone.metrics["stability/val_accuracy_std"], abs=0.004)
+    other = [a.replace("factor=0.01", "factor=0.9") for a in args]
+    assert Replicas(other, [0]).train()[0] != replica, "the plateau was met"
+
+
+def test_a_plateau_differs_from_seed_to_seed() -> None:
+    for seeds, monitor in (([0, 1], "val/accuracy"), ([0], "val/loss")):
+        with pytest.raises(UserError, match="a plateau differs from seed to seed"):
+            Replicas(arguments("ff", *PLATEAU, f"--model.lr_scheduler.monitor={monitor}"), seeds).train()
 
 
 def test_divergence_is_told() -> None:

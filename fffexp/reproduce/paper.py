@@ -29,6 +29,41 @@ TABLE1: dict[str, dict[int | None, tuple[tuple[float, float], ...]]] = {
 }
 
 
+# Table 2, CIFAR10: M_A, its epoch, G_A, its epoch by layer and training width
+TABLE2_WIDTHS = (64, 128, 256, 512, 1024)
+TABLE2: dict[str, tuple[tuple[float, int, float, int], ...]] = {
+    "FF": (
+        (87.2, 307, 49.3, 55),
+        (95.5, 200, 51.5, 46),
+        (99.9, 105, 52.0, 48),
+        (99.9, 85, 52.4, 31),
+        (99.9, 82, 53.0, 21),
+    ),
+    "NoisyTopKMoE": (
+        (57.8, 5354, 29.4, 4880),
+        (62.0, 6074, 33.6, 938),
+        (62.4, 2001, 33.9, 372),
+        (65.4, 3834, 34.5, 315),
+        (65.3, 1575, 35.2, 327),
+    ),
+    "FFF": (
+        (85.8, 302, 45.9, 22),
+        (90.1, 305, 45.5, 22),
+        (91.2, 244, 44.4, 17),
+        (96.2, 175, 43.7, 10),
+        (96.0, 180, 41.3, 9),
+    ),
+}
+
+
+def printed2(layer: str, training_width: int) -> dict[str, float]:
+    """Metrics of a cell of table 2, none where the paper has none."""
+    if layer not in TABLE2 or training_width not in TABLE2_WIDTHS:
+        return {}
+    row = TABLE2[layer][TABLE2_WIDTHS.index(training_width)]
+    return dict(zip(("M_A", "ETT_M", "G_A", "ETT_G"), row, strict=True))
+
+
 def printed(data: str, leaf_width: int | None, training_width: int) -> tuple[float, float] | None:
     """(M_A, G_A) of a cell of table 1, None where the paper has none."""
     row = TABLE1.get(data, {}).get(leaf_width)

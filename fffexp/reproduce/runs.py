@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,14 +23,22 @@ METRICS = (
 )
 
 
+class Ending(NamedTuple):
+    """When a training ends before its last epoch: as `Replicas.train` takes it."""
+
+    patience: int | None = None
+    fit_matters: bool = True
+
+
 def complete(
     found: dict[str, Any],
     wanted: Mapping[Cell, Sequence[str]],
     seeds: Sequence[int],
-    patience: int | None,
+    ending: Ending,
     jobs: int,
     path: Path | None,
     done: Callable[[Cell], None],
+    together: bool = True,
 ) -> None:
     """Train the seeds of the cells that are not among found["runs"]; each cell is written when it is done.
 
@@ -38,16 +46,20 @@ def complete(
         found: the table, which gets the runs.
         wanted: arguments of `fffexp fit` for each cell, the longest trainings first.
         seeds: of every cell.
-        patience: epochs without a better accuracy that end a training.
+        ending: of a training.
         jobs: processes.
         path: where the table is written.
         done: called for each cell before the table is written.
+        together: whether the seeds of a cell train at once.
     """
     have = {(Cell.of(run), run["seed"]) for run in found["runs"]}
     missing = {cell: [seed for seed in seeds if (cell, seed) not in have] for cell in wanted}
     todo = {cell: seeds for cell, seeds in missing.items() if seeds}
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin) as pool:
-        running = {pool.submit(train, wanted[cell], seeds, patience): cell for cell, seeds in todo.items()}
+        parts = [
+            (cell, part) for cell, seeds in todo.items() for part in ([seeds] if together else [[s] for s in seeds])
+        ]
+        running = {pool.submit(train, wanted[cell], part, ending): cell for cell, part in parts}
         try:
             for future in as_completed(running):
                 cell = running[future]
@@ -68,11 +80,11 @@ def _begin() -> None:
     torch.set_flush_denormal(True)
 
 
-def train(args: Sequence[str], seeds: Sequence[int], patience: int | None) -> list[dict[str, Any]]:
+def train(args: Sequence[str], seeds: Sequence[int], ending: Ending) -> list[dict[str, Any]]:
     """The replicas of a cell, as JSON."""
     from fffexp.replicas import Replicas
 
-    return [asdict(replica) for replica in Replicas(args, seeds).train(patience)]
+    return [asdict(replica) for replica in Replicas(args, seeds).train(ending.patience, ending.fit_matters)]
 
 
 def of(found: Mapping[str, Any], cell: Cell) -> list[dict[str, Any]]:

@@ -75,8 +75,8 @@ def measure(
         print(runs.line(row), flush=True)
 
     args = {cell: arguments(cell, data, protocol) for cell in everything}
-    patience = PATIENCE if protocol == "paper" else None
-    runs.complete(found, args, seeds, patience, jobs, path, done)
+    ending = runs.Ending(PATIENCE if protocol == "paper" else None)
+    runs.complete(found, args, seeds, ending, jobs, path, done)
     _summarize(found)
     return found
 

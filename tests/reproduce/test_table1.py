@@ -1,7 +1,6 @@
 """FF against FFF at equal training width: cells, statistics and the command, on small data of the same form."""
 
 import copy
-import gzip
 import json
 import math
 from dataclasses import asdict
@@ -178,26 +177,6 @@ def test_stability() -> None:
     assert stability.report(table()) == ""
 
 
-@pytest.fixture
-def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two easy classes as IDX files where the configs look for Fashion-MNIST."""
-    generator = np.random.default_rng(0)
-    monkeypatch.chdir(tmp_path)
-    root = tmp_path / "small"
-    root.mkdir()
-    for part, rows in (("train", 200), ("t10k", 40)):
-        labels = (np.arange(rows) % 2).astype(np.uint8)
-        images = (generator.integers(0, 40, (rows, 28, 28)) + 150 * labels[:, None, None]).astype(np.uint8)
-        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
-            (root / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    more = [f"--data.root={root}", "--trainer.max_epochs=4", "--data.batch_size=50"]
-    monkeypatch.setitem(table1.DATA, "fashion_mnist", [*table1.DATA["fashion_mnist"], *more[:1]])
-    arguments = table1.arguments
-    monkeypatch.setattr(table1, "arguments", lambda *args: [*arguments(*args), *more[1:]])
-    return root
-
-
 @pytest.mark.usefixtures("fashion")
 @pytest.mark.parametrize("protocol", ["paper", "best"])
 def test_the_command_trains_and_goes_on_where_it_stopped(
@@ -225,6 +204,22 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
     assert math.isfinite(by_cell[(8, readings[0])]["mean"])
 
 
+@pytest.mark.usefixtures("fashion")
+def test_the_command_adds_controls_and_other_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table1.json"
+    command = ["reproduce", "table1", "--protocol", "best", "--training_widths", "16", "--leaf_widths", "8"]
+    assert main([*command, "--layers", *LAYERS, "--controls", "--seeds", "3", "--json", str(path)]) == 0
+    told = capsys.readouterr().out
+    found = json.loads(path.read_text())
+    trained = {(c["layer"], c["training_width"]) for c in found["cells"]}
+    assert {(layer, 16) for layer in LAYERS} < trained
+    (control,) = found["controls"]
+    assert {("FF", control[kind]) for kind in controls.KINDS} <= trained
+    assert all(c["n"] == 3 for c in found["cells"])
+    assert len([line for line in told.splitlines() if "  equal " in line]) == 4
+    assert "std of test accuracy" in told
+
+
 def test_a_mistake_in_the_data_is_told_in_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +238,8 @@ def test_a_mistake_in_the_data_is_told_in_a_line(
         (["--json", "/proc/no/x.json"], "--json /proc/no/x.json: "),
         (["--training_widths", "12", "--leaf_widths", "8"], "12 hidden neurons are not a power of 2 of leaves of 8"),
         (["--data", "letters"], "invalid choice: 'letters'"),
+        (["--controls"], "--protocol paper has FF and FFF alone"),
+        (["--layers", "SwitchMoE"], "--protocol paper has FF and FFF alone"),
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),
     ],
 )

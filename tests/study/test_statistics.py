@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from fffexp.study.statistics import mean_interval, overlap, paired_difference
+from fffexp.study.statistics import above, adjusted, mean_interval, overlap, paired_difference, paired_tests
 
 # 97.5% quantiles of Student's t, from a printed table
 T_2, T_3 = 4.302653, 3.182446
@@ -88,3 +88,32 @@ def test_no_common_seed() -> None:
 )
 def test_overlap(a: tuple[float, float], b: tuple[float, float], expected: bool) -> None:
     assert overlap(a, b) is overlap(b, a) is expected
+
+
+def test_adjusted_p_values() -> None:
+    # Benjamini and Hochberg by hand: 0.01 * 4 / 1, 0.02 * 4 / 2, 0.03 * 4 / 3, 0.5
+    assert adjusted([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.04, 0.04, 0.5, 0.04])
+    assert adjusted([]) == []
+
+
+def test_paired_tests() -> None:
+    a = {1: 0.91, 2: 0.82, 3: 0.73, 4: 0.64}
+    shifted = {seed: value - difference for (seed, value), difference in zip(a.items(), (1, 2, 3, 2), strict=True)}
+    first, second, third = paired_tests([(a, shifted), (a, a), (a, {1: 0.5})])
+    # t = 2 / (sqrt(2 / 3) / 2) = 4.899; two-sided p with 3 degrees of freedom is 0.01628, the smaller of two
+    assert first.difference == pytest.approx(2)
+    assert first.p == pytest.approx(2 * 0.01628, rel=1e-3)
+    assert (second.difference, second.p) == (0, 1)
+    assert (third.interval, third.seeds, third.p) == (None, 1, None)
+
+
+def test_a_difference_that_never_varies() -> None:
+    (found,) = paired_tests([({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})])
+    assert (found.difference, found.p) == (1, 0)
+
+
+def test_above() -> None:
+    # t = 0.02 / (sqrt(2e-4 / 3) / 2) = 4.899; one-sided p with 3 degrees of freedom is 0.00814
+    sample = [0.01, 0.02, 0.03, 0.02]
+    assert above([sample], [0.0]) == pytest.approx([0.00814], rel=1e-3)
+    assert above([sample], [0.04])[0] > 0.99
