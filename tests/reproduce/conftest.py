@@ -27,5 +27,7 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(cells.DATA, "fashion_mnist", [*cells.DATA["fashion_mnist"], f"--data.root={root}"])
     one, two = table1.arguments, table2.arguments
     monkeypatch.setattr(table1, "arguments", lambda *args: [*one(*args), *SHORT])
-    monkeypatch.setattr(table2, "arguments", lambda *args: [*two(*args), *SHORT, "--trainer.max_epochs=20"])
+    monkeypatch.setattr(
+        table2, "arguments", lambda *args: [*two(*args), *SHORT, "--trainer.max_epochs=20", "--model.optimizer.lr=0.02"]
+    )
     return root
