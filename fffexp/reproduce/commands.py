@@ -36,6 +36,7 @@ def main(args: list[str]) -> int:
     told = "FF of equal parameters, inference size and inference time beside each FFF (--protocol best)"
     sub.add_argument("--controls", action="store_true", help=told)
     _trainings(sub)
+    sub.add_argument("--figure", type=Path, metavar="FILE", help="PNG; beside the JSON unless named")
     sub.set_defaults(run=_table1)
     _json(sub)
     told = "accuracy and epochs to train of FF, MoE and FFF at equal training width (arXiv 2308.14711, table 2)"
@@ -83,13 +84,16 @@ def _figure3(found: argparse.Namespace) -> None:
 def _table1(found: argparse.Namespace) -> None:
     if found.protocol == "paper" and (found.controls or {*found.layers} - {"FF", "FFF"}):
         raise UserError("--protocol paper has FF and FFF alone: add --protocol best for controls and other layers")
-    from fffexp.reproduce import runs, table1
+    from fffexp.reproduce import figure_table1, runs, table1
 
     wanted = table1.cells(found.protocol, found.training_widths, found.leaf_widths, found.layers)
     print(runs.HEADER, flush=True)
     seeds = range(found.seeds)
     measured = table1.measure(found.data, found.protocol, wanted, seeds, found.controls, found.jobs, found.json)
     print(table1.report(measured))
+    figure = found.figure or (found.json.with_suffix(".png") if found.json else Path("outputs/table1.png"))
+    figure_table1.draw(measured, figure)
+    print(f"drawn to {figure}")
 
 
 def _table2(found: argparse.Namespace) -> None:

@@ -218,6 +218,7 @@ def test_the_command_adds_controls_and_other_layers(tmp_path: Path, capsys: pyte
     assert all(c["n"] == 3 for c in found["cells"])
     assert len([line for line in told.splitlines() if "  equal " in line]) == 4
     assert "std of test accuracy" in told
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_mistake_in_the_data_is_told_in_a_line(
