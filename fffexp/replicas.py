@@ -161,7 +161,8 @@ class Replicas:
         prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
         losses = torch.vmap(partial(functional_call, loss), randomness="different")
         best = _Best(self.seeds)
-        begun, course = time.monotonic(), list[Tensor]()
+        begun, step = time.monotonic(), 0
+        course = torch.full((len(self.seeds), steps), torch.nan, dtype=torch.float64)
         for epoch in range(self.epochs):
             task.train()
             for layer in task.layers.values():
@@ -171,14 +172,15 @@ class Replicas:
                 wait_for_timing()
                 x, y = (torch.stack(rows) for rows in zip(*parts, strict=True))
                 _add_noise(x, noise)
-                apply_schedules(task, len(course) / steps)
+                apply_schedules(task, step / steps)
                 optimizer.zero_grad()
                 loss_S, right_S = losses(prefixed, (x, y))
                 right += right_S
-                course.append(loss_S.detach())
+                course[:, step] = loss_S.detach()
                 loss_S.sum().backward()
                 optimizer.step()
                 self._average()
+                step += 1
                 if scheduler is not None and interval == "step":
                     scheduler.step()
             self._observe(best, epoch + 1)
@@ -190,8 +192,7 @@ class Replicas:
             say(f"epoch {epoch + 1:3}  {best.line()}  {time.monotonic() - begun:.0f} s")
             if patience is not None and best.stalled(epoch + 1, patience, fit_matters):
                 break
-        courses = torch.stack(course, dim=1).double()
-        return [self._replica(index, best, epoch + 1, courses[index], test) for index in range(len(self.seeds))]
+        return [self._replica(index, best, epoch + 1, course[index, :step], test) for index in range(len(self.seeds))]
 
     def _average(self) -> None:
         if self.decay is None:
