@@ -4,8 +4,7 @@ A seed gives what `fffexp fit --seed_everything SEED` would: the same split, ini
 selection on validation. At the widths of arXiv 2308.14711, table 1, ten seeds take the time of three.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -105,6 +104,7 @@ class Replicas:
         self.config: str = experiments[0].resolved_yaml
         self.params = flat_params(experiments[0].resolved, experiments[0].model)
         self.task: ClassificationTask = experiments[0].model
+        self.noise, self.task.input_noise = self.task.input_noise, 0.0  # added here, for all seeds at once
         trainer = experiments[0].trainer
         assert trainer.max_epochs is not None
         self.epochs = trainer.max_epochs
@@ -126,7 +126,6 @@ class Replicas:
         patience: int | None = None,
         fit_matters: bool = True,
         test: bool = True,
-        say: Callable[[str], None] = lambda line: None,
     ) -> list[Replica]:
         """Train all, then read the test set once, if at all.
 
@@ -134,7 +133,6 @@ class Replicas:
             patience: training stops once no seed's validation accuracy has improved for so many epochs.
             fit_matters: a better training accuracy counts as well.
             test: whether the test set is read.
-            say: gets a line each epoch.
 
         Raises:
             UserError: the seeds' training parts differ in size, or their learning rates would.
@@ -156,12 +154,11 @@ class Replicas:
                 f"a plateau differs from seed to seed: give one seed, and monitor {' or '.join(_MONITORED)}"
             )
         task.on_fit_start()
-        noise, task.input_noise = task.input_noise, 0.0  # is added here
         loss = _Loss(task)
         prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
         losses = torch.vmap(partial(functional_call, loss), randomness="different")
         best = _Best(self.seeds)
-        begun, step = time.monotonic(), 0
+        step = 0
         course = torch.full((len(self.seeds), steps), torch.nan, dtype=torch.float64)
         for epoch in range(self.epochs):
             task.train()
@@ -171,7 +168,7 @@ class Replicas:
             for parts in zip(*loaders, strict=True):
                 wait_for_timing()
                 x, y = (torch.stack(rows) for rows in zip(*parts, strict=True))
-                _add_noise(x, noise)
+                _add_noise(x, self.noise)
                 apply_schedules(task, step / steps)
                 optimizer.zero_grad()
                 loss_S, right_S = losses(prefixed, (x, y))
@@ -189,7 +186,6 @@ class Replicas:
                 plateau.step(in_training if plateau.monitor == "train/accuracy" else best.course[0][-1])
             elif scheduler is not None and interval == "epoch":
                 scheduler.step()
-            say(f"epoch {epoch + 1:3}  {best.line()}  {time.monotonic() - begun:.0f} s")
             if patience is not None and best.stalled(epoch + 1, patience, fit_matters):
                 break
         return [self._replica(index, best, epoch + 1, course[index, :step], test) for index in range(len(self.seeds))]
@@ -281,10 +277,6 @@ class _Best:
 
     def stalled(self, epoch: int, patience: int, fit_matters: bool) -> bool:
         return all(epoch - best >= patience for _, best in (*self.val, *(self.train if fit_matters else ())))
-
-    def line(self) -> str:
-        means = (100 * sum(value for value, _ in part) / len(part) for part in (self.train, self.val))
-        return "best so far, mean over seeds: train {:.2f}, validation {:.2f}".format(*means)
 
 
 def _refuse(trainer: Trainer) -> None:

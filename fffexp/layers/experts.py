@@ -43,8 +43,8 @@ class GatedExperts(FeedforwardLayer):
         self.experts = BlockMLP(in_features, out_features, num_experts, expert_width, activation, dropout)
 
     @abstractmethod
-    def gates(self, logits_BE: Tensor, expert_BK: Tensor) -> Tensor:
-        """(B, E), (B, K) -> (B, K) weight of each chosen expert's output."""
+    def gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
+        """(B, K) logits of the chosen, (B, E) all logits -> (B, K) weight of each chosen expert's output."""
 
     def dispatch(self, x: Tensor, expert_BK: Tensor, gates_BK: Tensor) -> Tensor:
         """(..., in), (B, K), (B, K) -> (..., out): each row through its own experts alone, summed by gate."""
@@ -65,9 +65,9 @@ class GatedExperts(FeedforwardLayer):
         """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
         logits_BE, rows = x.double() @ self.gate_weight.double().T, []
         for row, logits in zip(x.double(), logits_BE, strict=True):
-            chosen = logits.topk(self.k).indices
-            blocks = self.experts.exact(chosen.tolist())
-            gates = self.gates(logits[None], chosen[None])[0]
+            top = logits.topk(self.k)
+            blocks = self.experts.exact(top.indices.tolist())
+            gates = self.gates(top.values[None], logits[None])[0]
             rows.append(naive.weighted(row, range(self.k), gates, blocks, self.experts.hidden))
         return torch.stack(rows)
 

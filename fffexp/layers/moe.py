@@ -60,7 +60,7 @@ class NoisyTopKMoE(GatedExperts):
             sigma = F.softplus(decision_logits(rows, self.noise_weight, None))
             logits = clean + torch.randn_like(clean) * sigma
         top = logits.topk(self.k, dim=1)
-        gates = self.gates(logits, top.indices)
+        gates = self.gates(top.values, logits)
         if self.training:
             if self.k < self.num_experts:
                 load = gate.chosen_probability(clean, sigma, logits, self.k).sum(0)
@@ -70,9 +70,9 @@ class NoisyTopKMoE(GatedExperts):
             self._record(gate.GateRouting(gates_BE=dense, load_E=load))
         return self.dispatch(x, top.indices, gates)
 
-    def gates(self, logits_BE: Tensor, expert_BK: Tensor) -> Tensor:
-        """(B, E), (B, K) -> (B, K): softmax over the chosen alone."""
-        return torch.softmax(logits_BE.gather(1, expert_BK), dim=1)
+    def gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
+        """(B, K), (B, E) -> (B, K): softmax over the chosen alone."""
+        return torch.softmax(chosen_BK, dim=1)
 
     def check_trainable(self) -> None:
         """Refuse k = 1 among several experts: the prediction loss gives such a gate no gradient."""

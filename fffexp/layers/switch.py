@@ -48,11 +48,11 @@ class SwitchMoE(GatedExperts):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         logits = decision_logits(x.reshape(-1, self.in_features), self.gate_weight, None)
-        expert = logits.argmax(1, keepdim=True)
+        top = logits.topk(1, dim=1)
         if self.training:
-            self._record(gate.SwitchRouting(gates_BE=torch.softmax(logits, dim=1), expert_B=expert.squeeze(1)))
-        return self.dispatch(x, expert, self.gates(logits, expert))
+            self._record(gate.SwitchRouting(gates_BE=torch.softmax(logits, dim=1), expert_B=top.indices.squeeze(1)))
+        return self.dispatch(x, top.indices, self.gates(top.values, logits))
 
-    def gates(self, logits_BE: Tensor, expert_BK: Tensor) -> Tensor:
-        """(B, E), (B, 1) -> (B, 1): probability of the chosen among all."""
-        return torch.softmax(logits_BE, dim=1).gather(1, expert_BK)
+    def gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
+        """(B, 1), (B, E) -> (B, 1): softmax over all, of the chosen."""
+        return torch.exp(chosen_BK - logits_BE.logsumexp(1, keepdim=True))

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fffexp.errors import UserError
 
 Layer = Literal["FF", "NoisyTopKMoE", "SwitchMoE", "FFF"]
+LAYERS: tuple[Layer, ...] = get_args(Layer)
 Reduction = Literal["sum", "mean"]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -17,6 +18,7 @@ DATA = {
     "usps": [f"--config={CONFIGS}/data/hub.yaml", "--data.name=usps"],
     "cifar10": [f"--config={CONFIGS}/data/hub.yaml", "--data.name=cifar10"],
 }
+SIZES = {"fashion_mnist": (784, 10), "mnist": (784, 10), "usps": (256, 10), "cifar10": (3072, 10)}  # inputs, classes
 RECIPES = {"FF": "ff", "NoisyTopKMoE": "moe", "SwitchMoE": "switch", "FFF": "fff"}
 K = 2  # experts that a noisy top-k gate chooses, as in arXiv 2308.14711
 
@@ -63,14 +65,6 @@ class Cell:
     def depth(self) -> int | None:
         """Of the tree."""
         return self.blocks.bit_length() - 1 if self.layer == "FFF" else None
-
-    @property
-    def inference_size(self) -> int:
-        """Neurons evaluated for one sample."""
-        width = self.leaf_width or self.training_width
-        if self.layer == "FFF":
-            return width + (self.depth or 0)
-        return {"FF": width, "NoisyTopKMoE": K * width + self.blocks, "SwitchMoE": width + self.blocks}[self.layer]
 
     def describe(self) -> dict[str, Any]:
         """As it stands in JSON."""

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from fffexp.bench.arguments import Parser, natural, positive
 from fffexp.errors import UserError
-
-LAYERS = ("FF", "NoisyTopKMoE", "SwitchMoE", "FFF")
+from fffexp.reproduce.cells import LAYERS
 
 
 def main(args: list[str]) -> int:

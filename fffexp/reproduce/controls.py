@@ -10,7 +10,7 @@ from fffexp.bench.inference import interleaved
 from fffexp.bench.latency import exclusive_timing
 from fffexp.layers import FF, FFF, FeedforwardLayer
 from fffexp.reproduce import runs
-from fffexp.reproduce.cells import Cell
+from fffexp.reproduce.cells import SIZES, Cell
 from fffexp.study.statistics import paired_tests
 
 KINDS = ("width", "parameters", "inference_size", "inference_time")
@@ -19,27 +19,26 @@ BATCH_SIZE = 256
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 
 
-def choose(found: dict[str, Any], wanted: Sequence[Cell], sizes: tuple[int, int] = (784, 10)) -> None:
+def choose(found: dict[str, Any], wanted: Sequence[Cell]) -> None:
     """Widths of the controls of each FFF, in found["controls"]; those that are there stay, times and all.
 
     Args:
         found: the table.
         wanted: FFF cells.
-        sizes: in_features and out_features.
     """
     have = {Cell.of(control) for control in found["controls"]}
+    in_features, out_features = SIZES[found["data"]]
     for cell in wanted:
         if cell in have:
             continue
-        layer = _layer(cell, *sizes)
-        per_neuron, rest = sum(sizes) + 1, sizes[1]
+        layer = FFF(in_features, out_features, cell.depth or 0, cell.leaf_width or 1).eval()
         width, ratio = _equal_time(layer)
         found["controls"].append(
             {
                 **cell.describe(),
                 "width": cell.training_width,
-                "parameters": max(1, round((layer.parameter_count - rest) / per_neuron)),
-                "inference_size": cell.inference_size,
+                "parameters": max(1, round((layer.parameter_count - out_features) / (in_features + 1 + out_features))),
+                "inference_size": layer.inference_size,
                 "inference_time": width,
                 "time_ratio": ratio,  # of that FF to the FFF
                 "backend": layer.inference_backend(),
@@ -47,13 +46,10 @@ def choose(found: dict[str, Any], wanted: Sequence[Cell], sizes: tuple[int, int]
         )
 
 
-def _layer(cell: Cell, in_features: int, out_features: int) -> FeedforwardLayer:
-    return FFF(in_features, out_features, cell.depth or 0, cell.leaf_width or 1).eval()
-
-
 def _equal_time(layer: FeedforwardLayer) -> tuple[int, float]:
     """The widest FF that is no slower, and its time over that of the layer, both medians of interleaved rounds."""
-    batches = list(torch.rand(32, BATCH_SIZE, layer.in_features))
+    # of mean 0, so that they spread over the leaves
+    batches = list(torch.randn(32, BATCH_SIZE, layer.in_features))
     dense = {str(width): FF(layer.in_features, layer.out_features, width).eval() for width in WIDTHS}
     with exclusive_timing(), torch.inference_mode():
         seconds = interleaved({"layer": layer, **dense}, batches, 1, "cpu")

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fffexp.reproduce.cells import Cell
-from fffexp.reproduce.results import save
+from fffexp.errors import UserError
+from fffexp.reproduce.cells import LAYERS, Cell
+from fffexp.reproduce.results import load, save
 from fffexp.study.statistics import above, mean_interval
 
 # Metric, the key of a run, its factor (accuracies in percent), and whether more is better.
@@ -30,6 +31,18 @@ class Ending(NamedTuple):
     fit_matters: bool = True
 
 
+def begin(path: Path | None, setting: dict[str, Any]) -> dict[str, Any]:
+    """The table in the file, or an empty one.
+
+    Raises:
+        UserError: the file is of another measurement, or of a version that told less of a run.
+    """
+    found = load(path, setting) or {**setting, "seeds": [], "cells": [], "controls": [], "runs": []}
+    if any("layer" not in run or "nonfinite_steps" not in run for run in found["runs"]):
+        raise UserError(f"--json {path}: it is of an earlier version: give another file, or remove it")
+    return found
+
+
 def complete(
     found: dict[str, Any],
     wanted: Mapping[Cell, Sequence[str]],
@@ -37,10 +50,10 @@ def complete(
     ending: Ending,
     jobs: int,
     path: Path | None,
-    done: Callable[[Cell], None],
+    printed: Callable[[Cell], Mapping[str, float]],
     together: bool = True,
 ) -> None:
-    """Train the seeds of the cells that are not among found["runs"]; each cell is written when it is done.
+    """Train the seeds of the cells that are not among found["runs"]; what is trained is written at once.
 
     Args:
         found: the table, which gets the runs.
@@ -49,7 +62,7 @@ def complete(
         ending: of a training.
         jobs: processes.
         path: where the table is written.
-        done: called for each cell before the table is written.
+        printed: what the paper prints for a cell, by metric.
         together: whether the seeds of a cell train at once.
     """
     have = {(Cell.of(run), run["seed"]) for run in found["runs"]}
@@ -64,14 +77,23 @@ def complete(
             for future in as_completed(running):
                 cell = running[future]
                 found["runs"] += [asdict(cell) | replica for replica in future.result()]
-                done(cell)
+                _summarize(found, printed)
                 save(path, found)
-        except BaseException:
+                for row in found["cells"]:
+                    if Cell.of(row) == cell and row["metric"] == "G_A":
+                        print(line(row), flush=True)
+        except BaseException:  # Ctrl-C and SIGTERM too: no worker may train on
             workers = list(pool._processes.values())  # shutdown forgets them
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
                 worker.terminate()
             raise
+    _summarize(found, printed)
+
+
+def _summarize(found: dict[str, Any], printed: Callable[[Cell], Mapping[str, float]]) -> None:
+    found["seeds"] = sorted({run["seed"] for run in found["runs"]})
+    found["cells"] = [row for cell in cells(found) for row in rows(of(found, cell), printed(cell))]
 
 
 def _begin() -> None:
@@ -94,14 +116,13 @@ def of(found: Mapping[str, Any], cell: Cell) -> list[dict[str, Any]]:
 
 def cells(found: Mapping[str, Any]) -> list[Cell]:
     """That have runs: the widest first, FF before the others, wide leaves before narrow ones."""
-    order = {"FF": 0, "NoisyTopKMoE": 1, "SwitchMoE": 2, "FFF": 3}
     return sorted(
         {Cell.of(run) for run in found["runs"]},
-        key=lambda c: (-c.training_width, order[c.layer], -(c.leaf_width or 0), c.reduction or ""),
+        key=lambda c: (-c.training_width, LAYERS.index(c.layer), -(c.leaf_width or 0), c.reduction or ""),
     )
 
 
-def rows(runs: Sequence[Mapping[str, Any]], printed: Mapping[str, float | None]) -> list[dict[str, Any]]:
+def rows(runs: Sequence[Mapping[str, Any]], printed: Mapping[str, float]) -> list[dict[str, Any]]:
     """A row for each metric of a cell, beside the number that the paper prints."""
     cell = Cell.of(runs[0])
     made = []
@@ -136,19 +157,21 @@ def collapsed(runs: Sequence[Mapping[str, Any]]) -> int:
 
 HEADER = (
     f"{'layer':13}{'w':>5}{'leaf':>5}{'reading':>8}{'metric':>7}{'paper':>7}{'best':>8}{'mean':>8}"
-    f"{'95% interval':>18}{'std':>7}{'worst':>8}{'n':>4}{'collapsed':>10}  verdict"
+    f"{'95% interval':>18}{'std':>7}{'worst':>8}{'n':>4}{'used':>7}{'collapsed':>10}  verdict"
 )
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row of the printed table."""
+    """A row of the printed table; `used` are leaves or experts in use, least to most over the seeds."""
     r = row
     interval = "" if r["ci95"] is None else "[{:.2f}, {:.2f}]".format(*r["ci95"])
     paper = "" if r["paper"] is None else f"{r['paper']:.1f}"
     std = "" if r["std"] is None else f"{r['std']:.2f}"
     start = f"{r['layer']:13}{r['training_width']:5}{r['leaf_width'] or '':>5}{r['reduction'] or '':>8}{r['metric']:>7}"
     numbers = f"{paper:>7}{r['best']:8.2f}{r['mean']:8.2f}{interval:>18}{std:>7}{r['worst']:8.2f}{r['n']:4}"
-    return f"{start}{numbers}{r['collapsed']:10}  {verdict(r)}".rstrip()
+    used = [blocks for blocks in r["used_leaves"] if blocks is not None]
+    spread = "" if not used else str(min(used)) if min(used) == max(used) else f"{min(used)}-{max(used)}"
+    return f"{start}{numbers}{spread:>7}{r['collapsed']:10}  {verdict(r)}".rstrip()
 
 
 def verdict(row: Mapping[str, Any]) -> str:

@@ -62,7 +62,9 @@ def tests(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             if len(seeds) < 3:
                 continue
             a, b = ([100 * of[seed]["test_accuracy"] for seed in seeds] for of in (ours, theirs))
-            made.append(_test(cell, other, "std of test accuracy", statistics.stdev, a, b, stats.levene(a, b).pvalue))
+            varies = max(statistics.stdev(a), statistics.stdev(b)) > 0
+            p = stats.levene(a, b).pvalue if varies else 1.0
+            made.append(_test(cell, other, "std of test accuracy", statistics.stdev, a, b, p))
             for name in ("late std", "spikes"):
                 key, factor = WITHIN[name]
                 a, b = ([factor * of[seed][key] for seed in seeds] for of in (ours, theirs))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fffexp.reproduce import controls, runs, stability
 from fffexp.reproduce.cells import CONFIGS, DATA, Cell, Layer, Reduction
 from fffexp.reproduce.paper import printed
-from fffexp.reproduce.results import load, save
+from fffexp.reproduce.results import save
 
 Protocol = Literal["paper", "best"]
 
@@ -62,33 +62,23 @@ def measure(
         UserError: the file is of another measurement.
     """
     setting = {"table": "table1", "data": data, "protocol": protocol}
-    found = load(path, setting) or {**setting, "seeds": [], "cells": [], "controls": [], "runs": []}
+    found = runs.begin(path, setting)
     everything = list(wanted)
     if with_controls:
         controls.choose(found, [cell for cell in wanted if cell.layer == "FFF"])
         save(path, found)
         everything += controls.cells(found, wanted)
 
-    def done(cell: Cell) -> None:
-        _summarize(found)
-        (row,) = (r for r in found["cells"] if r["metric"] == "G_A" and Cell.of(r) == cell)
-        print(runs.line(row), flush=True)
-
     args = {cell: arguments(cell, data, protocol) for cell in everything}
     ending = runs.Ending(PATIENCE if protocol == "paper" else None)
-    runs.complete(found, args, seeds, ending, jobs, path, done)
-    _summarize(found)
+    runs.complete(found, args, seeds, ending, jobs, path, lambda cell: _printed(cell, data))
     return found
 
 
-def _summarize(found: dict[str, Any]) -> None:
-    found["seeds"] = sorted({run["seed"] for run in found["runs"]})
-    found["cells"] = []
-    for cell in runs.cells(found):
-        paper = printed(found["data"], cell.leaf_width, cell.training_width) if cell.layer in ("FF", "FFF") else None
-        found["cells"] += runs.rows(
-            runs.of(found, cell), dict(zip(("M_A", "G_A"), paper, strict=True)) if paper else {}
-        )
+def _printed(cell: Cell, data: str) -> dict[str, float]:
+    # the table has no MoE
+    paper = printed(data, cell.leaf_width, cell.training_width) if cell.layer in ("FF", "FFF") else None
+    return dict(zip(("M_A", "G_A"), paper, strict=True)) if paper else {}
 
 
 def report(found: dict[str, Any]) -> str:

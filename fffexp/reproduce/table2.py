@@ -7,7 +7,6 @@ from typing import Any
 from fffexp.reproduce import runs, stability
 from fffexp.reproduce.cells import CONFIGS, DATA, Cell, Layer
 from fffexp.reproduce.paper import printed2
-from fffexp.reproduce.results import load
 
 EXPERT_WIDTH, LEAF_WIDTH = 16, 32
 HARDENING = 3.0
@@ -54,28 +53,15 @@ def measure(data: str, wanted: Sequence[Cell], seeds: Sequence[int], jobs: int, 
         UserError: the file is of another measurement.
     """
     setting = {"table": "table2", "data": data, "protocol": "paper", "patience": ENDING.patience}
-    found = load(path, setting) or {**setting, "seeds": [], "cells": [], "runs": []}
-
-    def done(cell: Cell) -> None:
-        _summarize(found)
-        for row in found["cells"]:
-            if Cell.of(row) == cell and row["metric"] in ("M_A", "G_A"):
-                print(runs.line(row), flush=True)
-
+    found = runs.begin(path, setting)
     args = {cell: arguments(cell, data) for cell in wanted}
+
+    def printed(cell: Cell) -> dict[str, float]:
+        return printed2(cell.layer, cell.training_width) if data == "cifar10" else {}  # which is the paper's
+
     # a plateau, and so the learning rate, differs from seed to seed
-    runs.complete(found, args, seeds, ENDING, jobs, path, done, together=False)
-    _summarize(found)
+    runs.complete(found, args, seeds, ENDING, jobs, path, printed, together=False)
     return found
-
-
-def _summarize(found: dict[str, Any]) -> None:
-    found["seeds"] = sorted({run["seed"] for run in found["runs"]})
-    found["cells"] = []
-    for cell in runs.cells(found):
-        # the numbers printed are of CIFAR10
-        paper = printed2(cell.layer, cell.training_width) if found["data"] == "cifar10" else {}
-        found["cells"] += runs.rows(runs.of(found, cell), paper)
 
 
 def report(found: dict[str, Any]) -> str:

@@ -70,7 +70,13 @@ def show(name: str, max_latency_ms: float | None = None, trials: bool = False) -
         raise UserError(f"{path} is not there: run the study first, from this folder (fffexp study run FILE)")
     if trials and max_latency_ms is not None:
         raise UserError("--trials lists the search, which --max_latency_ms does not choose from: leave one out")
-    summary = json.loads(path.read_text())
+    try:
+        summary = json.loads(path.read_text())
+        known = summary.keys() >= {"study", "trials", "finalists"}
+    except (ValueError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(f"{path} is no summary of a study: give a study's name, or the summary.json of one")
     print(text.trials(summary) if trials else text.show(summary, max_latency_ms))
 
 

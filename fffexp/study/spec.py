@@ -78,7 +78,10 @@ class Parameter:
 
     def contains(self, value: Any) -> bool:
         """Whether it can be chosen."""
-        return value in self.choices if self.choices is not None else bool(self.low <= value <= self.high)
+        if self.choices is not None:
+            return value in self.choices
+        whole = isinstance(self.low, int) and isinstance(self.high, int)
+        return type(value) in ((int,) if whole else (int, float)) and bool(self.low <= value <= self.high)
 
     def ends(self) -> list[Any]:
         """First and last value; of a range of real numbers, which seldom contradict others, only the first."""

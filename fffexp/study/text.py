@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fffexp.errors import UserError
 from fffexp.study.statistics import paired_difference
 from fffexp.study.summary import Summary, Trial, answer, finalist_trials, latency_ms
 
@@ -104,34 +105,37 @@ def show(summary: Summary, max_latency_ms: float | None = None) -> str:
 
 
 def trials(summary: Summary) -> str:
-    """Every trial of the search, the best first: its validation accuracy, and the difference to the layer's best."""
-    done = sorted((t for t in summary["trials"] if t["values"]), key=lambda t: -t["values"][0] if t["values"] else 0)
-    best = {trial["params"]["layer"]: trial for trial in reversed(done)}
-    settings_of = {trial["number"]: describe(trial) for trial in done}
-    wide = max(map(len, settings_of.values()), default=0)
-    lines = [
-        f"{'trial':>5}  {'layer':12}  {'hyperparameters':{wide}}  {'val acc':>7}  to the best of its layer, paired"
-    ]
-    for trial in done:
+    """Every trial of the search, the best first: its validation accuracy, and the difference to the layer's best.
+
+    Raises:
+        UserError: the summary does not hold the accuracies of single seeds.
+    """
+    if "seeds" not in summary:
+        name = summary["study"]
+        raise UserError(f"the summary of {name} is of an earlier version: `fffexp study resume {name}` writes it again")
+    # an accuracy that was not finite is null once it has been through JSON
+    found = [(t, t["values"][0]) for t in summary["trials"] if t["values"] and t["values"][0] is not None]
+    found.sort(key=lambda pair: -pair[1])
+    best = {trial["params"]["layer"]: trial for trial, _ in reversed(found)}
+    wide = max((len(describe(trial)) for trial, _ in found), default=0)
+    head = f"{'trial':>5}  {'layer':12}  {'hyperparameters':{wide}}  {'val acc':>7}"
+    lines = [f"{head}  to the best of its layer, paired"]
+    for trial, accuracy in found:
         layer = trial["params"]["layer"]
-        assert trial["values"] is not None
-        start = (
-            f"{trial['number']:5}  {layer:12}  {settings_of[trial['number']]:{wide}}  {100 * trial['values'][0]:7.2f}"
-        )
-        lines.append(f"{start}  {_difference(trial, best[layer], summary)}".rstrip())
+        start = f"{trial['number']:5}  {layer:12}  {describe(trial):{wide}}  {100 * accuracy:7.2f}"
+        lines.append(f"{start}  {_difference(trial, best[layer], summary['seeds'])}".rstrip())
     seeds = ", ".join(map(str, summary["seeds"]))
     lines += ["", f"In percent, mean over seeds {seeds}; brackets are 95% t intervals of the difference."]
     return "\n".join(lines)
 
 
-def _difference(trial: Trial, best: Trial, summary: Summary) -> str:
-    if trial is best:
+def _difference(trial: Trial, best: Trial, seeds: Sequence[int]) -> str:
+    a, b = trial["val_accuracies"], best["val_accuracies"]
+    if trial is best or not len(a) == len(b) == len(seeds):  # trials of an earlier version have none by seed
         return ""
-    ours, theirs = (dict(zip(summary["seeds"], t["val_accuracies"], strict=True)) for t in (trial, best))
-    mean, interval, _ = paired_difference(ours, theirs)
-    return f"{100 * mean:+.2f}" + (
-        "" if interval is None else " [{:+.2f}, {:+.2f}]".format(*(100 * i for i in interval))
-    )
+    mean, interval, _ = paired_difference(dict(zip(seeds, a, strict=True)), dict(zip(seeds, b, strict=True)))
+    bounds = "" if interval is None else f" [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
+    return f"{100 * mean:+.2f}{bounds}"
 
 
 def describe(trial: Trial) -> str:

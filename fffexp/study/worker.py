@@ -166,13 +166,17 @@ class Worker:
             replicas = Replicas(self.spec.arguments(layer, values, None, test=False)[1:], self.spec.seeds)
             run_of_all.text(replicas.config, "config.yaml")
             run_of_all.params({k: v for k, v in replicas.params.items() if k != "seed"} | {"seeds": self.spec.seeds})
-            sizes = total_sizes(replicas.task)
-            results = [
-                Result(run_of_all.id, replica.metrics(), replicas.params, sizes, replicas.config)
-                for replica in replicas.train(test=False)
-            ]
-            run_of_all.metrics({name: fmean(r.metrics[name] for r in results) for name in results[0].metrics})
-        return results
+            trained = replicas.train(test=False)
+            means = {name: fmean(r.metrics()[name] for r in trained) for name in trained[0].metrics()}
+            run_of_all.metrics(means)
+            for replica in trained:
+                if replica.nonfinite_steps:
+                    raise NonFiniteLossError(
+                        f"the loss of seed {replica.seed} was not finite at {replica.nonfinite_steps} steps: "
+                        "lower the learning rate or the coefficients"
+                    )
+        sizes = total_sizes(replicas.task)
+        return [Result(run_of_all.id, r.metrics(), replicas.params, sizes, replicas.config) for r in trained]
 
     def _final_trial(self, trial: optuna.Trial) -> float:
         trial.set_user_attr("host", platform.node())

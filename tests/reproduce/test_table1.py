@@ -16,8 +16,7 @@ from fffexp.cli import main
 from fffexp.errors import UserError
 from fffexp.experiment import Context, ExperimentCLI
 from fffexp.reproduce import controls, paper, runs, stability, table1
-from fffexp.reproduce.cells import CONFIGS, Cell, Layer
-from fffexp.reproduce.commands import LAYERS
+from fffexp.reproduce.cells import CONFIGS, DATA, LAYERS, SIZES, Cell, Layer
 
 
 def test_cells_are_those_of_the_table() -> None:
@@ -31,9 +30,8 @@ def test_cells_are_those_of_the_table() -> None:
     assert paper.printed("fashion_mnist", 8, 256) is None
 
 
-def test_inference_sizes() -> None:
-    sizes = {"FF": 128, "NoisyTopKMoE": 2 * 8 + 16, "SwitchMoE": 8 + 16, "FFF": 8 + 4}
-    assert {layer: Cell(layer, 128, None if layer == "FF" else 8).inference_size for layer in LAYERS} == sizes
+# neurons evaluated for a sample: w; 2 * 4 and 8 rows of a gate; 4 and 8 rows; 4 and 3 nodes
+INFERENCE_SIZES = {"FF": 32, "NoisyTopKMoE": 16, "SwitchMoE": 12, "FFF": 7}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -44,7 +42,7 @@ def test_the_sizes_are_those_of_the_layer(layer: Layer) -> None:
         experiment = ExperimentCLI(["fit", f"--config={CONFIGS}/data/digits.yaml", *args], Context(dry=True))
         (made,) = experiment.model.layers.values()
         assert type(made).__name__ == layer
-        assert (made.training_width, made.inference_size) == (32, cell.inference_size)
+        assert (made.training_width, made.inference_size) == (32, INFERENCE_SIZES[layer])
         assert made.blocks == cell.blocks
         optimizer = made_by(experiment.model.optimizer)
         if protocol == "paper":
@@ -111,10 +109,18 @@ def test_cells_above_the_paper_are_counted() -> None:
     assert "in 1 of 2 cells" in runs.above_paper(rows)
     assert runs.above_paper(rows).endswith("2.5e-01")
     assert runs.above_paper([]) == ""
+    assert "in 1 of 1 cells" in runs.above_paper([row_of([88.0, 88.0], 87.0)])
+    assert runs.above_paper([row_of([88.0, 88.0], 88.0)]).endswith("1.0e+00"), "no seed is above"
+
+
+def test_leaves_in_use_are_told() -> None:
+    at = runs.HEADER.index("used") + len("used")
+    used = [runs.line(row_of([86.0] * seeds, 86.1))[:at].split()[-1] for seeds in (1, 4)]
+    assert used == ["16", "1-16"]
 
 
 def table(*parts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {"data": "fashion_mnist", "controls": [], "runs": [run for part in parts for run in part], **more}
+    return {"data": "fashion_mnist", "controls": [], "runs": [run for part in parts for run in part]} | more
 
 
 def test_controls_are_of_equal_size() -> None:
@@ -175,6 +181,30 @@ def test_stability() -> None:
     assert tests["std of test accuracy"]["FFF"] < tests["std of test accuracy"]["rival"]
     assert "NoisyTopKMoE" in stability.report(found)
     assert stability.report(table()) == ""
+
+
+def test_runs_that_never_vary_are_no_different() -> None:
+    found = table(*(runs_of(Cell(layer, 128, 8), [88.0] * 3) for layer in ("FFF", "NoisyTopKMoE")))
+    assert [t["p"] for t in stability.tests(found)] == [1, 1, 1]
+
+
+def test_controls_know_the_data() -> None:
+    assert SIZES.keys() == DATA.keys()
+    found = table(data="usps")
+    controls.choose(found, [Cell("FFF", 16, 8)])
+    # 257 + 16 * 257 + 16 * 10 + 2 * 10 = 4549 parameters; FF: 267 a neuron + 10
+    assert found["controls"][0]["parameters"] == 17
+    experiment = ExperimentCLI(["fit", *DATA["fashion_mnist"], *Cell("FF", 8).layer_arguments()], Context(dry=True))
+    assert (math.prod(experiment.datamodule.in_shape), experiment.datamodule.num_classes) == SIZES["fashion_mnist"]
+
+
+def test_a_file_of_an_earlier_version_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table1.json"
+    run = {"training_width": 16, "leaf_width": None, "reduction": None, "seed": 0, "diverged": False}
+    path.write_text(json.dumps({"table": "table1", "data": "fashion_mnist", "protocol": "paper", "runs": [run]}))
+    assert main(["reproduce", "table1", "--json", str(path)]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "of an earlier version: give another file, or remove it" in told
 
 
 @pytest.mark.usefixtures("fashion")

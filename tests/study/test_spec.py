@@ -112,6 +112,8 @@ def test_values_that_are_tried_first(tmp_path: Path) -> None:
         (with_first(*FIRST, {"depth": 3}), ["first[2]: depth is not in the space"]),
         (with_first(FIRST[0], {"width": 2}), ["first[1]: width = 2"]),
         (with_first(FIRST[0], {"lr": 0.05}), ["first[1]: lr = 0.05"]),
+        (with_first(FIRST[0], {"width": "nine"}), ["first[1]: width = nine"]),
+        (with_first(FIRST[0], {"width": 8.5}), ["first[1]: width = 8.5"]),
         (with_first(*FIRST, trials_per_layer=1), ["first has 2 entries", "trials_per_layer"]),
         ({"together": True, "objectives": ACCURACY, "pruner": MEDIAN}, ["together", "pruner"]),
         ({"layers": {"FF": CONTENT["layers"]["FF"] | {"config": "nonesuch.yaml"}}}, ["nonesuch.yaml", "not there"]),

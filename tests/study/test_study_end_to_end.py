@@ -365,6 +365,36 @@ def test_seeds_that_train_at_once(
     assert main(["study", "show", "tiny", "--trials", "true", "--max_latency_ms", "1"]) == 2
 
 
+def test_seeds_that_train_at_once_fail_at_a_loss_that_is_not_finite(work: Callable[..., Summary]) -> None:
+    lr = {
+        "lr": {"set": ["model.optimizer.init_args.lr", "model.lr_scheduler.init_args.max_lr"], "choices": [0.01, 1e30]}
+    }
+    layers = {
+        name: part | {"space": lr, "first": [{"lr": 1e30}, {"lr": 0.01}]} for name, part in CONTENT["layers"].items()
+    }
+    summary = work(**ACCURACY, together=True, seeds=[0, 1], layers=layers)
+    states = {(t["params"]["layer"], t["params"]["lr"]): t["state"] for t in summary["trials"]}
+    assert states == {(layer, lr): "FAIL" if lr > 1 else "COMPLETE" for layer in layers for lr in (0.01, 1e30)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no summary of a study"),
+        ('{"table": "table1"}', "is no summary of a study"),
+        ('{"study": "old", "trials": [], "finalists": []}', "`fffexp study resume old` writes it again"),
+    ],
+)
+def test_files_that_show_cannot_list(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    assert main(["study", "show", str(path), "--trials", "true"]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert message in told
+
+
 def test_a_constraint_that_nothing_meets(work: Callable[..., Summary], capsys: pytest.CaptureFixture[str]) -> None:
     summary = work(**ACCURACY, constraints={LATENCY: 1e-9}, trials_per_layer=1)
     assert {t["state"] for t in summary["trials"]} == {"COMPLETE"}
