@@ -23,6 +23,7 @@ from fffexp.data.base import ClassificationData, Rows
 from fffexp.data.batches import Batches
 from fffexp.errors import UserError
 from fffexp.experiment import Context, ExperimentCLI, flat_params, user_errors
+from fffexp.layers.experts import GatedExperts
 from fffexp.routing.blocks import block_counts
 from fffexp.schedules import Adaptive
 from fffexp.task import ClassificationTask
@@ -164,6 +165,8 @@ class Replicas:
             task.train()
             for layer in task.layers.values():
                 layer.backend = "eager"  # what torch.vmap knows
+                if isinstance(layer, GatedExperts):
+                    layer.dense_training = True
             right = torch.zeros(len(self.seeds), dtype=torch.long)
             for parts in zip(*loaders, strict=True):
                 wait_for_timing()

@@ -36,12 +36,14 @@ def train_loss(layer: NoisyTopKMoE, x: Tensor) -> Tensor:
     return output.square().sum() + gate.importance(layer.routing) + gate.load(layer.routing)
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("k", range(1, EXPERTS + 1))
 @pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.Tanh])
 def test_training_equals_naive_with_every_gradient(
-    monkeypatch: pytest.MonkeyPatch, k: int, activation: type[torch.nn.Module]
+    monkeypatch: pytest.MonkeyPatch, k: int, activation: type[torch.nn.Module], dense: bool
 ) -> None:
     layer, x = make(k=k, activation=activation), inputs(9, dtype=torch.float64)
+    layer.dense_training = dense
     eps = fix_noise(monkeypatch, 9)
     wanted = {"x": x.requires_grad_(), **dict(layer.named_parameters())}
     expected = naive.moe(x, noisy_logits(layer, x, eps), k, blocks_of(layer.experts), activation())
