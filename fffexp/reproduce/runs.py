@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fffexp.bench.limits import environment
 from fffexp.errors import UserError
 from fffexp.reproduce.cells import LAYERS, Cell
 from fffexp.reproduce.results import load, save
@@ -37,7 +38,8 @@ def begin(path: Path | None, setting: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the file is of another measurement, or of a version that told less of a run.
     """
-    found = load(path, setting) or {**setting, "seeds": [], "cells": [], "controls": [], "runs": []}
+    empty: dict[str, Any] = {"environments": [], "seeds": [], "cells": [], "controls": [], "runs": []}
+    found = {**setting, **empty} | (load(path, setting) or {})
     if any("layer" not in run or "nonfinite_steps" not in run for run in found["runs"]):
         raise UserError(f"--json {path}: it is of an earlier version: give another file, or remove it")
     return found
@@ -68,6 +70,9 @@ def complete(
     have = {(Cell.of(run), run["seed"]) for run in found["runs"]}
     missing = {cell: [seed for seed in seeds if (cell, seed) not in have] for cell in wanted}
     todo = {cell: seeds for cell, seeds in missing.items() if seeds}
+    where = environment([1], "cpu")
+    if todo and where not in found["environments"]:
+        found["environments"].append(where)  # another commit, machine or day
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin) as pool:
         parts = [
             (cell, part) for cell, seeds in todo.items() for part in ([seeds] if together else [[s] for s in seeds])

@@ -226,6 +226,8 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
     assert by_cell.keys() == wanted
     assert all(c["n"] == 3 and len(c["used_leaves"]) == 3 for c in by_cell.values())
     assert found["seeds"] == [0, 1, 2]
+    (where,) = found["environments"]  # the same twice
+    assert where["torch"] == torch.__version__
     if protocol == "paper":  # in 16 steps the averaged weights of the other have hardly moved
         assert by_cell[(None, None)]["mean"] > 90, "two classes that anything can tell apart"
     assert "95% interval" in told
