@@ -166,8 +166,16 @@ HEADER = (
 )
 
 
+LEGEND = (
+    "Percent, with hard decisions. M_A: best training accuracy; G_A: test accuracy of the weights that were best on\n"
+    "validation; ETT_M, ETT_G: epochs to those; paper: the best of ten runs; used: leaves or experts in use, least to\n"
+    "most over the runs; collapsed: runs that use fewer than half of them. better: the interval of the mean lies\n"
+    "above the paper's best; reproduced: the best run reaches it."
+)
+
+
 def line(row: Mapping[str, Any]) -> str:
-    """A row of the printed table; `used` are leaves or experts in use, least to most over the seeds."""
+    """A row of the printed table."""
     r = row
     interval = "" if r["ci95"] is None else "[{:.2f}, {:.2f}]".format(*r["ci95"])
     paper = "" if r["paper"] is None else f"{r['paper']:.1f}"
@@ -180,14 +188,14 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """How an accuracy stands to the paper's best of ten."""
+    """How an accuracy stands to the paper's best of ten: see LEGEND."""
     if row["paper"] is None or row["ci95"] is None or not row["metric"].endswith("_A"):
         return ""
     low, high = row["ci95"]
     if low > row["paper"]:
-        return "better: the interval of the mean lies above the paper's best"
+        return "better"
     if row["best"] >= row["paper"]:
-        return "reproduced: the best reaches the paper's best"
+        return "reproduced"
     return "not reproduced" if high < row["paper"] else "not told apart"
 
 

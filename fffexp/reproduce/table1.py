@@ -84,5 +84,5 @@ def _printed(cell: Cell, data: str) -> dict[str, float]:
 def report(found: dict[str, Any]) -> str:
     """Accuracies, then the controls and the stability."""
     rows = [runs.line(row) for row in found["cells"] if row["metric"] in ("G_A", "M_A")]
-    parts = ["\n".join([runs.HEADER, *rows]), runs.above_paper(found["cells"])]
+    parts = ["\n".join([runs.HEADER, *rows, runs.LEGEND]), runs.above_paper(found["cells"])]
     return "\n\n".join(part for part in (*parts, controls.report(found), stability.report(found)) if part)

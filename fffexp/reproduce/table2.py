@@ -66,5 +66,5 @@ def measure(data: str, wanted: Sequence[Cell], seeds: Sequence[int], jobs: int, 
 
 def report(found: dict[str, Any]) -> str:
     """All four metrics, and the stability."""
-    parts = ["\n".join([runs.HEADER, *map(runs.line, found["cells"])]), stability.report(found)]
+    parts = ["\n".join([runs.HEADER, *map(runs.line, found["cells"]), runs.LEGEND]), stability.report(found)]
     return "\n\n".join(part for part in parts if part)
