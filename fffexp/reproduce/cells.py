@@ -20,6 +20,7 @@ DATA = {
 }
 SIZES = {"fashion_mnist": (784, 10), "mnist": (784, 10), "usps": (256, 10), "cifar10": (3072, 10)}  # inputs, classes
 RECIPES = {"FF": "ff", "NoisyTopKMoE": "moe", "SwitchMoE": "switch", "FFF": "fff"}
+NARROW = 2  # leaves up to this width are trained by the recipe fff_narrow
 K = 2  # experts that a noisy top-k gate chooses, as in arXiv 2308.14711
 
 
@@ -66,6 +67,12 @@ class Cell:
         """Of the tree."""
         return self.blocks.bit_length() - 1 if self.layer == "FFF" else None
 
+    @property
+    def recipe(self) -> str:
+        """The project's: a file of configs/recipe/."""
+        narrow = self.layer == "FFF" and (self.leaf_width or 0) <= NARROW
+        return RECIPES[self.layer] + ("_narrow" if narrow else "")
+
     def describe(self) -> dict[str, Any]:
         """As it stands in JSON."""
         return {**asdict(self), "depth": self.depth}
@@ -85,5 +92,5 @@ class Cell:
 
     def best_arguments(self, data: str) -> list[str]:
         """That train it by the project's recipe for the layer."""
-        pieces = ("model/one_cycle", "trainer/averaged", f"recipe/{RECIPES[self.layer]}")
+        pieces = ("model/one_cycle", "trainer/averaged", f"recipe/{self.recipe}")
         return [*DATA[data], *(f"--config={CONFIGS}/{piece}.yaml" for piece in pieces), *self.layer_arguments()]
