@@ -1,5 +1,7 @@
 """Training the cells of a table, many seeds at once and a cell a process, and what comes of them as rows."""
 
+import hashlib
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from fffexp.bench.limits import environment
 from fffexp.errors import UserError
@@ -40,7 +43,7 @@ def begin(path: Path | None, setting: dict[str, Any]) -> dict[str, Any]:
     """
     empty: dict[str, Any] = {"environments": [], "seeds": [], "cells": [], "controls": [], "runs": []}
     found = {**setting, **empty} | (load(path, setting) or {})
-    if any("layer" not in run or "nonfinite_steps" not in run for run in found["runs"]):
+    if any("layer" not in run or "recipe" not in run for run in found["runs"]):
         raise UserError(f"--json {path}: it is of an earlier version: give another file, or remove it")
     return found
 
@@ -66,7 +69,16 @@ def complete(
         path: where the table is written.
         printed: what the paper prints for a cell, by metric.
         together: whether the seeds of a cell train at once.
+
+    Raises:
+        UserError: a run was trained by another recipe.
     """
+    recipes = {cell: recipe(args) for cell, args in wanted.items()}
+    for run in found["runs"]:
+        cell = Cell.of(run)
+        if run["recipe"] != recipes.get(cell, run["recipe"]):
+            told = f"--json {path}: {cell.layer} of width {cell.training_width} was trained by another recipe"
+            raise UserError(f"{told}: give another file, or remove it")
     have = {(Cell.of(run), run["seed"]) for run in found["runs"]}
     missing = {cell: [seed for seed in seeds if (cell, seed) not in have] for cell in wanted}
     todo = {cell: seeds for cell, seeds in missing.items() if seeds}
@@ -81,7 +93,8 @@ def complete(
         try:
             for future in as_completed(running):
                 cell = running[future]
-                found["runs"] += [asdict(cell) | replica for replica in future.result()]
+                new = asdict(cell) | {"recipe": recipes[cell]}
+                found["runs"] += [new | replica for replica in future.result()]
                 _summarize(found, printed)
                 save(path, found)
                 for row in found["cells"]:
@@ -99,6 +112,13 @@ def complete(
 def _summarize(found: dict[str, Any], printed: Callable[[Cell], Mapping[str, float]]) -> None:
     found["seeds"] = sorted({run["seed"] for run in found["runs"]})
     found["cells"] = [row for cell in cells(found) for row in rows(of(found, cell), printed(cell))]
+
+
+def recipe(args: Sequence[str]) -> str:
+    """Changes when an argument of the training does, or what its configs hold; comments do not count."""
+    named = "--config="
+    read = [yaml.safe_load(Path(arg.removeprefix(named)).read_text()) if arg.startswith(named) else arg for arg in args]
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _begin() -> None:

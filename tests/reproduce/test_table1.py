@@ -233,6 +233,11 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
     assert "95% interval" in told
     monkeypatch.setattr(runs, "train", None)  # nothing is left to train
     assert main([*command, "--leaf_widths", "8", "4", "--seeds", "3"]) == 0
+    found["runs"][-1]["recipe"] = "another"
+    path.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert main([*command, "--leaf_widths", "8", "4", "--seeds", "3"]) == 2
+    assert "FFF of width 16 was trained by another recipe: give another file" in capsys.readouterr().err
     assert math.isfinite(by_cell[(8, readings[0])]["mean"])
 
 
