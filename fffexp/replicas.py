@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 
 from fffexp.bench.latency import wait_for_timing
 from fffexp.callbacks.hardening import apply_schedules
@@ -30,13 +31,27 @@ from fffexp.task import ClassificationTask
 
 Parameters = dict[str, Tensor]
 _MONITORED = ("train/accuracy", "val/accuracy")
+# Options of a trainer that are not followed, and their defaults.
+_PLAIN = {
+    "gradient_clip_val": None,
+    "accumulate_grad_batches": 1,
+    "precision": "32-true",
+    "max_steps": -1,
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "overfit_batches": 0.0,
+    "check_val_every_n_epoch": 1,
+    "val_check_interval": 1.0,
+}
+# An average is made here too, and the others change nothing that is trained.
+_CALLBACKS = (EMAWeightAveraging, Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar)
 # Rows of an evaluation pass.
 EVALUATION_ROWS = 8192
 
 
 @dataclass
 class Replica:
-    """What came of one seed; accuracies with hard decisions, epochs from 1."""
+    """What came of one seed; accuracies with hard decisions and averaged weights, where there are, epochs from 1."""
 
     seed: int
     train_accuracy: float  # the best of all epochs
@@ -52,16 +67,14 @@ class Replica:
     dead_blocks: int | None  # leaves or experts that no training sample reaches, at the selected weights
 
     def metrics(self) -> dict[str, float]:
-        """Under the names that fit tracks."""
+        """Those that fit tracks, under its names; its training accuracy is that of the steps and is left out."""
         found = {
             "val/accuracy": self.val_accuracy,
             "test/accuracy": self.test_accuracy,
-            "epochs_to_fit": self.epochs_to_fit,
             "epochs_to_best": self.epochs_to_best,
             "routing/used_leaves": self.used_blocks,
             "stability/val_accuracy_std": self.val_accuracy_std,
             "stability/loss_spikes": self.loss_spikes,
-            "stability/nonfinite_steps": self.nonfinite_steps,
             "stability/dead_leaves": self.dead_blocks,
         }
         return {name: float(value) for name, value in found.items() if value is not None}
@@ -107,7 +120,10 @@ class Replicas:
         self.task: ClassificationTask = experiments[0].model
         self.noise, self.task.input_noise = self.task.input_noise, 0.0  # added here, for all seeds at once
         trainer = experiments[0].trainer
-        assert trainer.max_epochs is not None
+        if not trainer.max_epochs or trainer.max_epochs < 0:
+            raise UserError(
+                f"trainer.max_epochs is {trainer.max_epochs}: training of many seeds at once needs at least 1"
+            )
         self.epochs = trainer.max_epochs
         self.data: list[ClassificationData] = [experiment.datamodule for experiment in experiments]
         self.decay = _decay(trainer.callbacks)  # type: ignore[attr-defined] # set by a connector
@@ -131,7 +147,7 @@ class Replicas:
         """Train all, then read the test set once, if at all.
 
         Args:
-            patience: training stops once no seed's validation accuracy has improved for so many epochs.
+            patience: a seed's training stops once its validation accuracy has not improved for so many epochs.
             fit_matters: a better training accuracy counts as well.
             test: whether the test set is read.
 
@@ -156,9 +172,9 @@ class Replicas:
             )
         task.on_fit_start()
         loss = _Loss(task)
-        prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
         losses = torch.vmap(partial(functional_call, loss), randomness="different")
         best = _Best(self.seeds)
+        live = list(range(len(self.seeds)))  # whose training goes on
         step = 0
         course = torch.full((len(self.seeds), steps), torch.nan, dtype=torch.float64)
         for epoch in range(self.epochs):
@@ -167,7 +183,8 @@ class Replicas:
                 layer.backend = "eager"  # what torch.vmap knows
                 if isinstance(layer, GatedExperts):
                     layer.dense_training = True
-            right = torch.zeros(len(self.seeds), dtype=torch.long)
+            prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
+            right = torch.zeros(len(live), dtype=torch.long)
             for parts in zip(*loaders, strict=True):
                 wait_for_timing()
                 x, y = (torch.stack(rows) for rows in zip(*parts, strict=True))
@@ -176,22 +193,43 @@ class Replicas:
                 optimizer.zero_grad()
                 loss_S, right_S = losses(prefixed, (x, y))
                 right += right_S
-                course[:, step] = loss_S.detach()
+                course[live, step] = loss_S.detach().double()
                 loss_S.sum().backward()
                 optimizer.step()
                 self._average()
                 step += 1
                 if scheduler is not None and interval == "step":
                     scheduler.step()
-            self._observe(best, epoch + 1)
+            self._observe(best, live, epoch + 1)
             if plateau is not None:
                 in_training = float(right[0] / len(self.data[0].train_data[0]))
                 plateau.step(in_training if plateau.monitor == "train/accuracy" else best.course[0][-1])
             elif scheduler is not None and interval == "epoch":
                 scheduler.step()
-            if patience is not None and best.stalled(epoch + 1, patience, fit_matters):
-                break
-        return [self._replica(index, best, epoch + 1, course[index, :step], test) for index in range(len(self.seeds))]
+            if patience is not None:
+                rows = [r for r, i in enumerate(live) if not best.stalled(i, epoch + 1, patience, fit_matters)]
+                if not rows:
+                    break
+                if len(rows) < len(live):
+                    self._keep(rows, optimizer)
+                    live, loaders = [live[r] for r in rows], [loaders[r] for r in rows]
+        return [
+            self._replica(index, best, course[index, : len(best.course[index]) * steps // self.epochs], test)
+            for index in range(len(self.seeds))
+        ]
+
+    def _keep(self, rows: list[int], optimizer: Optimizer) -> None:
+        """Go on with these rows of the seed axis alone."""
+        old = self.parameters
+        self.parameters = {name: p.detach()[rows].requires_grad_() for name, p in old.items()}
+        (group,) = optimizer.param_groups
+        group["params"] = list(self.parameters.values())
+        for name, p in self.parameters.items():
+            state = optimizer.state.pop(old[name], {})
+            # a step has no seed axis
+            optimizer.state[p] = {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in state.items()}
+        if self.averaged is not None:
+            self.averaged = {name: average[rows] for name, average in self.averaged.items()}
 
     def _average(self) -> None:
         if self.decay is None:
@@ -203,10 +241,11 @@ class Replicas:
             average.lerp_(self.parameters[name].detach(), 1 - self.decay)
 
     @torch.no_grad()
-    def _observe(self, best: "_Best", epoch: int) -> None:
+    def _observe(self, best: "_Best", live: Sequence[int], epoch: int) -> None:
         weights = self.averaged or self.parameters
-        for index, data in enumerate(self.data):
-            mine = {name: p[index].detach() for name, p in weights.items()}
+        for row, index in enumerate(live):
+            data = self.data[index]
+            mine = {name: p[row].detach() for name, p in weights.items()}
             best.observe(index, epoch, self._accuracy(mine, data.train_data), self._accuracy(mine, data.val_data), mine)
 
     def _accuracy(self, weights: Parameters, rows: Rows) -> float:
@@ -222,7 +261,7 @@ class Replicas:
             layer.backend = "auto"
 
     @torch.no_grad()
-    def _replica(self, index: int, best: "_Best", epochs: int, losses: Tensor, test: bool) -> Replica:
+    def _replica(self, index: int, best: "_Best", losses: Tensor, test: bool) -> Replica:
         weights, data = best.weights[index], self.data[index]
         self._evaluate()
         self.task.network.load_state_dict(weights, strict=False)  # buffers stay
@@ -234,7 +273,7 @@ class Replicas:
             epochs_to_best=best.val[index][1],
             test_accuracy=self._accuracy(weights, data.test_data) if test else None,
             used_blocks=self._used(data.val_data[0]),
-            epochs=epochs,
+            epochs=len(best.course[index]),
             val_accuracy_std=late_deviation(best.course[index]),
             loss_spikes=count_spikes(losses[losses.isfinite()].numpy()),
             nonfinite_steps=int((~losses.isfinite()).sum()),
@@ -278,28 +317,28 @@ class _Best:
             self.val[index] = val, epoch
             self.weights[index] = {name: p.clone() for name, p in weights.items()}
 
-    def stalled(self, epoch: int, patience: int, fit_matters: bool) -> bool:
-        return all(epoch - best >= patience for _, best in (*self.val, *(self.train if fit_matters else ())))
+    def stalled(self, index: int, epoch: int, patience: int, fit_matters: bool) -> bool:
+        last = max(self.val[index][1], self.train[index][1] if fit_matters else 0)
+        return epoch - last >= patience
 
 
 def _refuse(trainer: Trainer) -> None:
     """Options of the trainer that are not followed here."""
-    for name, value, plain in (
-        ("gradient_clip_val", trainer.gradient_clip_val, (None,)),
-        ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1,)),
-        ("precision", trainer.precision, ("32-true",)),
-        ("max_steps", trainer.max_steps, (-1,)),
-        ("limit_train_batches", trainer.limit_train_batches, (None, 1.0)),
-    ):
-        if value not in plain:
+    for name, plain in _PLAIN.items():
+        value = getattr(trainer, name)
+        if (type(value), value) != (type(plain), plain):
             raise UserError(f"trainer.{name} is {value}, which training of many seeds at once does not follow")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined] # set by a connector
+        if not isinstance(callback, _CALLBACKS):
+            raise UserError(f"{type(callback).__name__} is a callback that training of many seeds at once cannot have")
 
 
 def _decay(callbacks: Sequence[Callback]) -> float | None:
     """Of the exponential weight average, None without one."""
     for callback in callbacks:
         if isinstance(callback, EMAWeightAveraging):
-            if (callback.update_every_n_steps, callback.update_starting_at_step) != (1, None):
+            starts = callback.update_starting_at_step, callback.update_starting_at_epoch
+            if (callback.update_every_n_steps, *starts) != (1, None, None):
                 raise UserError("replicas average weights from the first step on and after each: leave those options")
             average = callback._kwargs["avg_fn"]
             # torch keeps the decay in a closure: 1 averaged with 0

@@ -22,14 +22,27 @@ def arguments(layer: str, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("layer", ["ff", "fff", "moe", "switch"])
-def test_a_seed_gives_what_fit_gives(layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+AVERAGED = (
+    '--trainer.callbacks=[{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", '
+    '"init_args": {"decay": 0.9, "use_buffers": false}}]'
+)
+STEPS = "--model.lr_scheduler=torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size=1"
+
+
+@pytest.mark.parametrize(
+    ("layer", "more"),
+    [("ff", ()), ("ff", (AVERAGED,)), ("ff", STEPS), ("fff", ()), ("fff", (AVERAGED,)), ("moe", ()), ("switch", ())],
+)
+def test_a_seed_gives_what_fit_gives(
+    layer: str, more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     enter(with_store(tmp_path), monkeypatch)
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # a gate's noise is drawn in another order
-    replicas = Replicas(arguments(layer), [0, 5]).train()
+    args = arguments(layer, *more)
+    replicas = Replicas(args, [0, 5]).train()
     assert [r.seed for r in replicas] == [0, 5]
     for replica in replicas:
-        alone = run(["fit", *arguments(layer), f"--seed_everything={replica.seed}"], Context(quiet=True))
+        alone = run(["fit", *args, f"--seed_everything={replica.seed}"], Context(quiet=True))
         assert alone is not None
         metrics = alone.metrics
         # sums in another order: a row of 288 may be a tie
@@ -77,9 +90,21 @@ def test_a_better_fit_can_be_left_out_of_patience() -> None:
     for epoch, train in enumerate((0.5, 0.6, 0.7), start=1):
         best.observe(0, epoch, train, 0.5, {})
         best.observe(1, epoch, 0.5, 0.5, {})
-    assert best.stalled(3, 2, fit_matters=False)
-    assert not best.stalled(3, 2, fit_matters=True), "the training accuracy of one seed was better just now"
-    assert best.stalled(5, 2, fit_matters=True)
+    assert best.stalled(0, 3, 2, fit_matters=False)
+    assert not best.stalled(0, 3, 2, fit_matters=True), "the training accuracy was better just now"
+    assert best.stalled(1, 3, 2, fit_matters=True)
+    assert best.stalled(0, 5, 2, fit_matters=True)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_seed_stops_by_itself(averaged: bool) -> None:
+    args = arguments("ff", "--trainer.max_epochs=40", *([AVERAGED] if averaged else []))
+    alone = [Replicas(args, [seed]).train(patience=3)[0] for seed in (0, 5, 1)]
+    assert len({replica.epochs for replica in alone}) > 1, "they stop at different epochs"
+    for mine, other in zip(alone, Replicas(args, [0, 5, 1]).train(patience=3), strict=True):
+        assert (other.epochs, other.epochs_to_best) == (mine.epochs, mine.epochs_to_best)
+        assert other.test_accuracy == pytest.approx(mine.test_accuracy, abs=0.004)
+        assert other.loss_spikes == pytest.approx(mine.loss_spikes, abs=1)
 
 
 PLATEAU = [
@@ -122,6 +147,10 @@ def test_divergence_is_told() -> None:
                "--model.coefficients.balance.factor=1.1", "--model.coefficients.balance.maximum=1"], "Adaptive"),
         ([0], ["--model.layer.depth=-1"], "depth is -1"),
         ([0], ["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val is 1"),
+        ([0], ["--trainer.limit_train_batches=2"], "trainer.limit_train_batches is 2"),
+        ([0], ["--trainer.max_epochs=-1"], "trainer.max_epochs is -1"),
+        ([0], ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/accuracy"],
+         "EarlyStopping is a callback"),
         ([0], ["--model.layer.sparse=frozen", "--model.optimizer=fffexp.RowAdamW", "--model.coefficients=null"],
          "sparse gradients have no seed axis"),
     ],
