@@ -94,7 +94,7 @@ class _Loss(nn.Module):
 
 
 class Replicas:
-    """The same experiment with several seeds.
+    """The same experiment with several seeds; the optimizer must treat each element for itself, as AdamW does.
 
     Args:
         args: of `fffexp fit`, without a seed.

@@ -42,8 +42,9 @@ class SwitchMoE(GatedExperts):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(in_features, out_features, num_experts, expert_width, 1, activation, dropout)
-        # section 2.4: a tenth of the usual variance
-        nn.init.trunc_normal_(self.gate_weight, std=(0.1 / in_features) ** 0.5)
+        # section 2.4: a tenth of the usual variance, cut at two deviations
+        std = (0.1 / in_features) ** 0.5
+        nn.init.trunc_normal_(self.gate_weight, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""

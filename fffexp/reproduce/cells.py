@@ -51,6 +51,8 @@ class Cell:
             raise UserError(f"{self.training_width} hidden neurons are not a power of 2 of leaves of {self.leaf_width}")
         if rest or not blocks:
             raise UserError(f"{self.training_width} hidden neurons are not a number of experts of {self.leaf_width}")
+        if self.layer == "NoisyTopKMoE" and blocks < K:
+            raise UserError(f"{self.training_width} hidden neurons are {blocks} expert of {self.leaf_width}, too few")
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Cell":

@@ -6,6 +6,7 @@ from pathlib import Path
 from fffexp.bench.arguments import Parser, natural, positive
 from fffexp.errors import UserError
 from fffexp.reproduce.cells import LAYERS
+from fffexp.reproduce.results import hold
 
 
 def main(args: list[str]) -> int:
@@ -50,7 +51,11 @@ def main(args: list[str]) -> int:
     found = parser.parse_args(args)
     if found.json and found.json.suffix != ".json":
         raise UserError(f"--json {found.json}: name a file that ends in .json")
-    found.run(found)
+    figure = getattr(found, "figure", None)
+    if figure and figure.suffix != ".png":
+        raise UserError(f"--figure {figure}: name a file that ends in .png")
+    with hold(found.json):
+        found.run(found)
     return 0
 
 
@@ -83,6 +88,8 @@ def _figure3(found: argparse.Namespace) -> None:
 def _table1(found: argparse.Namespace) -> None:
     if found.protocol == "paper" and (found.controls or {*found.layers} - {"FF", "FFF"}):
         raise UserError("--protocol paper has FF and FFF alone: add --protocol best for controls and other layers")
+    if found.controls and "FFF" not in found.layers:
+        raise UserError("--controls stand beside FFF: add it to --layers")
     from fffexp.reproduce import figure_table1, runs, table1
 
     wanted = table1.cells(found.protocol, found.training_widths, found.leaf_widths, found.layers)

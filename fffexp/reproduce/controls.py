@@ -8,6 +8,7 @@ import torch
 
 from fffexp.bench.inference import interleaved
 from fffexp.bench.latency import exclusive_timing
+from fffexp.bench.limits import environment
 from fffexp.layers import FF, FFF, FeedforwardLayer
 from fffexp.reproduce import runs
 from fffexp.reproduce.cells import SIZES, Cell
@@ -42,6 +43,7 @@ def choose(found: dict[str, Any], wanted: Sequence[Cell]) -> None:
                 "inference_time": width,
                 "time_ratio": ratio,  # of that FF to the FFF
                 "backend": layer.inference_backend(),
+                "environment": environment([1], "cpu"),
             }
         )
 
@@ -67,13 +69,14 @@ def cells(found: Mapping[str, Any], wanted: Sequence[Cell]) -> list[Cell]:
 
 
 def comparisons(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Test accuracy of each FFF minus that of each control, paired by seed."""
+    """Test accuracy of each FFF minus that of each control, paired by seed; a control of two kinds is tested once."""
     made = []
     for control in found["controls"]:
-        for kind in KINDS:
-            ours, theirs = (_accuracies(found, cell) for cell in (Cell.of(control), Cell("FF", control[kind])))
+        for width in sorted({control[kind] for kind in KINDS}, reverse=True):
+            ours, theirs = (_accuracies(found, cell) for cell in (Cell.of(control), Cell("FF", width)))
             if ours and theirs:
-                made.append({**control, "kind": kind, "ff_width": control[kind], "ours": ours, "theirs": theirs})
+                kinds = [kind for kind in KINDS if control[kind] == width]
+                made.append({**control, "kinds": kinds, "ff_width": width, "ours": ours, "theirs": theirs})
     tested = paired_tests([(each.pop("ours"), each.pop("theirs")) for each in made])
     return [each | test._asdict() for each, test in zip(made, tested, strict=True)]
 
@@ -90,15 +93,18 @@ def report(found: Mapping[str, Any]) -> str:
         verdict = "no difference shown"
         if c["p"] is not None and c["p"] < 0.05:
             verdict = "FFF is ahead" if c["difference"] > 0 else "FF is ahead"
+        equal = "equal " + " and ".join(kind.replace("_", " ") for kind in c["kinds"])
+        time = f"{c['time_ratio']:.2f}" if "inference_time" in c["kinds"] else ""
         lines.append(
-            f"{c['training_width']:5}{c['leaf_width']:5}  {'equal ' + c['kind'].replace('_', ' '):22}{c['ff_width']:5}"
+            f"{c['training_width']:5}{c['leaf_width']:5}  {equal:40}{c['ff_width']:5}{time:>6}"
             f"{c['difference']:+9.2f}{interval:>18}{'' if c['p'] is None else format(c['p'], '.1e'):>10}  {verdict}"
         )
     if not lines:
         return ""
-    head = f"{'w':>5}{'leaf':>5}  {'FF of':22}{'width':>5}{'FFF - FF':>9}{'95% interval':>18}{'p':>10}"
+    head = f"{'w':>5}{'leaf':>5}  {'FF of':40}{'width':>5}{'time':>6}{'FFF - FF':>9}{'95% interval':>18}{'p':>10}"
     note = (
-        f"Test accuracy in points, paired by seed; equal time is that of a batch of {BATCH_SIZE} on one thread.\n"
+        f"Test accuracy in points, paired by seed. Time: of the widest FF that is no slower over that of the FFF, a\n"
+        f"batch of {BATCH_SIZE} on one thread.\n"
         "p: paired t-test, adjusted for all lines by Benjamini and Hochberg."
     )
     return "\n".join([head, *lines, note])

@@ -1,10 +1,35 @@
 """Result files that a command completes when it is called again."""
 
+import fcntl
+import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fffexp.errors import UserError
+
+
+@contextmanager
+def hold(path: Path | None) -> Iterator[None]:
+    """Keep other commands from the file, each of which would write what it found there at its start.
+
+    Raises:
+        UserError: another command has it.
+    """
+    if path is None:
+        yield
+        return
+    # not the file itself, which is replaced at each writing
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with (Path(tempfile.gettempdir()) / f"fffexp-{name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--json {path}: another command is at it: wait for that, or give another file") from error
+        yield
 
 
 def load(path: Path | None, kind: dict[str, Any]) -> dict[str, Any] | None:

@@ -28,31 +28,50 @@ METRICS = (
 )
 
 
-class Ending(NamedTuple):
-    """When a training ends before its last epoch: as `Replicas.train` takes it."""
+class Training(NamedTuple):
+    """Of a cell: arguments of `fffexp fit`, and when it ends before its last epoch as in `Replicas.train`."""
 
+    args: list[str]
     patience: int | None = None
     fit_matters: bool = True
 
+    def recipe(self) -> str:
+        """Changes when one of these does, or what the configs hold; comments do not count."""
+        named = "--config="
+        read = [
+            yaml.safe_load(Path(arg.removeprefix(named)).read_text()) if arg.startswith(named) else arg
+            for arg in self.args
+        ]
+        told = json.dumps([read, self.patience, self.fit_matters], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
 
-def begin(path: Path | None, setting: dict[str, Any]) -> dict[str, Any]:
+
+def begin(path: Path | None, setting: dict[str, Any], training: Callable[[Cell], Training]) -> dict[str, Any]:
     """The table in the file, or an empty one.
 
+    Args:
+        path: of the file.
+        setting: what the table is of.
+        training: that of a cell today.
+
     Raises:
-        UserError: the file is of another measurement, or of a version that told less of a run.
+        UserError: the file is of another measurement, of a version that told less of a run, or of another recipe.
     """
     empty: dict[str, Any] = {"environments": [], "seeds": [], "cells": [], "controls": [], "runs": []}
     found = {**setting, **empty} | (load(path, setting) or {})
     if any("layer" not in run or "recipe" not in run for run in found["runs"]):
         raise UserError(f"--json {path}: it is of an earlier version: give another file, or remove it")
+    for cell in cells(found):
+        if {run["recipe"] for run in of(found, cell)} != {training(cell).recipe()}:
+            told = f"--json {path}: {cell.layer} of width {cell.training_width} was trained by another recipe"
+            raise UserError(f"{told}: give another file, or remove it")
     return found
 
 
 def complete(
     found: dict[str, Any],
-    wanted: Mapping[Cell, Sequence[str]],
+    wanted: Mapping[Cell, Training],
     seeds: Sequence[int],
-    ending: Ending,
     jobs: int,
     path: Path | None,
     printed: Callable[[Cell], Mapping[str, float]],
@@ -62,23 +81,13 @@ def complete(
 
     Args:
         found: the table, which gets the runs.
-        wanted: arguments of `fffexp fit` for each cell, the longest trainings first.
+        wanted: how each cell is trained, the longest trainings first.
         seeds: of every cell.
-        ending: of a training.
         jobs: processes.
         path: where the table is written.
         printed: what the paper prints for a cell, by metric.
         together: whether the seeds of a cell train at once.
-
-    Raises:
-        UserError: a run was trained by another recipe.
     """
-    recipes = {cell: recipe(args) for cell, args in wanted.items()}
-    for run in found["runs"]:
-        cell = Cell.of(run)
-        if run["recipe"] != recipes.get(cell, run["recipe"]):
-            told = f"--json {path}: {cell.layer} of width {cell.training_width} was trained by another recipe"
-            raise UserError(f"{told}: give another file, or remove it")
     have = {(Cell.of(run), run["seed"]) for run in found["runs"]}
     missing = {cell: [seed for seed in seeds if (cell, seed) not in have] for cell in wanted}
     todo = {cell: seeds for cell, seeds in missing.items() if seeds}
@@ -89,13 +98,13 @@ def complete(
         parts = [
             (cell, part) for cell, seeds in todo.items() for part in ([seeds] if together else [[s] for s in seeds])
         ]
-        running = {pool.submit(train, wanted[cell], part, ending): cell for cell, part in parts}
+        running = {pool.submit(train, wanted[cell], part): cell for cell, part in parts}
         try:
             for future in as_completed(running):
                 cell = running[future]
-                new = asdict(cell) | {"recipe": recipes[cell]}
+                new = asdict(cell) | {"recipe": wanted[cell].recipe()}
                 found["runs"] += [new | replica for replica in future.result()]
-                _summarize(found, printed)
+                summarize(found, printed)
                 save(path, found)
                 for row in found["cells"]:
                     if Cell.of(row) == cell and row["metric"] == "G_A":
@@ -106,19 +115,13 @@ def complete(
             for worker in workers:
                 worker.terminate()
             raise
-    _summarize(found, printed)
+    summarize(found, printed)
 
 
-def _summarize(found: dict[str, Any], printed: Callable[[Cell], Mapping[str, float]]) -> None:
+def summarize(found: dict[str, Any], printed: Callable[[Cell], Mapping[str, float]]) -> None:
+    """Seeds and rows of the runs, beside what the paper prints."""
     found["seeds"] = sorted({run["seed"] for run in found["runs"]})
     found["cells"] = [row for cell in cells(found) for row in rows(of(found, cell), printed(cell))]
-
-
-def recipe(args: Sequence[str]) -> str:
-    """Changes when an argument of the training does, or what its configs hold; comments do not count."""
-    named = "--config="
-    read = [yaml.safe_load(Path(arg.removeprefix(named)).read_text()) if arg.startswith(named) else arg for arg in args]
-    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _begin() -> None:
@@ -127,11 +130,11 @@ def _begin() -> None:
     torch.set_flush_denormal(True)
 
 
-def train(args: Sequence[str], seeds: Sequence[int], ending: Ending) -> list[dict[str, Any]]:
+def train(how: Training, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The replicas of a cell, as JSON."""
     from fffexp.replicas import Replicas
 
-    return [asdict(replica) for replica in Replicas(args, seeds).train(ending.patience, ending.fit_matters)]
+    return [asdict(replica) for replica in Replicas(how.args, seeds).train(how.patience, how.fit_matters)]
 
 
 def of(found: Mapping[str, Any], cell: Cell) -> list[dict[str, Any]]:
@@ -168,6 +171,7 @@ def rows(runs: Sequence[Mapping[str, Any]], printed: Mapping[str, float]) -> lis
                 "values": values,
                 "used_leaves": [run["used_blocks"] for run in runs],
                 "collapsed": collapsed(runs),
+                "rising": sum(run["epochs_to_fit"] > 0.9 * run["epochs"] for run in runs),
                 "diverged": sum(run["nonfinite_steps"] > 0 for run in runs),
                 "n": len(values),
             }
@@ -176,8 +180,9 @@ def rows(runs: Sequence[Mapping[str, Any]], printed: Mapping[str, float]) -> lis
 
 
 def collapsed(runs: Sequence[Mapping[str, Any]]) -> int:
-    """Runs that use fewer than half of their leaves or experts."""
-    return sum(run["used_blocks"] is not None and 2 * run["used_blocks"] < Cell.of(run).blocks for run in runs)
+    """Runs that use fewer than half of their leaves or experts, or one alone."""
+    used = [(run["used_blocks"], Cell.of(run).blocks) for run in runs]
+    return sum(n is not None and (2 * n < blocks or n == 1) for n, blocks in used)
 
 
 HEADER = (
@@ -189,8 +194,9 @@ HEADER = (
 LEGEND = (
     "Percent, with hard decisions. M_A: best training accuracy; G_A: test accuracy of the weights that were best on\n"
     "validation; ETT_M, ETT_G: epochs to those; paper: the best of ten runs; used: leaves or experts in use, least to\n"
-    "most over the runs; collapsed: runs that use fewer than half of them. better: the interval of the mean lies\n"
-    "above the paper's best; reproduced: the best run reaches it."
+    "most over the runs; collapsed: runs that use fewer than half of them, or one alone. better: the interval of the\n"
+    "mean lies above the paper's best; reproduced: the best run reaches it; still rising: the best training accuracy\n"
+    "of most runs came in the last tenth of the epochs that they had."
 )
 
 
@@ -216,6 +222,8 @@ def verdict(row: Mapping[str, Any]) -> str:
         return "better"
     if row["best"] >= row["paper"]:
         return "reproduced"
+    if row["metric"] == "M_A" and 2 * row["rising"] > row["n"]:
+        return "still rising"
     return "not reproduced" if high < row["paper"] else "not told apart"
 
 
@@ -226,7 +234,9 @@ def above_paper(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     ps = above([row["values"] for row in tested], [row["paper"] for row in tested])
     shown = sum(row["ci95"][0] > row["paper"] for row in tested)
+    collapsed = sum(row["collapsed"] == row["n"] for row in tested)
     return (
         f"FFF: in {shown} of {len(tested)} cells the 95% interval of the mean G_A lies above the paper's best;\n"
+        f"in {collapsed} of the {len(tested)} cells every run has collapsed;\n"
         f"largest p of one-sided t-tests, adjusted for all cells by Benjamini and Hochberg: {max(ps):.1e}"
     )

@@ -1,7 +1,7 @@
 """How evenly layers train, across seeds and within a run."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scipy import stats
@@ -11,11 +11,14 @@ from fffexp.reproduce.cells import Cell, Layer
 from fffexp.study.statistics import adjusted
 
 RIVALS: tuple[Layer, ...] = ("NoisyTopKMoE", "SwitchMoE")
-WITHIN = {
-    "late std": ("val_accuracy_std", 100),
-    "spikes": ("loss_spikes", 1),
-    "nonfinite": ("nonfinite_steps", 1),
-    "dead": ("dead_blocks", 1),
+COMPARED: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "late std": lambda run: 100 * run["val_accuracy_std"],
+    "spikes": lambda run: run["loss_spikes"] / run["epochs"],  # some recipes have more epochs than others
+}
+WITHIN: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    **COMPARED,
+    "nonfinite": lambda run: run["nonfinite_steps"],
+    "dead": lambda run: run["dead_blocks"],
 }
 
 
@@ -35,9 +38,9 @@ def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             "ETT_G": statistics.mean(run["epochs_to_best"] for run in of_cell),
             "ETT_G std": statistics.stdev(run["epochs_to_best"] for run in of_cell),
         }
-        for name, (key, factor) in WITHIN.items():
-            values = [run[key] for run in of_cell]
-            row[name] = None if None in values else factor * statistics.mean(values)
+        for name, measure in WITHIN.items():
+            values = [value for run in of_cell if (value := measure(run)) is not None]
+            row[name] = statistics.mean(values) if values else None
         rows.append(row)
     return rows
 
@@ -65,9 +68,8 @@ def tests(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             varies = max(statistics.stdev(a), statistics.stdev(b)) > 0
             p = stats.levene(a, b).pvalue if varies else 1.0
             made.append(_test(cell, other, "std of test accuracy", statistics.stdev, a, b, p))
-            for name in ("late std", "spikes"):
-                key, factor = WITHIN[name]
-                a, b = ([factor * of[seed][key] for seed in seeds] for of in (ours, theirs))
+            for name, measure in COMPARED.items():
+                a, b = ([measure(of[seed]) for seed in seeds] for of in (ours, theirs))
                 p = 1.0 if a == b else stats.wilcoxon(a, b).pvalue
                 made.append(_test(cell, other, name, statistics.mean, a, b, p))
     for each, p in zip(made, adjusted([each["p"] for each in made]), strict=True):
@@ -93,8 +95,9 @@ def report(found: Mapping[str, Any]) -> str:
         across = f"{r['std']:7.2f}{r['mean - worst']:11.2f}{r['collapsed']:10}{r['ETT_G']:8.1f}{r['ETT_G std']:6.1f}"
         lines.append(start + across + "".join(f"{'' if r[n] is None else format(r[n], '.2f'):>10}" for n in WITHIN))
     lines.append(
-        "std, worst: test accuracy over seeds in points; late std: of validation accuracy over the last quarter of the "
-        "epochs;\nspikes, nonfinite: steps; dead: leaves or experts that no training sample reaches; means over seeds."
+        "std, worst: test accuracy over seeds in points; late std: of validation accuracy over the last quarter of\n"
+        "the epochs; spikes: steps an epoch; nonfinite: steps; dead: leaves or experts that no training sample\n"
+        "reaches; means over seeds. ETT_G and late std depend on the recipe's epochs as well."
     )
     compared = tests(found)
     if compared:

@@ -37,14 +37,14 @@ def cells(
     return found
 
 
-def arguments(cell: Cell, data: str, protocol: Protocol) -> list[str]:
-    """What `fffexp fit` would take to train it."""
+def training(cell: Cell, data: str, protocol: Protocol) -> runs.Training:
+    """Of a cell."""
     if protocol == "best":
-        return cell.best_arguments(data)
+        return runs.Training(cell.best_arguments(data))
     args = [*DATA[data], f"--config={CONFIGS}/recipe/paper_table1.yaml", *cell.layer_arguments()]
     if cell.reduction:
         args.append(f"--model.coefficients.hardening_{cell.reduction}={HARDENING}")
-    return args
+    return runs.Training(args, PATIENCE)
 
 
 def measure(
@@ -62,21 +62,20 @@ def measure(
         UserError: the file is of another measurement.
     """
     setting = {"table": "table1", "data": data, "protocol": protocol}
-    found = runs.begin(path, setting)
+    found = runs.begin(path, setting, lambda cell: training(cell, data, protocol))
     everything = list(wanted)
     if with_controls:
         controls.choose(found, [cell for cell in wanted if cell.layer == "FFF"])
         save(path, found)
         everything += controls.cells(found, wanted)
 
-    args = {cell: arguments(cell, data, protocol) for cell in everything}
-    ending = runs.Ending(PATIENCE if protocol == "paper" else None)
-    runs.complete(found, args, seeds, ending, jobs, path, lambda cell: _printed(cell, data))
+    how = {cell: training(cell, data, protocol) for cell in everything}
+    runs.complete(found, how, seeds, jobs, path, lambda cell: in_paper(cell, data))
     return found
 
 
-def _printed(cell: Cell, data: str) -> dict[str, float]:
-    # the table has no MoE
+def in_paper(cell: Cell, data: str) -> dict[str, float]:
+    """What is printed of a cell, by metric; the table has no MoE."""
     paper = printed(data, cell.leaf_width, cell.training_width) if cell.layer in ("FF", "FFF") else None
     return dict(zip(("M_A", "G_A"), paper, strict=True)) if paper else {}
 

@@ -13,7 +13,7 @@ HARDENING = 3.0
 # The paper ends a training after 350 epochs without a better validation accuracy, halves the learning rate after 250
 # without a better training accuracy, and trains 7000 epochs at most. Here, and in configs/recipe/paper_table2.yaml, it
 # is a seventh of each, so that the table can be had on two cores.
-ENDING = runs.Ending(patience=50, fit_matters=False)
+PATIENCE = 50
 
 
 def cells(training_widths: Sequence[int], layers: Sequence[Layer]) -> list[Cell]:
@@ -34,8 +34,8 @@ def cells(training_widths: Sequence[int], layers: Sequence[Layer]) -> list[Cell]
     return found
 
 
-def arguments(cell: Cell, data: str) -> list[str]:
-    """What `fffexp fit` would take to train it."""
+def training(cell: Cell, data: str) -> runs.Training:
+    """Of a cell."""
     args = [*DATA[data], f"--config={CONFIGS}/recipe/paper_table2.yaml", *cell.layer_arguments()]
     if cell.layer == "NoisyTopKMoE":
         args += [f"--model.coefficients.{name}=0.1" for name in ("importance", "load")]
@@ -43,7 +43,7 @@ def arguments(cell: Cell, data: str) -> list[str]:
         args.append("--model.coefficients.balance=0.01")
     if cell.reduction:
         args.append(f"--model.coefficients.hardening_{cell.reduction}={HARDENING}")
-    return args
+    return runs.Training(args, PATIENCE, fit_matters=False)
 
 
 def measure(data: str, wanted: Sequence[Cell], seeds: Sequence[int], jobs: int, path: Path | None) -> dict[str, Any]:
@@ -52,16 +52,17 @@ def measure(data: str, wanted: Sequence[Cell], seeds: Sequence[int], jobs: int, 
     Raises:
         UserError: the file is of another measurement.
     """
-    setting = {"table": "table2", "data": data, "protocol": "paper", "patience": ENDING.patience}
-    found = runs.begin(path, setting)
-    args = {cell: arguments(cell, data) for cell in wanted}
-
-    def printed(cell: Cell) -> dict[str, float]:
-        return printed2(cell.layer, cell.training_width) if data == "cifar10" else {}  # which is the paper's
-
+    setting = {"table": "table2", "data": data, "protocol": "paper"}
+    found = runs.begin(path, setting, lambda cell: training(cell, data))
+    how = {cell: training(cell, data) for cell in wanted}
     # a plateau, and so the learning rate, differs from seed to seed
-    runs.complete(found, args, seeds, ENDING, jobs, path, printed, together=False)
+    runs.complete(found, how, seeds, jobs, path, lambda cell: in_paper(cell, data), together=False)
     return found
+
+
+def in_paper(cell: Cell, data: str) -> dict[str, float]:
+    """What is printed of a cell, by metric; the table is of CIFAR10 alone."""
+    return printed2(cell.layer, cell.training_width) if data == "cifar10" else {}
 
 
 def report(found: dict[str, Any]) -> str:

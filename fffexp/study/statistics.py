@@ -75,8 +75,8 @@ def paired_tests(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]
         seeds = sorted(a.keys() & b.keys())
         if interval is None:
             continue
-        if interval[0] == interval[1]:  # the same difference with every seed
-            ps.append(float(abs(mean) < _ROUNDING))
+        if interval[0] == interval[1]:  # the same difference with every seed tells nothing of the variance
+            ps.append(1.0)
         else:
             ps.append(float(stats.ttest_rel([a[seed] for seed in seeds], [b[seed] for seed in seeds]).pvalue))
     left = iter(adjusted(ps))
@@ -87,8 +87,8 @@ def above(values: Sequence[Sequence[float]], bounds: Sequence[float]) -> list[fl
     """p of one-sided one-sample t-tests: is the mean above the bound? Adjusted for all together."""
     ps = []
     for sample, bound in zip(values, bounds, strict=True):
-        if max(sample) - min(sample) < _ROUNDING:  # the same value with every seed
-            ps.append(float(sample[0] <= bound + _ROUNDING))
+        if max(sample) - min(sample) < _ROUNDING:  # the same value with every seed tells nothing of the variance
+            ps.append(1.0)
         else:
             ps.append(float(stats.ttest_1samp(sample, bound, alternative="greater").pvalue))
     return adjusted(ps)

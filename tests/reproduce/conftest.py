@@ -1,14 +1,23 @@
 """Data of the same form as Fashion-MNIST, small enough to train on in a test."""
 
 import gzip
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fffexp.reproduce import cells, table1, table2
+from fffexp.reproduce.runs import Training
 
 SHORT = ["--trainer.max_epochs=4", "--data.batch_size=50"]
+
+
+def _shortened(training: Callable[..., Training], more: list[str], *of: Any) -> Training:
+    how = training(*of)
+    return how._replace(args=[*how.args, *more])
 
 
 @pytest.fixture
@@ -25,9 +34,6 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
             (root / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
     monkeypatch.setitem(cells.DATA, "fashion_mnist", [*cells.DATA["fashion_mnist"], f"--data.root={root}"])
-    one, two = table1.arguments, table2.arguments
-    monkeypatch.setattr(table1, "arguments", lambda *args: [*one(*args), *SHORT])
-    monkeypatch.setattr(
-        table2, "arguments", lambda *args: [*two(*args), *SHORT, "--trainer.max_epochs=20", "--model.optimizer.lr=0.02"]
-    )
+    for table, more in ((table1, []), (table2, ["--trainer.max_epochs=20", "--model.optimizer.lr=0.02"])):
+        monkeypatch.setattr(table, "training", partial(_shortened, table.training, [*SHORT, *more]))
     return root

@@ -15,7 +15,7 @@ from scipy import stats
 from fffexp.cli import main
 from fffexp.errors import UserError
 from fffexp.experiment import Context, ExperimentCLI
-from fffexp.reproduce import controls, paper, runs, stability, table1
+from fffexp.reproduce import controls, paper, results, runs, stability, table1
 from fffexp.reproduce.cells import CONFIGS, DATA, LAYERS, SIZES, Cell, Layer
 
 
@@ -38,7 +38,7 @@ INFERENCE_SIZES = {"FF": 32, "NoisyTopKMoE": 16, "SwitchMoE": 12, "FFF": 7}
 def test_the_sizes_are_those_of_the_layer(layer: Layer) -> None:
     cell = Cell(layer, 32, None if layer == "FF" else 4)
     for protocol in ("best", "paper") if layer in ("FF", "FFF") else ("best",):
-        args = [a for a in table1.arguments(cell, "fashion_mnist", protocol) if "fashion_mnist.yaml" not in a]
+        args = [a for a in table1.training(cell, "fashion_mnist", protocol).args if "fashion_mnist.yaml" not in a]
         experiment = ExperimentCLI(["fit", f"--config={CONFIGS}/data/digits.yaml", *args], Context(dry=True))
         (made,) = experiment.model.layers.values()
         assert type(made).__name__ == layer
@@ -67,7 +67,7 @@ def test_leaf_widths_that_do_not_fit(layer: Layer, leaf_width: int, message: str
 
 def runs_of(cell: Cell, accuracies: list[float], **more: Any) -> list[dict[str, Any]]:
     base = {
-        "epochs_to_fit": 3, "used_blocks": cell.blocks, "nonfinite_steps": 0, "val_accuracy_std": 0.01,
+        "epochs_to_fit": 3, "epochs": 10, "used_blocks": cell.blocks, "nonfinite_steps": 0, "val_accuracy_std": 0.01,
         "loss_spikes": 1, "dead_blocks": 0,
     }  # fmt: skip
     return [
@@ -144,16 +144,19 @@ def test_controls_are_of_equal_size() -> None:
 
 def test_comparisons_with_controls_are_paired() -> None:
     control = Cell("FFF", 128, 8).describe() | {
-        "width": 128, "parameters": 143, "inference_size": 12, "inference_time": 24,
+        "width": 128, "parameters": 143, "inference_size": 12, "inference_time": 24, "time_ratio": 0.9,
     }  # fmt: skip
     ours, ahead, behind = [88.0, 87.0, 88.5], [89.0, 88.1, 89.4], [86.0, 85.0, 86.6]
     found = table(
         runs_of(Cell("FFF", 128, 8), ours), runs_of(Cell("FF", 128), ahead), runs_of(Cell("FF", 12), behind),
         runs_of(Cell("FF", 24), [88.0, 87.5, 88.0]), controls=[control],
     )  # fmt: skip
-    made = {c["kind"]: c for c in controls.comparisons(found)}
+    made = {kind: c for c in controls.comparisons(found) for kind in c["kinds"]}
     assert set(made) == {"width", "inference_size", "inference_time"}  # no run of 143 neurons
     assert made["width"]["difference"] == pytest.approx(-1.0)
+    assert controls.comparisons(
+        table(*(runs_of(Cell(*of), ours) for of in (("FFF", 128, 8), ("FF", 12))), controls=[control | {"width": 12}])
+    )[0]["kinds"] == ["width", "inference_size"], "tested once"
     ps = [stats.ttest_rel(ours, theirs).pvalue for theirs in (ahead, behind, [88.0, 87.5, 88.0])]
     assert [made[kind]["p"] for kind in ("width", "inference_size", "inference_time")] == pytest.approx(
         list(stats.false_discovery_control(ps))
@@ -241,6 +244,13 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
     assert math.isfinite(by_cell[(8, readings[0])]["mean"])
 
 
+def test_a_file_is_one_command_s_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table1.json"
+    with results.hold(path):
+        assert main(["reproduce", "table1", "--json", str(path)]) == 2
+    assert f"--json {path}: another command is at it" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("fashion")
 def test_the_command_adds_controls_and_other_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "table1.json"
@@ -278,6 +288,8 @@ def test_a_mistake_in_the_data_is_told_in_a_line(
         (["--data", "letters"], "invalid choice: 'letters'"),
         (["--controls"], "--protocol paper has FF and FFF alone"),
         (["--layers", "SwitchMoE"], "--protocol paper has FF and FFF alone"),
+        (["--protocol", "best", "--layers", "FF", "--controls"], "--controls stand beside FFF: add it to --layers"),
+        (["--figure", "x.foo"], "--figure x.foo: name a file that ends in .png"),
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),
     ],
 )

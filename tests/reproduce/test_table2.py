@@ -24,7 +24,7 @@ def test_cells_are_those_of_the_table() -> None:
 @pytest.mark.parametrize("layer", ["FF", "NoisyTopKMoE", "SwitchMoE", "FFF"])
 def test_arguments(layer: Layer) -> None:
     (cell, *_) = table2.cells([128], [layer])
-    args = [a for a in table2.arguments(cell, "fashion_mnist") if "fashion_mnist.yaml" not in a]
+    args = [a for a in table2.training(cell, "fashion_mnist").args if "fashion_mnist.yaml" not in a]
     experiment = ExperimentCLI(["fit", f"--config={CONFIGS}/data/digits.yaml", *args], Context(dry=True))
     task = experiment.model
     (made,) = task.layers.values()
