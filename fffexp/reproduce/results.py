@@ -1,6 +1,5 @@
 """Result files that a command completes when it is called again."""
 
-import fcntl
 import hashlib
 import json
 import tempfile
@@ -8,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fffexp.errors import UserError
 
@@ -24,12 +25,15 @@ def hold(path: Path | None) -> Iterator[None]:
         return
     # not the file itself, which is replaced at each writing
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    with (Path(tempfile.gettempdir()) / f"fffexp-{name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--json {path}: another command is at it: wait for that, or give another file") from error
+    lock = FileLock(Path(tempfile.gettempdir()) / f"fffexp-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"--json {path}: another command is at it: wait for that, or give another file") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def load(path: Path | None, kind: dict[str, Any]) -> dict[str, Any] | None:
