@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from fffexp.data import IDX, Digits, FashionMNIST, Hub
     from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE, SwitchMoE
     from fffexp.optim import RowAdamW
+    from fffexp.regularization import harden, regularization_loss
+    from fffexp.replace import replace_feedforward
     from fffexp.task import ClassificationTask
 
 __all__ = [
@@ -20,12 +22,17 @@ __all__ = [
     "NoisyTopKMoE",
     "RowAdamW",
     "SwitchMoE",
+    "harden",
+    "regularization_loss",
+    "replace_feedforward",
 ]
 
 _HOMES = {
     "fffexp.data": ("Digits", "FashionMNIST", "Hub", "IDX"),
     "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE", "SwitchMoE"),
     "fffexp.optim": ("RowAdamW",),
+    "fffexp.regularization": ("harden", "regularization_loss"),
+    "fffexp.replace": ("replace_feedforward",),
     "fffexp.task": ("ClassificationTask",),
 }
 

@@ -17,6 +17,7 @@ from fffexp.callbacks.speed import TrainingSpeed
 from fffexp.callbacks.stability import Stability
 from fffexp.layers import FeedforwardLayer
 from fffexp.models.mlp import MLP, LayerFactory
+from fffexp.regularization import weighted_losses
 from fffexp.schedules import Adaptive, Schedule
 
 Batch = tuple[Tensor, Tensor]
@@ -149,12 +150,8 @@ class ClassificationTask(LightningModule):
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, *in_shape), (batch,) -> () prediction loss plus regularisers, (batch, num_classes) logits."""
         logits = self(x + self.input_noise * torch.randn_like(x) if self.input_noise else x)
-        total = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
-        for layer in self._layer_list:
-            for name, regularizer in layer.regularizers.items():
-                if coefficient := self.coefficients.get(name, 0.0):
-                    total = total + coefficient * regularizer(layer.routing)
-        return total, logits
+        prediction = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
+        return prediction + weighted_losses(self._layer_list, self.coefficients), logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Prediction loss plus regularisers."""

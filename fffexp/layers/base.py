@@ -24,6 +24,7 @@ class FeedforwardLayer(nn.Module, ABC):
 
     hardens: ClassVar[bool] = False  # whether soft and hard decisions differ
     regularizers: Mapping[str, Regularizer] = MappingProxyType({})  # losses, functions of `routing`
+    recommended: Mapping[str, float] = MappingProxyType({})  # their coefficients by the recipes of configs/recipe/
     metrics: Mapping[str, Regularizer] = MappingProxyType({})  # tracked quantities, functions of `routing`
     scheduled: ClassVar[frozenset[str]] = frozenset()  # buffers that a schedule may set
 

@@ -58,6 +58,7 @@ class FFF(FeedforwardLayer):
             "importance": tree.leaf_importance,
         }
     )
+    recommended: Mapping[str, float] = MappingProxyType({"importance": 0.1})
     metrics: Mapping[str, Regularizer] = MappingProxyType({"entropy": tree.hardening_mean})
     scheduled: ClassVar[frozenset[str]] = frozenset({"choice_scale"})
 

@@ -33,6 +33,7 @@ class NoisyTopKMoE(GatedExperts):
     """
 
     regularizers: Mapping[str, Regularizer] = MappingProxyType({"importance": gate.importance, "load": gate.load})
+    recommended: Mapping[str, float] = MappingProxyType({"importance": 0.1})
     metrics: Mapping[str, Regularizer] = MappingProxyType({"gate_entropy": gate.gate_entropy})
     gate_products: ClassVar[int] = 2
 

@@ -30,6 +30,7 @@ class SwitchMoE(GatedExperts):
     """
 
     regularizers: Mapping[str, Regularizer] = MappingProxyType({"balance": gate.switch_balance})
+    recommended: Mapping[str, float] = MappingProxyType({"balance": 0.3})
     metrics: Mapping[str, Regularizer] = MappingProxyType({"gate_entropy": gate.gate_entropy})
 
     def __init__(

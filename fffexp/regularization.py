@@ -1,0 +1,58 @@
+"""What the layers in a model need of a training loop: their losses, and to harden."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.layers import FeedforwardLayer
+from fffexp.schedules import Exponential
+
+# that of configs/recipe/fff.yaml
+CHOICE_SCALE = Exponential(1.0, 300.0)
+
+
+def weighted_losses(layers: Iterable[FeedforwardLayer], coefficients: Mapping[str, float]) -> Tensor | float:
+    """Sum of the regularisers of what these layers' last training pass decided; 0.0 where there is none."""
+    total: Tensor | float = 0.0
+    for layer in layers:
+        for name, regularizer in layer.regularizers.items():
+            if coefficient := coefficients.get(name, 0.0):
+                total = total + coefficient * regularizer(layer.routing)
+    return total
+
+
+def regularization_loss(model: nn.Module, coefficients: Mapping[str, float] | None = None) -> Tensor:
+    """() to be added to the loss of a training step, between the forward and the backward pass.
+
+    Args:
+        model: any module with layers of this package in it, after a pass in training mode.
+        coefficients: of the regularisers by name; each layer's own recommendation unless given.
+
+    Raises:
+        ValueError: the model has no such layer, or none that knows a coefficient.
+        RuntimeError: a layer made no training pass since the last call, or more than one.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FeedforwardLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer of fffexp")
+    known = {name for layer in layers for name in layer.regularizers}
+    if unknown := set(coefficients or ()) - known:
+        told = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"no layer has the regulariser {', '.join(sorted(unknown))}; there are: {told}")
+    total = torch.zeros((), device=next(layers[0].parameters()).device)
+    for layer in layers:
+        if layer.regularizers and layer.routing is None:
+            raise RuntimeError(
+                f"a {type(layer).__name__} made no training pass since its last loss: call the model, in training mode"
+            )
+        total = total + weighted_losses([layer], layer.recommended if coefficients is None else coefficients)
+        layer.routing = None  # the graph of this step is the loss's from now on
+    return total
+
+
+def harden(model: nn.Module, progress: float) -> None:
+    """Set the choice scale of the trees in a model for this share of the training, in [0, 1]; call it every step."""
+    for module in model.modules():
+        if isinstance(module, FeedforwardLayer) and "choice_scale" in module.scheduled:
+            module.get_buffer("choice_scale").fill_(CHOICE_SCALE(progress))

@@ -1,0 +1,267 @@
+"""Feedforward layers in models that exist: the MLPs of a model are found, checked and replaced."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.layers import FeedforwardLayer
+from fffexp.models.mlp import LayerFactory
+
+Select = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A layer that took the place of an MLP.
+
+    Attributes:
+        name: path of the MLP in the model.
+        old: what it was: the MLP, or where that was no module of its own, its linear layers.
+        new: the layer.
+        before: sizes of the MLP, by the names of `FeedforwardLayer.sizes`.
+        after: those of the layer.
+    """
+
+    name: str
+    old: nn.Module
+    new: FeedforwardLayer
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+
+
+class _Linear(NamedTuple):
+    """What an nn.Linear or a Conv1D of transformers, whose weight is transposed, maps."""
+
+    module: nn.Module
+    in_features: int
+    out_features: int
+
+
+class _MLP(NamedTuple):
+    """Linear layers that are an MLP, one up and one down, or two up whose product goes down (gated)."""
+
+    name: str
+    module: nn.Module  # what is judged by `select`
+    up: list[_Linear]
+    down: _Linear
+    put: Callable[[FeedforwardLayer], nn.Module]  # does it, and returns what was there
+
+    def sizes(self) -> dict[str, int]:
+        linears = [*self.up, self.down]
+        width = self.down.in_features
+        return {
+            **dict.fromkeys(("training_width", "training_size", "inference_width", "inference_size"), width),
+            "parameters": sum(p.numel() for linear in linears for p in linear.module.parameters()),
+            "flops_per_sample": 2 * sum(linear.in_features * linear.out_features for linear in linears),
+        }
+
+
+def replace_feedforward(
+    model: nn.Module, layer_factory: LayerFactory, select: Select | None = None
+) -> list[Replacement]:
+    """Put a layer in the place of each MLP of a model, which is changed.
+
+    Known are: modules of two linear layers with an activation between them (timm, GPT-2, an nn.Sequential), gated
+    ones of three (Llama), pairs within an nn.Sequential, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, and
+    the `intermediate` and `output` of BERT and its kin. That nothing else happens between a module's input and its
+    output is made sure by running it. Dropout within an MLP goes with it: give the factory's layer its own; dropout
+    behind it stays.
+
+    Args:
+        model: any module.
+        layer_factory: (in_features, out_features) -> layer; takes device, dtype and mode of what it replaces.
+        select: (path, module) -> whether that MLP is replaced; all are unless given. The module is the MLP's own, or
+            else the one that holds its linear layers.
+
+    Returns:
+        What was replaced, in the order of the model's modules.
+
+    Raises:
+        ValueError: there is no MLP, or none that is selected.
+    """
+    found = list(_mlps(model))
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no MLP of a known form (see replace_feedforward)")
+    chosen = [mlp for mlp in found if select is None or select(mlp.name, mlp.module)]
+    if not chosen:
+        names = ", ".join(mlp.name or "(the model itself)" for mlp in found)
+        raise ValueError(f"select takes none of the MLPs: {names}")
+    replaced = []
+    for mlp in chosen:
+        before = mlp.sizes()
+        layer = layer_factory(mlp.up[0].in_features, mlp.down.out_features)
+        weight = mlp.down.module.weight
+        assert isinstance(weight, Tensor)
+        layer.to(weight.device, weight.dtype).train(mlp.module.training)
+        replaced.append(Replacement(mlp.name, mlp.put(layer), layer, before, layer.sizes()))
+    return replaced
+
+
+def _mlps(model: nn.Module) -> Iterator[_MLP]:
+    """All, each once and the outer before the inner."""
+    taken: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in taken or isinstance(module, FeedforwardLayer):
+            taken.update(module.modules())
+        elif isinstance(module, nn.Sequential):
+            yield from _within_sequential(name, module)
+        elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            yield from _of_torch(name, module, model)
+        elif isinstance(getattr(module, "intermediate", None), nn.Module):
+            yield from _of_bert(name, module)
+        elif mlp := _of_its_own(name, module, model):
+            taken.update(module.modules())
+            yield mlp
+
+
+def _linear(module: nn.Module) -> _Linear | None:
+    if isinstance(module, nn.Linear):
+        return _Linear(module, module.in_features, module.out_features)
+    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor) and module.weight.dim() == 2:
+        return _Linear(module, *module.weight.shape)
+    return None
+
+
+def _within_sequential(name: str, sequential: nn.Sequential) -> Iterator[_MLP]:
+    """A linear layer, an activation, perhaps dropout, and a linear layer; the next MLP begins behind that."""
+    children = list(sequential.named_children())
+    begun: tuple[int, _Linear] | None = None
+    activated = False
+    for index, (key, child) in enumerate(children):
+        linear = _linear(child)
+        if linear and begun and activated:
+            first, up = begun
+            keys = [key for key, _ in children[first : index + 1]]
+            path = f"{name}.{keys[0]}".removeprefix(".")
+            yield _MLP(path, sequential, [up], linear, partial(_fill, sequential, keys))
+            begun = None
+        elif linear:
+            begun, activated = (index, linear), False
+        elif type(child).__module__.split(".")[-1] in ("activation", "activations"):  # of torch, timm or transformers
+            activated = True
+        elif not isinstance(child, nn.Dropout | nn.Identity):
+            begun = None
+
+
+def _fill(sequential: nn.Sequential, keys: list[str], layer: FeedforwardLayer) -> nn.Module:
+    """The layer into the first of these children, nothing into the others."""
+    old = nn.Sequential(*(sequential.get_submodule(key) for key in keys))
+    for key, module in zip(keys, [layer, *(nn.Identity() for _ in keys[1:])], strict=True):
+        setattr(sequential, key, module)
+    return old
+
+
+def _of_torch(
+    name: str, block: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, model: nn.Module
+) -> Iterator[_MLP]:
+    up, down = _linear(block.linear1), _linear(block.linear2)
+    if not up or not down:  # replaced before
+        return
+
+    def put(layer: FeedforwardLayer) -> nn.Module:
+        old = nn.ModuleList([block.linear1, block.linear2])
+        block.linear1, block.linear2 = layer, nn.Identity()  # type: ignore[assignment]
+        block.dropout, block.activation = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        if isinstance(block, nn.TransformerEncoderLayer):
+            # torch's fused inference reads the weights of the linear layers past their modules
+            block.activation_relu_or_gelu = 0
+            for module in model.modules():
+                if isinstance(module, nn.TransformerEncoder) and block in module.layers:
+                    module.use_nested_tensor = False
+        return old
+
+    yield _MLP(name, block, [up], down, put)
+
+
+def _of_bert(name: str, block: nn.Module) -> Iterator[_MLP]:
+    """`output` adds a residual behind its linear layer, so the layer goes where `intermediate` was."""
+    parts = [getattr(getattr(block, part, None), "dense", None) for part in ("intermediate", "output")]
+    up, down = (_linear(part) if isinstance(part, nn.Module) else None for part in parts)
+    if not up or not down or up.out_features != down.in_features:
+        return
+
+    def put(layer: FeedforwardLayer) -> nn.Module:
+        output = block.output
+        assert isinstance(output, nn.Module)
+        old = nn.ModuleList([block.intermediate, output.dense])  # type: ignore[list-item]
+        block.intermediate, output.dense = layer, nn.Identity()
+        return old
+
+    yield _MLP(name, block, [up], down, put)
+
+
+def _of_its_own(name: str, module: nn.Module, model: nn.Module) -> _MLP | None:
+    """A module that is an MLP and nothing else, as running it shows."""
+    with_parameters = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
+    linears = [_linear(m) for m in with_parameters]
+    if len(linears) not in (2, 3) or None in linears or module is model:
+        return None
+    order, dropout = _run(module, [linear for linear in linears if linear])
+    if not order:
+        return None
+    *up, down = order
+    if any((u.in_features, u.out_features) != (up[0].in_features, down.in_features) for u in up):
+        return None
+
+    def put(layer: FeedforwardLayer) -> nn.Module:
+        new = nn.Sequential(layer, dropout) if dropout else layer
+        for parent in list(model.modules()):  # a module may have several parents, and names
+            for key, child in list(parent._modules.items()):
+                if child is module:
+                    setattr(parent, key, new)
+        return module
+
+    return _MLP(name, module, up, down, put)
+
+
+@torch.no_grad()
+def _run(module: nn.Module, linears: list[_Linear]) -> tuple[list[_Linear], nn.Dropout | None]:
+    """The linear layers in the order in which they run, and the dropout behind the last.
+
+    No layers if the module is no function of each row for itself, from the input of all but the last layer to the
+    output of the last.
+    """
+    weight = linears[0].module.weight
+    assert isinstance(weight, Tensor)
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+    watched = {linear.module: linear for linear in linears}
+    handles = [
+        m.register_forward_hook(lambda m, args, output: seen.append((m, args[0], output)))
+        for m in module.modules()
+        if m in watched or isinstance(m, nn.Dropout)
+    ]
+    training = {m: m.training for m in module.modules()}
+    try:
+        ran: list[tuple[_Linear, Tensor, Tensor]]
+        for in_features in dict.fromkeys(linear.in_features for linear in linears):
+            seen.clear()
+            x = torch.linspace(-1, 1, 3 * in_features, device=weight.device, dtype=weight.dtype).view(1, 3, in_features)
+            try:
+                output = module.eval()(x)
+                other = module(torch.cat([x[:, :1], -x[:, 1:]], 1))
+            except (RuntimeError, TypeError, ValueError):
+                continue  # another number of features, or of arguments
+            ran = [(watched[m], given, made) for m, given, made in seen[: len(seen) // 2] if m in watched]
+            if len(ran) == len(linears) and isinstance(output, Tensor):
+                break
+        else:
+            return [], None
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, mode in training.items():
+            m.training = mode
+    *ups, (_, _, last) = ran
+    same = all(_equal(given, x) for _, given, _ in ups) and _equal(last, output) and _equal(output[:, :1], other[:, :1])
+    if not same or {linear.module for linear, _, _ in ran} != set(watched):
+        return [], None
+    behind = (m for m, given, _ in seen if isinstance(m, nn.Dropout) and given.data_ptr() == last.data_ptr())
+    return [linear for linear, _, _ in ran], next(behind, None)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.numel() == b.numel() and torch.allclose(a.flatten(), b.flatten(), rtol=1e-3, atol=1e-5)

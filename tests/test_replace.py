@@ -1,0 +1,248 @@
+"""Layers in models of torch and transformers, in the place of their MLPs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5Model,
+    ViTConfig,
+    ViTModel,
+)
+
+import fffexp
+from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
+from fffexp.replace import Replacement, replace_feedforward
+
+D, H = 16, 24  # features and hidden neurons of every model below
+TREE = partial(FFF, depth=2, leaf_width=3)
+SIZES = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": H}
+TOKENS = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+class Residual(nn.Module):
+    """Two linear layers, but the output is not the second's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class Mixing(nn.Module):
+    """Three linear layers of a gated MLP's shapes, but tokens are mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = (nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.q(x) * self.k(x).mean(1, keepdim=True))
+
+
+def tokens() -> dict[str, Tensor]:
+    return {"input_ids": torch.arange(12).view(2, 6) + 3}
+
+
+def x() -> dict[str, Tensor]:
+    return {"x": torch.linspace(-1, 1, 2 * 6 * D).view(2, 6, D)}
+
+
+def encoder() -> nn.Module:
+    block = nn.TransformerEncoderLayer(D, 4, H, dropout=0.1, activation="gelu", batch_first=True)
+    return nn.TransformerEncoder(block, 2)
+
+
+def decoder() -> nn.Module:
+    return nn.TransformerDecoderLayer(D, 4, H, dropout=0.1, batch_first=True)
+
+
+Make, Given = Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
+# what makes it, what it takes, its activation unless it is gated, and how many MLPs it has
+MODELS: dict[str, tuple[Make, Given, Make | None, int]] = {
+    "encoder": (encoder, lambda: {"src": x()["x"]}, nn.GELU, 2),
+    "decoder": (decoder, lambda: {"tgt": x()["x"], "memory": x()["x"]}, nn.ReLU, 1),
+    "bert": (lambda: BertModel(BertConfig(**SIZES, **TOKENS)), tokens, nn.GELU, 2),
+    "gpt2": (
+        lambda: GPT2LMHeadModel(GPT2Config(n_embd=D, n_layer=2, n_head=4, n_inner=H, **TOKENS)),
+        tokens, partial(nn.GELU, approximate="tanh"), 2,
+    ),
+    "vit": (
+        lambda: ViTModel(ViTConfig(**SIZES, image_size=8, patch_size=4)),
+        lambda: {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8)}, nn.GELU, 2,
+    ),
+    "t5": (
+        lambda: T5Model(T5Config(d_model=D, d_kv=4, d_ff=H, num_layers=2, num_heads=4, **TOKENS)),
+        lambda: tokens() | {"decoder_input_ids": tokens()["input_ids"]}, nn.ReLU, 4,
+    ),
+    "llama": (lambda: LlamaModel(LlamaConfig(**SIZES, **TOKENS)), tokens, None, 2),
+    "sequential": (
+        lambda: nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Dropout(0.1), nn.Linear(H, D), nn.LayerNorm(D)),
+        lambda: {"input": x()["x"]}, nn.ReLU, 1,
+    ),
+}  # fmt: skip
+
+
+def output(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    found: Any = model(**given)
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def copy_weights(replacement: Replacement) -> None:
+    """Make the new FF compute what the old MLP did."""
+    linears = [m for m in replacement.old.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    assert isinstance(replacement.new, FF)
+    for old, new in zip(linears, (replacement.new.network[0], replacement.new.network[3]), strict=True):
+        weight = old.weight if isinstance(old, nn.Linear) else old.weight.T
+        with torch.no_grad():
+            new.weight.copy_(weight)
+            new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, activation, _) in MODELS.items() if activation])
+def test_a_dense_layer_of_the_same_weights_changes_nothing(name: str) -> None:
+    make, given, activation, count = MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        before = output(model, given())
+        replaced = replace_feedforward(model, partial(FF, width=H, activation=activation))
+        changed = output(model, given())
+        for each in replaced:
+            copy_weights(each)
+        after = output(model, given())
+    assert len(replaced) == count
+    assert not torch.allclose(changed, before, atol=1e-4)
+    assert torch.allclose(after, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_train_and_infer_with_trees(name: str) -> None:
+    make, given, _, count = MODELS[name]
+    torch.manual_seed(0)
+    model = make().train()
+    replaced = replace_feedforward(model, TREE)
+    assert len(replaced) == count
+    assert [m for m in model.modules() if isinstance(m, FeedforwardLayer)] == [each.new for each in replaced]
+    loss = output(model, given()).square().mean() + fffexp.regularization_loss(model)
+    loss.backward()
+    for each in replaced:
+        assert each.new.training
+        for parameter in each.new.parameters():
+            assert parameter.grad is not None
+            assert torch.isfinite(parameter.grad).all()
+    with torch.no_grad():
+        hard = output(model.eval(), given())
+        assert torch.isfinite(hard).all()
+        for each in replaced:
+            each.new.decisions = "soft"
+        assert not torch.allclose(output(model, given()), hard), "the layers are in use"
+
+
+def test_an_encoder_takes_padding() -> None:
+    padded = torch.tensor([[False] * 4 + [True] * 2, [False] * 6])
+    torch.manual_seed(0)
+    model = encoder().eval()
+    with torch.no_grad():
+        before = model(x()["x"], src_key_padding_mask=padded)
+        for each in replace_feedforward(model, partial(FF, width=H, activation=nn.GELU)):
+            copy_weights(each)
+        after = model(x()["x"], src_key_padding_mask=padded)
+    assert torch.allclose(after[~padded], before[~padded], atol=1e-5)
+
+
+def test_sizes_before_and_after() -> None:
+    (each,) = replace_feedforward(MODELS["sequential"][0](), TREE)
+    assert each.name == "0"
+    assert each.before == {
+        "training_width": H, "training_size": H, "inference_width": H, "inference_size": H,
+        "parameters": 2 * D * H + H + D, "flops_per_sample": 4 * D * H,
+    }  # fmt: skip
+    assert each.after == each.new.sizes()
+    assert each.after["inference_size"] == 5
+    llama = replace_feedforward(MODELS["llama"][0](), TREE)
+    assert [e.name for e in llama] == ["layers.0.mlp", "layers.1.mlp"]
+    assert llama[0].before["parameters"] == 3 * D * H
+    assert llama[0].before["flops_per_sample"] == 6 * D * H
+
+
+def test_what_is_behind_the_mlp_stays() -> None:
+    model = MODELS["gpt2"][0]()
+    replaced = replace_feedforward(model, TREE)
+    mlp = model.get_submodule("transformer.h.0.mlp")
+    assert list(mlp) == [replaced[0].new, mlp[1]]
+    assert mlp[1].p == 0.1
+    sequential = MODELS["sequential"][0]()
+    replace_feedforward(sequential, TREE)
+    assert isinstance(sequential[-1], nn.LayerNorm)
+
+
+def test_select() -> None:
+    model = encoder()
+    (each,) = replace_feedforward(model, TREE, select=lambda name, module: name.endswith("1"))
+    assert each.name == "layers.1"
+    with pytest.raises(ValueError, match=r"select takes none of the MLPs: layers\.0"):
+        replace_feedforward(model, TREE, select=lambda name, module: False)
+
+
+def test_mode_dtype_and_place_are_those_of_the_mlp() -> None:
+    model = encoder().double().eval()
+    (first, _) = replace_feedforward(model, TREE)
+    assert not first.new.training
+    assert {p.dtype for p in first.new.parameters()} == {torch.float64}
+
+
+def test_an_mlp_in_two_places_is_replaced_in_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            mlp = MODELS["llama"][0]().get_submodule("layers.0.mlp")
+            self.one, self.other = mlp, mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + self.other(x)
+
+    model = Twice().eval()
+    (each,) = replace_feedforward(model, TREE)
+    assert model.one is model.other is each.new
+
+
+def test_several_mlps_in_a_sequential() -> None:
+    pair = [nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D)]
+    model = nn.Sequential(*pair, nn.ReLU(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 5))
+    assert [each.name for each in replace_feedforward(model, TREE)] == ["0", "4"]
+    assert model(torch.randn(3, D)).shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Linear(D, D),
+        nn.Sequential(nn.Linear(D, H), nn.Linear(H, D)),  # no activation
+        nn.Sequential(nn.Linear(D, H), nn.Flatten(), nn.ReLU(), nn.Linear(H, D)),
+        nn.Sequential(Residual(), Mixing()),
+        nn.MultiheadAttention(D, 4),
+        NoisyTopKMoE(D, D, num_experts=4, expert_width=2),
+        nn.Sequential(FF(D, D, H)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_what_is_no_mlp_is_left_alone(model: nn.Module) -> None:
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="holds no MLP of a known form"):
+        replace_feedforward(model, TREE)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert not any(m._forward_hooks for m in model.modules())
+    assert model.training
