@@ -33,6 +33,7 @@ from fffexp.callbacks.stability import Stability
 from fffexp.data.base import ClassificationData
 from fffexp.errors import InvalidConfigError, UserError, one_line
 from fffexp.layers import FF
+from fffexp.layers.base import SIZES
 from fffexp.models.mlp import MLP
 from fffexp.task import ClassificationTask
 
@@ -245,6 +246,8 @@ def flat_params(config: Namespace, model: ClassificationTask) -> dict[str, Any]:
     settings = config.model
     params: dict[str, Any] = {"layer": _short(settings.layer), "seed": config.seed_everything}
     params |= {f"layer.{name}": _short(value) for name, value in _init_args(settings.layer).items()}
+    params |= {"network": type(model.network).__name__}
+    params |= {f"network.{name}": value for name, value in _init_args(settings.network).items()}
     params |= total_sizes(model)
     params |= {"data": _short(config.data), "data.batch_size": config.data.init_args.batch_size}
     params |= {"optimizer": _short(settings.optimizer)}
@@ -263,7 +266,10 @@ def flat_params(config: Namespace, model: ClassificationTask) -> dict[str, Any]:
 
 def total_sizes(model: ClassificationTask) -> dict[str, int]:
     """Sizes of all its feedforward layers together."""
-    return dict(sum((Counter(layer.sizes()) for layer in model.layers.values()), Counter()))
+    total = Counter(dict.fromkeys(SIZES, 0))
+    for layer in model.layers.values():
+        total.update(layer.sizes())
+    return dict(total)
 
 
 def _init_args(value: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fffexp.layers import FeedforwardLayer
+from fffexp.layers.base import SIZES
 from fffexp.models.mlp import LayerFactory
 
 Select = Callable[[str, nn.Module], bool]
@@ -52,12 +53,9 @@ class _MLP(NamedTuple):
 
     def sizes(self) -> dict[str, int]:
         linears = [*self.up, self.down]
-        width = self.down.in_features
-        return {
-            **dict.fromkeys(("training_width", "training_size", "inference_width", "inference_size"), width),
-            "parameters": sum(p.numel() for linear in linears for p in linear.module.parameters()),
-            "flops_per_sample": 2 * sum(linear.in_features * linear.out_features for linear in linears),
-        }
+        parameters = sum(p.numel() for linear in linears for p in linear.module.parameters())
+        flops = 2 * sum(linear.in_features * linear.out_features for linear in linears)
+        return dict(zip(SIZES, (*[self.down.in_features] * 4, parameters, flops), strict=True))
 
 
 def replace_feedforward(

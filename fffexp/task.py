@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from fffexp.callbacks.hardening import Hardening
@@ -21,6 +21,7 @@ from fffexp.regularization import weighted_losses
 from fffexp.schedules import Adaptive, Schedule
 
 Batch = tuple[Tensor, Tensor]
+NetworkFactory = Callable[[LayerFactory | None, Sequence[int], int], nn.Module]
 
 
 class ClassificationTask(LightningModule):
@@ -29,7 +30,7 @@ class ClassificationTask(LightningModule):
     Validation and test decide hard; validation also tracks the soft accuracy and the gap between the two.
 
     Args:
-        layer: which feedforward layer, with all but its in_features and out_features.
+        layer: which feedforward layer, with all but its in_features and out_features; None for a network without.
         optimizer: which optimizer, with all but the parameters; AdamW unless given (and not as the default value,
             whose weight decay jsonargparse would hand on to an optimizer that a config names instead).
         lr_scheduler: which scheduler, with all but the optimizer. One that takes `total_steps` and is not given
@@ -38,6 +39,7 @@ class ClassificationTask(LightningModule):
             balance, importance; NoisyTopKMoE: importance, load) and values of what else the layer lets a
             schedule set (FFF: choice_scale). A number or a schedule.
         label_smoothing: share of the target spread over all classes.
+        network: which network, with all but its layer, in_shape and num_classes; MLP unless given.
         input_noise: standard deviation of the normal noise that is added to every input in training.
         in_shape: shape of one sample; linked to the data.
         num_classes: number of classes; linked to the data.
@@ -48,7 +50,7 @@ class ClassificationTask(LightningModule):
 
     def __init__(
         self,
-        layer: LayerFactory,
+        layer: LayerFactory | None,
         in_shape: Sequence[int],
         num_classes: int,
         optimizer: OptimizerCallable | None = None,
@@ -56,6 +58,7 @@ class ClassificationTask(LightningModule):
         coefficients: dict[str, float | Schedule] | None = None,
         label_smoothing: float = 0.0,
         input_noise: float = 0.0,
+        network: NetworkFactory | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -63,7 +66,7 @@ class ClassificationTask(LightningModule):
             raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
         if not input_noise >= 0:
             raise ValueError(f"input_noise is {input_noise}; it must not be negative")
-        self.network = MLP(layer, in_shape, num_classes)
+        self.network = (network or MLP)(layer, in_shape, num_classes)
         self.input_noise = input_noise
         self.optimizer: OptimizerCallable = optimizer or torch.optim.AdamW
         self.lr_scheduler, self.label_smoothing = lr_scheduler, label_smoothing

@@ -68,14 +68,26 @@ def test_an_experiment_stands_alone(path: Path, fashion: Path, workplace: Path) 
     assert written["model"]["layer"]["init_args"].items() >= said["model"]["layer"]["init_args"].items()
 
 
+@pytest.mark.parametrize("network", [(), ("model/vit",)], ids=["mlp", "vit"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda path: path.stem)
-def test_the_pieces_compose(layer: Path) -> None:
-    pieces = ("data/digits", "model/one_cycle", "trainer/averaged")
+def test_the_pieces_compose(layer: Path, network: tuple[str, ...]) -> None:
+    pieces = ("data/digits", "model/one_cycle", "trainer/averaged", *network)
     configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
     result = run(["fit", *configs, f"--config={layer}", *SHORT], Context(quiet=True))
     assert result is not None
     assert result.params["layer"] == content(layer)["model"]["layer"]["class_path"].rsplit(".", 1)[-1]
     assert result.params["lr_scheduler"] == "OneCycleLR"
+    assert "test/accuracy" in result.metrics
+    assert result.params["network"] == ("ViT" if network else "MLP")
+    assert result.params.get("network.num_blocks") == (4 if network else None)
+
+
+def test_a_network_without_layers() -> None:
+    pieces = ("data/digits", "model/one_cycle", "trainer/averaged", "model/vit")
+    configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
+    result = run(["fit", *configs, "--model.layer=null", *SHORT], Context(quiet=True))
+    assert result is not None
+    assert (result.params["layer"], result.params["inference_size"], result.params["parameters"]) == (None, 0, 0)
     assert "test/accuracy" in result.metrics
 
 
@@ -127,7 +139,7 @@ def test_every_data_config_is_accepted_without_a_network(
 
 def test_every_config_is_run_here() -> None:
     known = {*EXPERIMENTS, *LAYERS, *RECIPES, *(CONFIGS / "data").glob("*.yaml")}
-    known |= {CONFIGS / "model" / "one_cycle.yaml", CONFIGS / "trainer" / "averaged.yaml"}
+    known |= {CONFIGS / f"{piece}.yaml" for piece in ("model/one_cycle", "model/vit", "trainer/averaged")}
     assert set(CONFIGS.rglob("*.yaml")) == known
     assert STUDIES
 

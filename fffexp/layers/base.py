@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 Decisions = Literal["auto", "soft", "hard"]
 Regularizer = Callable[[Any], Tensor]
+SIZES = ("training_width", "training_size", "inference_width", "inference_size", "parameters", "flops_per_sample")
 
 
 class FeedforwardLayer(nn.Module, ABC):
@@ -141,14 +142,8 @@ class FeedforwardLayer(nn.Module, ABC):
 
     def sizes(self) -> dict[str, int]:
         """Every size of this layer under its tracked name."""
-        return {
-            "training_width": self.training_width,
-            "training_size": self.training_size,
-            "inference_width": self.inference_width,
-            "inference_size": self.inference_size,
-            "parameters": self.parameter_count,
-            "flops_per_sample": self.flops_per_sample,
-        }
+        widths = self.training_width, self.training_size, self.inference_width, self.inference_size
+        return dict(zip(SIZES, (*widths, self.parameter_count, self.flops_per_sample), strict=True))
 
 
 def positive(name: str, value: int) -> int:

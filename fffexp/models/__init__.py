@@ -1,1 +1,6 @@
 """Networks that take a layer factory and know no concrete layer."""
+
+from fffexp.models.mlp import MLP
+from fffexp.models.vit import ViT
+
+__all__ = ["MLP", "ViT"]

@@ -17,10 +17,15 @@ class MLP(nn.Module):
         layer: (in_features, out_features) -> layer.
         in_shape: shape of one sample.
         num_classes: number of classes.
+
+    Raises:
+        ValueError: no layer.
     """
 
-    def __init__(self, layer: LayerFactory, in_shape: Sequence[int], num_classes: int) -> None:
+    def __init__(self, layer: LayerFactory | None, in_shape: Sequence[int], num_classes: int) -> None:
         super().__init__()
+        if layer is None:
+            raise ValueError("layer is None, and an MLP is nothing else: name one")
         self.layer = layer(math.prod(in_shape), num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ class TransformerBlock(nn.Module):
     """Pre-norm self-attention and a feedforward layer, each with a residual.
 
     Args:
-        layer: (in_features, out_features) -> layer.
+        layer: (in_features, out_features) -> layer; None for attention alone.
         features: size of a token.
         heads: attention heads; they divide the features.
 
@@ -18,19 +18,22 @@ class TransformerBlock(nn.Module):
         ValueError: the heads do not divide the features.
     """
 
-    def __init__(self, layer: LayerFactory, features: int, heads: int) -> None:
+    def __init__(self, layer: LayerFactory | None, features: int, heads: int) -> None:
         super().__init__()
         if features % heads:
             raise ValueError(f"heads is {heads}, which does not divide the {features} features")
         self.heads = heads
-        self.norm_attention, self.norm_layer = nn.LayerNorm(features), nn.LayerNorm(features)
+        self.norm_attention = nn.LayerNorm(features)
         self.qkv, self.projection = nn.Linear(features, 3 * features), nn.Linear(features, features)
-        self.layer = layer(features, features)
+        self.norm_layer = nn.LayerNorm(features) if layer else None
+        self.layer = layer(features, features) if layer else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, features) -> the same."""
         qkv = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*qkv.unbind(0))
         x = x + self.projection(attended.transpose(1, 2).flatten(2))
+        if self.layer is None or self.norm_layer is None:
+            return x
         output: Tensor = x + self.layer(self.norm_layer(x))
         return output

@@ -1,0 +1,61 @@
+"""The vision transformer of arXiv 2308.14711, section 4.4."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.models.mlp import LayerFactory
+from fffexp.models.transformer import TransformerBlock
+
+
+class ViT(nn.Module):
+    """Patches and a class token through transformer blocks; the logits come from the class token.
+
+    Args:
+        layer: (in_features, out_features) -> layer of a block; None for blocks of attention alone.
+        in_shape: (channels, height, width) of one sample.
+        num_classes: number of classes.
+        patch_size: side of a patch in pixels; it divides height and width.
+        features: size of a token.
+        num_blocks: transformer blocks.
+        heads: attention heads of a block; they divide the features.
+        input_dropout: probability of dropping a feature of the embedded patches in training.
+
+    Raises:
+        ValueError: samples that are no images, or sizes that do not divide each other.
+    """
+
+    def __init__(
+        self,
+        layer: LayerFactory | None,
+        in_shape: Sequence[int],
+        num_classes: int,
+        patch_size: int = 4,
+        features: int = 128,
+        num_blocks: int = 4,
+        heads: int = 4,
+        input_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if len(in_shape) != 3:
+            raise ValueError(f"a sample has shape {tuple(in_shape)}; a ViT takes (channels, height, width)")
+        channels, height, width = in_shape
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"patch_size is {patch_size}, which does not divide images of {height} x {width}")
+        self.patches = nn.Conv2d(channels, features, patch_size, patch_size)
+        tokens = 1 + (height // patch_size) * (width // patch_size)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, features))
+        self.positions = nn.Parameter(torch.empty(1, tokens, features))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        self.dropout = nn.Dropout(input_dropout)
+        self.blocks = nn.Sequential(*(TransformerBlock(layer, features, heads) for _ in range(num_blocks)))
+        self.norm = nn.LayerNorm(features)
+        self.classifier = nn.Linear(features, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, *in_shape) -> (batch, num_classes)."""
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches], 1) + self.positions
+        logits: Tensor = self.classifier(self.norm(self.blocks(self.dropout(tokens))[:, 0]))
+        return logits
