@@ -93,6 +93,12 @@ class _Loss(nn.Module):
         return total, (logits.detach().argmax(1) == y).sum()
 
 
+def _one(loss: _Loss, parameters: Parameters, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """What torch.vmap would give for a seed axis of length 1, on the layers' own kernels."""
+    found = functional_call(loss, {name: p[0] for name, p in parameters.items()}, tuple(part[0] for part in batch))
+    return tuple(part.unsqueeze(0) for part in found)
+
+
 class Replicas:
     """The same experiment with several seeds; the optimizer must treat each element for itself, as AdamW does.
 
@@ -172,7 +178,10 @@ class Replicas:
             )
         task.on_fit_start()
         loss = _Loss(task)
-        losses = torch.vmap(partial(functional_call, loss), randomness="different")
+        vectorised = len(self.seeds) > 1
+        losses = (
+            torch.vmap(partial(functional_call, loss), randomness="different") if vectorised else partial(_one, loss)
+        )
         best = _Best(self.seeds)
         live = list(range(len(self.seeds)))  # whose training goes on
         step = 0
@@ -180,9 +189,9 @@ class Replicas:
         for epoch in range(self.epochs):
             task.train()
             for layer in task.layers.values():
-                layer.backend = "eager"  # what torch.vmap knows
+                layer.backend = "eager" if vectorised else "auto"  # what torch.vmap knows
                 if isinstance(layer, GatedExperts):
-                    layer.dense_training = True
+                    layer.dense_training = vectorised
             prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
             right = torch.zeros(len(live), dtype=torch.long)
             for parts in zip(*loaders, strict=True):

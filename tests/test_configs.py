@@ -93,7 +93,8 @@ def test_a_network_without_layers() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_go_on_top(recipe: Path) -> None:
-    layer = recipe.stem if (CONFIGS / "layer" / recipe.name).is_file() else "fff"
+    layer = recipe.stem.removesuffix("_narrow")
+    layer = layer if (CONFIGS / "layer" / f"{layer}.yaml").is_file() else "fff"
     pieces = ("data/digits", "model/one_cycle", "trainer/averaged", f"layer/{layer}")
     if recipe.stem.startswith("paper"):  # a whole protocol, not ours
         pieces = ("data/digits", "layer/fff")

@@ -20,7 +20,7 @@ DATA = {
 }
 SIZES = {"fashion_mnist": (784, 10), "mnist": (784, 10), "usps": (256, 10), "cifar10": (3072, 10)}  # inputs, classes
 RECIPES = {"FF": "ff", "NoisyTopKMoE": "moe", "SwitchMoE": "switch", "FFF": "fff"}
-NARROW = 2  # leaves up to this width are trained by the recipe fff_narrow
+NARROW = {"FFF": 2, "FF": 16}  # up to this width, of a leaf or in all, by the recipe fff_narrow or ff_narrow
 K = 2  # experts that a noisy top-k gate chooses, as in arXiv 2308.14711
 
 
@@ -72,7 +72,7 @@ class Cell:
     @property
     def recipe(self) -> str:
         """The project's: a file of configs/recipe/."""
-        narrow = self.layer == "FFF" and (self.leaf_width or 0) <= NARROW
+        narrow = (self.leaf_width or self.training_width) <= NARROW.get(self.layer, 0)
         return RECIPES[self.layer] + ("_narrow" if narrow else "")
 
     def describe(self) -> dict[str, Any]:

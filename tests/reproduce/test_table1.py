@@ -52,6 +52,13 @@ def test_the_sizes_are_those_of_the_layer(layer: Layer) -> None:
             assert type(optimizer).__name__ == "AdamW"
 
 
+def test_narrow_layers_have_recipes_of_their_own() -> None:
+    cells = [Cell("FFF", 128, 4), Cell("FFF", 128, 2), Cell("FF", 17), Cell("FF", 16), Cell("NoisyTopKMoE", 16, 1)]
+    assert [cell.recipe for cell in cells] == ["fff", "fff_narrow", "ff", "ff_narrow", "moe"]
+    for cell in cells:
+        assert f"--config={CONFIGS}/recipe/{cell.recipe}.yaml" in cell.best_arguments("fashion_mnist")
+
+
 def made_by(factory: Any) -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = factory([torch.nn.Parameter(torch.zeros(1))])
     return optimizer
