@@ -18,14 +18,13 @@ from torch.optim import Optimizer
 
 from fffexp.bench.latency import wait_for_timing
 from fffexp.callbacks.hardening import apply_schedules
-from fffexp.callbacks.routing import block_usage, dead_leaves
+from fffexp.callbacks.routing import BlockCounter, block_usage, dead_leaves
 from fffexp.callbacks.stability import count_spikes, late_deviation
 from fffexp.data.base import ClassificationData, Rows
 from fffexp.data.batches import Batches
 from fffexp.errors import UserError
 from fffexp.experiment import Context, ExperimentCLI, flat_params, user_errors
 from fffexp.layers.experts import GatedExperts
-from fffexp.routing.blocks import block_counts
 from fffexp.schedules import Adaptive
 from fffexp.task import ClassificationTask
 
@@ -59,7 +58,7 @@ class Replica:
     val_accuracy: float  # the best of all epochs
     epochs_to_best: int
     test_accuracy: float | None  # of the weights that were best on validation; None if it was not to be read
-    used_blocks: int | None  # leaves or experts that 0.1% of the validation set reaches, at those weights
+    used_blocks: int | None  # leaves or experts that 0.1% of the validation set reaches, in the layer that uses fewest
     epochs: int
     val_accuracy_std: float  # over the last quarter of the epochs
     loss_spikes: int  # steps whose loss leaves the course of those before
@@ -290,11 +289,12 @@ class Replicas:
         )
 
     def _used(self, x: Tensor) -> int | None:
-        (layer,) = self.task.layers.values()
-        if layer.blocks == 1:
-            return None
-        blocks = layer.route(x.flatten(1))
-        return int(block_usage(block_counts(blocks, layer.blocks), len(blocks))["used_leaves"])
+        counter = BlockCounter(self.task)
+        for rows in x.split(EVALUATION_ROWS):
+            self.task(rows)
+        counts = counter.finish()
+        used = (block_usage(count, counter.rows[path])["used_leaves"] for path, count in counts.items())
+        return int(min(used)) if counts else None
 
     def _dead(self, x: Tensor) -> int | None:
         dead = dead_leaves(self.task, x)
