@@ -53,8 +53,8 @@ class Replica:
     """What came of one seed; accuracies with hard decisions and averaged weights, where there are, epochs from 1."""
 
     seed: int
-    train_accuracy: float  # the best of all epochs
-    epochs_to_fit: int
+    train_accuracy: float | None  # the best of all epochs; None if it was not to be measured
+    epochs_to_fit: int | None
     val_accuracy: float  # the best of all epochs
     epochs_to_best: int
     test_accuracy: float | None  # of the weights that were best on validation; None if it was not to be read
@@ -147,6 +147,7 @@ class Replicas:
         self,
         patience: int | None = None,
         fit_matters: bool = True,
+        train_accuracy: bool = True,
         test: bool = True,
     ) -> list[Replica]:
         """Train all, then read the test set once, if at all.
@@ -154,6 +155,7 @@ class Replicas:
         Args:
             patience: a seed's training stops once its validation accuracy has not improved for so many epochs.
             fit_matters: a better training accuracy counts as well.
+            train_accuracy: whether it is measured, at the cost of an evaluation of the training set an epoch.
             test: whether the test set is read.
 
         Raises:
@@ -208,7 +210,7 @@ class Replicas:
                 step += 1
                 if scheduler is not None and interval == "step":
                     scheduler.step()
-            self._observe(best, live, epoch + 1)
+            self._observe(best, live, epoch + 1, train_accuracy)
             if plateau is not None:
                 in_training = float(right[0] / len(self.data[0].train_data[0]))
                 plateau.step(in_training if plateau.monitor == "train/accuracy" else best.course[0][-1])
@@ -249,12 +251,13 @@ class Replicas:
             average.lerp_(self.parameters[name].detach(), 1 - self.decay)
 
     @torch.no_grad()
-    def _observe(self, best: "_Best", live: Sequence[int], epoch: int) -> None:
+    def _observe(self, best: "_Best", live: Sequence[int], epoch: int, train_accuracy: bool) -> None:
         weights = self.averaged or self.parameters
         for row, index in enumerate(live):
             data = self.data[index]
             mine = {name: p[row].detach() for name, p in weights.items()}
-            best.observe(index, epoch, self._accuracy(mine, data.train_data), self._accuracy(mine, data.val_data), mine)
+            train = self._accuracy(mine, data.train_data) if train_accuracy else None
+            best.observe(index, epoch, train, self._accuracy(mine, data.val_data), mine)
 
     def _accuracy(self, weights: Parameters, rows: Rows) -> float:
         self._evaluate()
@@ -271,12 +274,13 @@ class Replicas:
     @torch.no_grad()
     def _replica(self, index: int, best: "_Best", losses: Tensor, test: bool) -> Replica:
         weights, data = best.weights[index], self.data[index]
+        train = best.train[index] if best.train[index][1] else None
         self._evaluate()
         self.task.network.load_state_dict(weights, strict=False)  # buffers stay
         return Replica(
             seed=self.seeds[index],
-            train_accuracy=best.train[index][0],
-            epochs_to_fit=best.train[index][1],
+            train_accuracy=train[0] if train else None,
+            epochs_to_fit=train[1] if train else None,
             val_accuracy=best.val[index][0],
             epochs_to_best=best.val[index][1],
             test_accuracy=self._accuracy(weights, data.test_data) if test else None,
@@ -318,8 +322,8 @@ class _Best:
         self.course: list[list[float]] = [[] for _ in seeds]  # of the validation accuracy
         self.weights: list[Parameters] = [{} for _ in seeds]
 
-    def observe(self, index: int, epoch: int, train: float, val: float, weights: Parameters) -> None:
-        if train > self.train[index][0]:
+    def observe(self, index: int, epoch: int, train: float | None, val: float, weights: Parameters) -> None:
+        if train is not None and train > self.train[index][0]:
             self.train[index] = train, epoch
         self.course[index].append(val)
         if val > self.val[index][0]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fffexp.reproduce import runs, table1, table2
+from fffexp.reproduce import runs, table1, table2, table3
 from fffexp.study import text
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ def test_every_table_has_a_command() -> None:
 def test_every_line_is_printed_by_the_command_above_it(path: str, block: str) -> None:
     found = json.loads((ROOT / path).read_text())
     if "table" in found:
-        table = {"table1": table1, "table2": table2}[found["table"]]
+        table = {"table1": table1, "table2": table2, "table3": table3}[found["table"]]
         again = copy.deepcopy(found)
         runs.summarize(again, lambda cell: table.in_paper(cell, found["data"]))
         assert json.loads(json.dumps(again)) == found, "the command would print other numbers"

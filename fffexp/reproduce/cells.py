@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 
 from fffexp.errors import UserError
 
-Layer = Literal["FF", "NoisyTopKMoE", "SwitchMoE", "FFF"]
-LAYERS: tuple[Layer, ...] = get_args(Layer)
+Layer = Literal["none", "FF", "NoisyTopKMoE", "SwitchMoE", "FFF"]
+ORDER: tuple[Layer, ...] = get_args(Layer)
+LAYERS = ORDER[1:]
 Reduction = Literal["sum", "mean"]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -26,7 +27,7 @@ K = 2  # experts that a noisy top-k gate chooses, as in arXiv 2308.14711
 
 @dataclass(frozen=True)
 class Cell:
-    """A layer; FF has no leaf width, and only the paper's FFF has a reduction of its hardening loss.
+    """A layer, or none; FF has no leaf width, and only the paper's FFF has a reduction of its hardening loss.
 
     Args:
         layer: the class.
@@ -82,6 +83,8 @@ class Cell:
     def layer_arguments(self) -> list[str]:
         """That choose the layer and its sizes."""
         sizes: dict[str, int]
+        if self.layer == "none":
+            return ["--model.layer=null"]
         if self.layer == "FF":
             sizes = {"width": self.training_width}
         elif self.layer == "FFF":

@@ -1,4 +1,4 @@
-"""`fffexp reproduce figure3|table1|table2`: arguments to measurements to figures and tables."""
+"""`fffexp reproduce figure3|table1|table2|table3`: arguments to measurements to figures and tables."""
 
 import argparse
 from pathlib import Path
@@ -47,6 +47,13 @@ def main(args: list[str]) -> int:
     sub.add_argument("--layers", nargs="+", choices=LAYERS, default=["FF", "NoisyTopKMoE", "FFF"], help=told)
     _trainings(sub, seeds=3)
     sub.set_defaults(run=_table2)
+    _json(sub)
+    told = "accuracy, size and speed of a vision transformer with FF, MoE and FFF (arXiv 2308.14711, table 3)"
+    sub = commands.add_parser("table3", help=told, description=told, allow_abbrev=False)
+    sub.add_argument("--data", choices=("fashion_mnist", "cifar10"), default="fashion_mnist")
+    sub.add_argument("--leaf_widths", nargs="+", type=positive, default=[32, 16, 8, 4, 2, 1], metavar="N")
+    _trainings(sub, seeds=3)
+    sub.set_defaults(run=_table3)
     _json(sub)
     found = parser.parse_args(args)
     if found.json and found.json.suffix != ".json":
@@ -109,3 +116,12 @@ def _table2(found: argparse.Namespace) -> None:
     print(runs.HEADER, flush=True)
     measured = table2.measure(found.data, wanted, range(found.seeds), found.jobs, found.json)
     print(table2.report(measured))
+
+
+def _table3(found: argparse.Namespace) -> None:
+    from fffexp.reproduce import runs, table3
+
+    wanted = table3.cells(found.leaf_widths)
+    print(runs.HEADER, flush=True)
+    measured = table3.measure(found.data, wanted, range(found.seeds), found.jobs, found.json)
+    print(table3.report(measured))

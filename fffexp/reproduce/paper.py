@@ -56,6 +56,15 @@ TABLE2: dict[str, tuple[tuple[float, int, float, int], ...]] = {
 }
 
 
+# Table 3, CIFAR10: G_A by leaf width (None: FF) at a training width of 128
+TABLE3 = {None: 84.7, 32: 83.6, 16: 83.2, 8: 82.8, 4: 81.6, 2: 80.1, 1: 79.8}
+
+
+def printed3(leaf_width: int | None) -> dict[str, float]:
+    """Metrics of a cell of table 3, none where the paper has none."""
+    return {"G_A": TABLE3[leaf_width]} if leaf_width in TABLE3 else {}
+
+
 def printed2(layer: str, training_width: int) -> dict[str, float]:
     """Metrics of a cell of table 2, none where the paper has none."""
     if layer not in TABLE2 or training_width not in TABLE2_WIDTHS:

@@ -15,7 +15,7 @@ import yaml
 
 from fffexp.bench.limits import environment
 from fffexp.errors import UserError
-from fffexp.reproduce.cells import LAYERS, Cell
+from fffexp.reproduce.cells import ORDER, Cell
 from fffexp.reproduce.results import load, save
 from fffexp.study.statistics import above, mean_interval
 
@@ -34,6 +34,7 @@ class Training(NamedTuple):
     args: list[str]
     patience: int | None = None
     fit_matters: bool = True
+    train_accuracy: bool = True
 
     def recipe(self) -> str:
         """Changes when one of these does, or what the configs hold; comments do not count."""
@@ -134,7 +135,7 @@ def train(how: Training, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The replicas of a cell, as JSON."""
     from fffexp.replicas import Replicas
 
-    return [asdict(replica) for replica in Replicas(how.args, seeds).train(how.patience, how.fit_matters)]
+    return [asdict(replica) for replica in Replicas(how.args, seeds).train(*how[1:])]
 
 
 def of(found: Mapping[str, Any], cell: Cell) -> list[dict[str, Any]]:
@@ -146,7 +147,7 @@ def cells(found: Mapping[str, Any]) -> list[Cell]:
     """That have runs: the widest first, FF before the others, wide leaves before narrow ones."""
     return sorted(
         {Cell.of(run) for run in found["runs"]},
-        key=lambda c: (-c.training_width, LAYERS.index(c.layer), -(c.leaf_width or 0), c.reduction or ""),
+        key=lambda c: (-c.training_width, ORDER.index(c.layer), -(c.leaf_width or 0), c.reduction or ""),
     )
 
 
@@ -155,6 +156,8 @@ def rows(runs: Sequence[Mapping[str, Any]], printed: Mapping[str, float]) -> lis
     cell = Cell.of(runs[0])
     made = []
     for metric, key, factor, more in METRICS:
+        if runs[0][key] is None:
+            continue
         values = [factor * run[key] for run in runs]
         mean, interval = mean_interval(values)
         best, worst = (max, min) if more else (min, max)
@@ -171,7 +174,7 @@ def rows(runs: Sequence[Mapping[str, Any]], printed: Mapping[str, float]) -> lis
                 "values": values,
                 "used_leaves": [run["used_blocks"] for run in runs],
                 "collapsed": collapsed(runs),
-                "rising": sum(run["epochs_to_fit"] > 0.9 * run["epochs"] for run in runs),
+                "rising": sum((run["epochs_to_fit"] or 0) > 0.9 * run["epochs"] for run in runs),
                 "diverged": sum(run["nonfinite_steps"] > 0 for run in runs),
                 "n": len(values),
             }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fffexp.reproduce import cells, table1, table2
+from fffexp.reproduce import cells, table1, table2, table3
 from fffexp.reproduce.runs import Training
 
 SHORT = ["--trainer.max_epochs=4", "--data.batch_size=50"]
@@ -34,6 +34,7 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
             (root / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
     monkeypatch.setitem(cells.DATA, "fashion_mnist", [*cells.DATA["fashion_mnist"], f"--data.root={root}"])
-    for table, more in ((table1, []), (table2, ["--trainer.max_epochs=20", "--model.optimizer.lr=0.02"])):
+    longer = ["--trainer.max_epochs=20", "--model.optimizer.lr=0.02"]
+    for table, more in ((table1, []), (table2, longer), (table3, ["--trainer.callbacks=null"])):
         monkeypatch.setattr(table, "training", partial(_shortened, table.training, [*SHORT, *more]))
     return root

@@ -1,0 +1,175 @@
+"""`fffexp reproduce table3`: layers in the blocks of a vision transformer (arXiv 2308.14711, section 4.4).
+
+Beside the accuracy that an FFF keeps stands what it recovers of the gap between no feedforward layers at all and FF.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fffexp.bench.inference import interleaved
+from fffexp.bench.latency import exclusive_timing
+from fffexp.bench.limits import environment
+from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
+from fffexp.models import ViT
+from fffexp.models.mlp import LayerFactory
+from fffexp.reproduce import runs
+from fffexp.reproduce.cells import CONFIGS, DATA, Cell, K
+from fffexp.reproduce.paper import printed3
+from fffexp.reproduce.results import save
+from fffexp.study.statistics import Interval, mean_interval
+
+WIDTH, EXPERT_WIDTH, FEATURES = 128, 16, 128
+SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+PATCHES = {"fashion_mnist": 7, "cifar10": 4}
+DENSE, NOTHING = Cell("FF", WIDTH), Cell("none", 0)
+BATCH_SIZE = 256
+
+
+def cells(leaf_widths: Sequence[int]) -> list[Cell]:
+    """FF, none, and for each leaf width an FFF, with FF of its width and of its size at inference; a MoE.
+
+    Raises:
+        UserError: a leaf width that 128 neurons do not make a power of 2 of.
+    """
+    trees = [Cell("FFF", WIDTH, leaf_width) for leaf_width in sorted(leaf_widths, reverse=True)]
+    narrow = {width for tree in trees for width in (tree.leaf_width or 0, (tree.leaf_width or 0) + (tree.depth or 0))}
+    dense = [Cell("FF", width) for width in sorted(narrow - {WIDTH}, reverse=True)]
+    return [DENSE, NOTHING, *trees, Cell("NoisyTopKMoE", WIDTH, EXPERT_WIDTH), *dense]
+
+
+def training(cell: Cell, data: str) -> runs.Training:
+    """Of a cell."""
+    pieces = ("model/one_cycle", "trainer/averaged", "model/vit", "recipe/vit")
+    args = [*DATA[data], *(f"--config={CONFIGS}/{piece}.yaml" for piece in pieces), *cell.layer_arguments()]
+    args.append(f"--model.network.init_args.patch_size={PATCHES[data]}")
+    if cell.layer == "FFF":
+        args.append(f"--config={CONFIGS}/recipe/vit_fff.yaml")
+    if cell.layer == "NoisyTopKMoE":
+        args.append("--model.coefficients.importance=0.1")
+    return runs.Training(args, train_accuracy=False)
+
+
+def measure(data: str, wanted: Sequence[Cell], seeds: Sequence[int], jobs: int, path: Path | None) -> dict[str, Any]:
+    """The table; what the file has is not trained again, and each seed is written when it is done.
+
+    Raises:
+        UserError: the file is of another measurement.
+    """
+    found = runs.begin(path, {"table": "table3", "data": data}, lambda cell: training(cell, data))
+    found.setdefault("speeds", [])
+    if {Cell.of(speed) for speed in found["speeds"]} < set(wanted):
+        found["speeds"] = _speeds(data, wanted)
+        save(path, found)
+    how = {cell: training(cell, data) for cell in wanted}
+    runs.complete(found, how, seeds, jobs, path, lambda cell: in_paper(cell, data), together=False)
+    return found
+
+
+def in_paper(cell: Cell, data: str) -> dict[str, float]:
+    """What is printed of a cell, by metric; the table is of CIFAR10 alone."""
+    return printed3(cell.leaf_width) if data == "cifar10" and cell in (DENSE, *cells([32, 16, 8, 4, 2, 1])[2:8]) else {}
+
+
+def _layer(cell: Cell) -> LayerFactory | None:
+    if cell.layer == "FF":
+        return partial(FF, width=cell.training_width)
+    if cell.layer == "FFF":
+        return partial(FFF, depth=cell.depth or 0, leaf_width=cell.leaf_width or 1)
+    if cell.layer == "NoisyTopKMoE":
+        return partial(NoisyTopKMoE, num_experts=cell.blocks, expert_width=cell.leaf_width or 1, k=K)
+    return None
+
+
+def _speeds(data: str, wanted: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Sizes of a layer, and medians of the layer's and the model's inference, all in turn, over those of FF."""
+    models = {cell: ViT(_layer(cell), SHAPES[data], 10, PATCHES[data], FEATURES).eval() for cell in {DENSE, *wanted}}
+    tokens = 1 + SHAPES[data][1] * SHAPES[data][2] // PATCHES[data] ** 2
+    layers: dict[Cell, FeedforwardLayer] = {
+        cell: model.blocks[0].layer  # type: ignore[misc] # a block's layer is a layer
+        for cell, model in models.items()
+        if cell != NOTHING
+    }
+    with exclusive_timing(), torch.inference_mode():
+        model_s = _medians(models, torch.randn(8, BATCH_SIZE, *SHAPES[data]))
+        layer_s = _medians(layers, torch.randn(8, BATCH_SIZE * tokens, FEATURES))
+    where = environment([1], "cpu")
+    return [
+        {
+            **cell.describe(),
+            "sizes": layers[cell].sizes() if cell in layers else None,
+            "backend": layers[cell].inference_backend() if cell in layers else None,
+            "layer_s": layer_s.get(cell),
+            "model_s": model_s[cell],
+            "layer_speedup": layer_s[DENSE] / layer_s[cell] if cell in layers else None,
+            "model_speedup": model_s[DENSE] / model_s[cell],
+            "environment": where,
+        }
+        for cell in wanted
+    ]
+
+
+def _medians(modules: Mapping[Cell, nn.Module], batches: torch.Tensor) -> dict[Cell, float]:
+    named: dict[str, Callable[[torch.Tensor], object]] = {
+        str(index): module for index, module in enumerate(modules.values())
+    }
+    seconds = interleaved(named, list(batches), 1, "cpu")
+    return {cell: statistics.median(seconds[name]) for cell, name in zip(modules, named, strict=True)}
+
+
+def kept(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Paired by seed, for each cell: its accuracy over FF's, and what it closes of the gap from none to FF."""
+    made = []
+    dense, nothing = _accuracies(found, DENSE), _accuracies(found, NOTHING)
+    for cell in runs.cells(found):
+        mine = _accuracies(found, cell)
+        ratios = [mine[seed] / dense[seed] for seed in sorted(mine.keys() & dense.keys())]
+        both = sorted(mine.keys() & dense.keys() & nothing.keys())
+        gaps = [dense[seed] - nothing[seed] for seed in both]
+        # without a gap there is no share of it
+        shares = [(mine[s] - nothing[s]) / gap for s, gap in zip(both, gaps, strict=True)] if all(gaps) else []
+        made.append({**cell.describe(), "ratio": _interval(ratios), "recovered": _interval(shares)})
+    return made
+
+
+def _accuracies(found: Mapping[str, Any], cell: Cell) -> dict[int, float]:
+    return {run["seed"]: run["test_accuracy"] for run in runs.of(found, cell)}
+
+
+def _interval(values: Sequence[float]) -> tuple[float, Interval | None] | None:
+    return mean_interval(values) if values else None
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Accuracies, then what is kept of them at which size and speed."""
+    rows = [runs.line(row) for row in found["cells"] if row["metric"] == "G_A"]
+    head = f"{'layer':13}{'w':>5}{'leaf':>5}{'width':>8}{'size':>8}{'of FF, %':>10}{'95% interval':>18}"
+    lines = [head + f"{'recovered, %':>14}{'95% interval':>20}{'layer x':>9}{'model x':>9}"]
+    speeds = {Cell.of(speed): speed for speed in found["speeds"]}
+    for each in kept(found):
+        speed = speeds[Cell.of(each)]
+        sizes = speed["sizes"] or {"inference_width": 0, "inference_size": 0}
+        shares = "".join(f"{sizes[name] / WIDTH:8.1%}" for name in ("inference_width", "inference_size"))
+        start = f"{each['layer']:13}{each['training_width']:5}{each['leaf_width'] or '':>5}{shares}"
+        layer = "" if speed["layer_speedup"] is None else f"{speed['layer_speedup']:.2f}"
+        kept_of = _told(each["ratio"], 10, 18) + _told(each["recovered"], 14, 20)
+        lines.append(f"{start}{kept_of}{layer:>9}{speed['model_speedup']:9.2f}")
+    lines.append(
+        f"width, size: neurons at inference over the {WIDTH} of FF, without and with those that decide. of FF:\n"
+        "accuracy over that of FF; recovered: share of the gap between no feedforward layers and FF; both paired by\n"
+        f"seed. layer x, model x: speedup over FF of the layer and of the model, {BATCH_SIZE} images on one thread."
+    )
+    return "\n\n".join(["\n".join([runs.HEADER, *rows, runs.LEGEND]), "\n".join(lines)])
+
+
+def _told(found: tuple[float, Interval | None] | None, width: int, interval_width: int) -> str:
+    if found is None:
+        return " " * (width + interval_width)
+    mean, interval = found
+    told = "" if interval is None else f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return f"{100 * mean:{width}.1f}{told:>{interval_width}}"

@@ -1,0 +1,91 @@
+"""Table 3 of arXiv 2308.14711 and its controls, on data that is quickly learnt."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from fffexp.cli import main
+from fffexp.experiment import Context, ExperimentCLI
+from fffexp.reproduce import runs, table3
+from fffexp.reproduce.cells import Cell
+from fffexp.reproduce.table3 import DENSE, NOTHING
+
+
+def test_every_tree_has_its_controls() -> None:
+    wanted = table3.cells([8, 1])
+    assert wanted[:4] == [DENSE, NOTHING, Cell("FFF", 128, 8), Cell("FFF", 128, 1)]
+    # d + l = 4 + 8 and 7 + 1
+    assert [cell.training_width for cell in wanted if cell.layer == "FF"] == [128, 12, 8, 1]
+
+
+@pytest.mark.parametrize("cell", table3.cells([8, 1]), ids=lambda cell: f"{cell.layer}-{cell.training_width}")
+def test_the_network_is_that_of_the_cell(cell: Cell) -> None:
+    args = table3.training(cell, "fashion_mnist").args
+    experiment = ExperimentCLI(["fit", *args], Context(quiet=True, dry=True))
+    task = experiment.model
+    layers = list(task.layers.values())
+    assert len(layers) == (0 if cell == NOTHING else 4)
+    assert {layer.training_width for layer in layers} <= {cell.training_width}
+    assert set(task.schedules) == {"FFF": {"choice_scale", "importance"}, "NoisyTopKMoE": {"importance"}}.get(
+        cell.layer, set()
+    )
+    assert task.network.positions.shape[1] == 17
+
+
+def test_what_is_kept() -> None:
+    accuracies = {DENSE: [0.9, 0.92], NOTHING: [0.8, 0.82], Cell("FFF", 128, 8): [0.89, 0.9]}
+    made = [
+        asdict(cell) | {"seed": seed, "test_accuracy": value}
+        for cell, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    kept = {Cell.of(each): each for each in table3.kept({"runs": made})}
+    nothing, dense, tree = (kept[cell] for cell in (NOTHING, DENSE, Cell("FFF", 128, 8)))
+    mean, interval = tree["recovered"]
+    assert mean == pytest.approx((0.9 + 0.8) / 2)
+    assert interval is not None
+    assert interval[0] < mean < interval[1]
+    assert tree["ratio"][0] == pytest.approx((0.89 / 0.9 + 0.9 / 0.92) / 2)
+    assert nothing["recovered"][0] == 0
+    assert (dense["ratio"][0], dense["recovered"][0]) == (1, 1)
+    flat = [run | {"test_accuracy": 0.9} for run in made]
+    assert all(each["recovered"] is None for each in table3.kept({"runs": flat})), "no gap to recover"
+
+
+def test_what_the_paper_prints_is_of_cifar10() -> None:
+    assert table3.in_paper(Cell("FFF", 128, 1), "cifar10") == {"G_A": 79.8}
+    assert table3.in_paper(DENSE, "cifar10") == {"G_A": 84.7}
+    for cell, data in ((DENSE, "fashion_mnist"), (Cell("FF", 8), "cifar10"), (NOTHING, "cifar10")):
+        assert table3.in_paper(cell, data) == {}
+
+
+@pytest.mark.usefixtures("fashion")
+def test_the_command_trains_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "table3.json"
+    command = ["reproduce", "table3", "--leaf_widths", "8", "--json", str(path)]
+    assert main([*command, "--seeds", "1"]) == 0
+    first = json.loads(path.read_text())["runs"]
+    assert main([*command, "--seeds", "2"]) == 0
+    found = json.loads(path.read_text())
+    assert found["runs"][: len(first)] == first
+    assert {Cell.of(run) for run in found["runs"]} == set(table3.cells([8]))
+    assert {run["train_accuracy"] for run in found["runs"]} == {None}
+    assert {row["metric"] for row in found["cells"]} == {"G_A", "ETT_G"}
+    speeds = {Cell.of(speed): speed for speed in found["speeds"]}
+    assert speeds[DENSE]["layer_speedup"] == speeds[DENSE]["model_speedup"] == 1
+    assert speeds[Cell("FFF", 128, 8)]["sizes"]["inference_size"] == 12
+    told = capsys.readouterr().out
+    line = [line for line in told.splitlines() if line.startswith("FFF") and "9.4%" in line][-1]
+    assert "6.2%" in line
+    monkeypatch.setattr(runs, "train", None)  # nothing is left to train
+    assert main([*command, "--seeds", "2"]) == 0
+    assert json.loads(path.read_text())["speeds"] == found["speeds"], "times are not taken again"
+
+
+def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "table3", "--leaf_widths", "3"]) == 2
+    assert "128 hidden neurons are not a power of 2 of leaves of 3" in capsys.readouterr().err
