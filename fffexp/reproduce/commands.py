@@ -1,4 +1,4 @@
-"""`fffexp reproduce figure3|table1|table2|table3`: arguments to measurements to figures and tables."""
+"""`fffexp reproduce figure3|figure5|figure6|table1|table2|table3`: arguments to measurements to figures and tables."""
 
 import argparse
 from pathlib import Path
@@ -55,6 +55,17 @@ def main(args: list[str]) -> int:
     _trainings(sub, seeds=3)
     sub.set_defaults(run=_table3)
     _json(sub)
+    for name, told, data, epochs in (
+        ("figure5", "entropy of trees of depth 2, 3 and 4 over training", ("fashion_mnist", "mnist"), 50),
+        ("figure6", "entropy of each layer of a vision transformer over training", ("fashion_mnist", "cifar10"), 15),
+    ):
+        told = f"{told}, and the classes that their leaves get (arXiv 2308.14711, {name[:6]} {name[6:]})"
+        sub = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
+        sub.add_argument("--data", choices=data, default="fashion_mnist")
+        sub.add_argument("--epochs", type=positive, default=epochs, metavar="N")
+        sub.add_argument("--figure", type=Path, metavar="FILE", help="PNG; beside the JSON unless named")
+        sub.set_defaults(run=_entropies)
+        _json(sub)
     found = parser.parse_args(args)
     if found.json and found.json.suffix != ".json":
         raise UserError(f"--json {found.json}: name a file that ends in .json")
@@ -125,3 +136,13 @@ def _table3(found: argparse.Namespace) -> None:
     print(runs.HEADER, flush=True)
     measured = table3.measure(found.data, wanted, range(found.seeds), found.jobs, found.json)
     print(table3.report(measured))
+
+
+def _entropies(found: argparse.Namespace) -> None:
+    from fffexp.reproduce import entropies
+
+    measured = entropies.measure(found.command, found.data, found.epochs, found.json)
+    print(entropies.report(measured))
+    figure = found.figure or (found.json.with_suffix(".png") if found.json else Path(f"outputs/{found.command}.png"))
+    entropies.draw(measured, figure)
+    print(f"drawn to {figure}")
