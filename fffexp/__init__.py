@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fffexp.convert import convert_feedforward
     from fffexp.data import IDX, Digits, FashionMNIST, Hub
     from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE, SwitchMoE
     from fffexp.optim import RowAdamW
@@ -22,12 +23,14 @@ __all__ = [
     "NoisyTopKMoE",
     "RowAdamW",
     "SwitchMoE",
+    "convert_feedforward",
     "harden",
     "regularization_loss",
     "replace_feedforward",
 ]
 
 _HOMES = {
+    "fffexp.convert": ("convert_feedforward",),
     "fffexp.data": ("Digits", "FashionMNIST", "Hub", "IDX"),
     "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE", "SwitchMoE"),
     "fffexp.optim": ("RowAdamW",),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fffexp.layers import FeedforwardLayer
-from fffexp.schedules import Exponential
+from fffexp.schedules import Exponential, Schedule
 
 # that of configs/recipe/fff.yaml
 CHOICE_SCALE = Exponential(1.0, 300.0)
@@ -51,8 +51,8 @@ def regularization_loss(model: nn.Module, coefficients: Mapping[str, float] | No
     return total
 
 
-def harden(model: nn.Module, progress: float) -> None:
+def harden(model: nn.Module, progress: float, schedule: Schedule = CHOICE_SCALE) -> None:
     """Set the choice scale of the trees in a model for this share of the training, in [0, 1]; call it every step."""
     for module in model.modules():
         if isinstance(module, FeedforwardLayer) and "choice_scale" in module.scheduled:
-            module.get_buffer("choice_scale").fill_(CHOICE_SCALE(progress))
+            module.get_buffer("choice_scale").fill_(schedule(progress))

@@ -34,24 +34,33 @@ class Replacement:
     after: Mapping[str, int]
 
 
-class _Linear(NamedTuple):
+class Linear(NamedTuple):
     """What an nn.Linear or a Conv1D of transformers, whose weight is transposed, maps."""
 
     module: nn.Module
     in_features: int
     out_features: int
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """(out_features, in_features), and (out_features,) bias."""
+        weight, bias = self.module.weight, self.module.bias
+        assert isinstance(weight, Tensor)
+        if not isinstance(self.module, nn.Linear):
+            weight = weight.T
+        return weight, bias if isinstance(bias, Tensor) else weight.new_zeros(self.out_features)
 
-class _MLP(NamedTuple):
+
+class MLP(NamedTuple):
     """Linear layers that are an MLP, one up and one down, or two up whose product goes down (gated)."""
 
     name: str
     module: nn.Module  # what is judged by `select`
-    up: list[_Linear]
-    down: _Linear
+    up: list[Linear]
+    down: Linear
     put: Callable[[FeedforwardLayer], nn.Module]  # does it, and returns what was there
 
     def sizes(self) -> dict[str, int]:
+        """As of a layer, by the names of `FeedforwardLayer.sizes`."""
         linears = [*self.up, self.down]
         parameters = sum(p.numel() for linear in linears for p in linear.module.parameters())
         flops = 2 * sum(linear.in_features * linear.out_features for linear in linears)
@@ -81,6 +90,15 @@ def replace_feedforward(
     Raises:
         ValueError: there is no MLP, or none that is selected.
     """
+    return [put(mlp, layer_factory) for mlp in find_mlps(model, select)]
+
+
+def find_mlps(model: nn.Module, select: Select | None) -> list[MLP]:
+    """Those that are selected.
+
+    Raises:
+        ValueError: there is no MLP, or none that is selected.
+    """
     found = list(_mlps(model))
     if not found:
         raise ValueError(f"{type(model).__name__} holds no MLP of a known form (see replace_feedforward)")
@@ -88,18 +106,20 @@ def replace_feedforward(
     if not chosen:
         names = ", ".join(mlp.name or "(the model itself)" for mlp in found)
         raise ValueError(f"select takes none of the MLPs: {names}")
-    replaced = []
-    for mlp in chosen:
-        before = mlp.sizes()
-        layer = layer_factory(mlp.up[0].in_features, mlp.down.out_features)
-        weight = mlp.down.module.weight
-        assert isinstance(weight, Tensor)
-        layer.to(weight.device, weight.dtype).train(mlp.module.training)
-        replaced.append(Replacement(mlp.name, mlp.put(layer), layer, before, layer.sizes()))
-    return replaced
+    return chosen
 
 
-def _mlps(model: nn.Module) -> Iterator[_MLP]:
+def put(mlp: MLP, layer_factory: LayerFactory) -> Replacement:
+    """A layer in the place of the MLP."""
+    before = mlp.sizes()
+    layer = layer_factory(mlp.up[0].in_features, mlp.down.out_features)
+    weight = mlp.down.module.weight
+    assert isinstance(weight, Tensor)
+    layer.to(weight.device, weight.dtype).train(mlp.module.training)
+    return Replacement(mlp.name, mlp.put(layer), layer, before, layer.sizes())
+
+
+def _mlps(model: nn.Module) -> Iterator[MLP]:
     """All, each once and the outer before the inner."""
     taken: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -116,18 +136,18 @@ def _mlps(model: nn.Module) -> Iterator[_MLP]:
             yield mlp
 
 
-def _linear(module: nn.Module) -> _Linear | None:
+def _linear(module: nn.Module) -> Linear | None:
     if isinstance(module, nn.Linear):
-        return _Linear(module, module.in_features, module.out_features)
+        return Linear(module, module.in_features, module.out_features)
     if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor) and module.weight.dim() == 2:
-        return _Linear(module, *module.weight.shape)
+        return Linear(module, *module.weight.shape)
     return None
 
 
-def _within_sequential(name: str, sequential: nn.Sequential) -> Iterator[_MLP]:
+def _within_sequential(name: str, sequential: nn.Sequential) -> Iterator[MLP]:
     """A linear layer, an activation, perhaps dropout, and a linear layer; the next MLP begins behind that."""
     children = list(sequential.named_children())
-    begun: tuple[int, _Linear] | None = None
+    begun: tuple[int, Linear] | None = None
     activated = False
     for index, (key, child) in enumerate(children):
         linear = _linear(child)
@@ -135,7 +155,7 @@ def _within_sequential(name: str, sequential: nn.Sequential) -> Iterator[_MLP]:
             first, up = begun
             keys = [key for key, _ in children[first : index + 1]]
             path = f"{name}.{keys[0]}".removeprefix(".")
-            yield _MLP(path, sequential, [up], linear, partial(_fill, sequential, keys))
+            yield MLP(path, sequential, [up], linear, partial(_fill, sequential, keys))
             begun = None
         elif linear:
             begun, activated = (index, linear), False
@@ -155,7 +175,7 @@ def _fill(sequential: nn.Sequential, keys: list[str], layer: FeedforwardLayer) -
 
 def _of_torch(
     name: str, block: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, model: nn.Module
-) -> Iterator[_MLP]:
+) -> Iterator[MLP]:
     up, down = _linear(block.linear1), _linear(block.linear2)
     if not up or not down:  # replaced before
         return
@@ -172,10 +192,10 @@ def _of_torch(
                     module.use_nested_tensor = False
         return old
 
-    yield _MLP(name, block, [up], down, put)
+    yield MLP(name, block, [up], down, put)
 
 
-def _of_bert(name: str, block: nn.Module) -> Iterator[_MLP]:
+def _of_bert(name: str, block: nn.Module) -> Iterator[MLP]:
     """`output` adds a residual behind its linear layer, so the layer goes where `intermediate` was."""
     parts = [getattr(getattr(block, part, None), "dense", None) for part in ("intermediate", "output")]
     up, down = (_linear(part) if isinstance(part, nn.Module) else None for part in parts)
@@ -189,10 +209,10 @@ def _of_bert(name: str, block: nn.Module) -> Iterator[_MLP]:
         block.intermediate, output.dense = layer, nn.Identity()
         return old
 
-    yield _MLP(name, block, [up], down, put)
+    yield MLP(name, block, [up], down, put)
 
 
-def _of_its_own(name: str, module: nn.Module, model: nn.Module) -> _MLP | None:
+def _of_its_own(name: str, module: nn.Module, model: nn.Module) -> MLP | None:
     """A module that is an MLP and nothing else, as running it shows."""
     with_parameters = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
     linears = [_linear(m) for m in with_parameters]
@@ -213,11 +233,11 @@ def _of_its_own(name: str, module: nn.Module, model: nn.Module) -> _MLP | None:
                     setattr(parent, key, new)
         return module
 
-    return _MLP(name, module, up, down, put)
+    return MLP(name, module, up, down, put)
 
 
 @torch.no_grad()
-def _run(module: nn.Module, linears: list[_Linear]) -> tuple[list[_Linear], nn.Dropout | None]:
+def _run(module: nn.Module, linears: list[Linear]) -> tuple[list[Linear], nn.Dropout | None]:
     """The linear layers in the order in which they run, and the dropout behind the last.
 
     No layers if the module is no function of each row for itself, from the input of all but the last layer to the
@@ -234,7 +254,7 @@ def _run(module: nn.Module, linears: list[_Linear]) -> tuple[list[_Linear], nn.D
     ]
     training = {m: m.training for m in module.modules()}
     try:
-        ran: list[tuple[_Linear, Tensor, Tensor]]
+        ran: list[tuple[Linear, Tensor, Tensor]]
         for in_features in dict.fromkeys(linear.in_features for linear in linears):
             seen.clear()
             x = torch.linspace(-1, 1, 3 * in_features, device=weight.device, dtype=weight.dtype).view(1, 3, in_features)

@@ -1,0 +1,118 @@
+"""Trained MLPs to trees and narrow dense layers."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+from fffexp import FF, FFF, NoisyTopKMoE, convert_feedforward
+from fffexp.convert import _neurons, _Rows
+
+D, H = 6, 16
+
+
+def trained() -> nn.Sequential:
+    """An MLP that does something else in each quarter of its inputs, with few of its neurons."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(500):
+        x = torch.randn(256, D)
+        y = torch.stack([x[:, 0] * (x[:, 1] > 0), x[:, 2].abs(), x[:, 1]], 1)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def batches() -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(500, D) for _ in range(8)]
+
+
+@pytest.mark.parametrize(
+    "factory", [partial(FF, width=H), partial(FF, width=H + 3), partial(FFF, depth=2, leaf_width=H)]
+)
+def test_a_layer_of_all_neurons_starts_as_what_it_replaces(factory: partial[FF]) -> None:
+    model = trained()
+    x = torch.randn(200, D)
+    before = model(x)
+    (made,) = convert_feedforward(model, batches(), factory, steps=0)
+    assert made.error == made.start < 1e-3
+    assert torch.allclose(model.eval()(x), before, atol=0.1)
+
+
+def test_a_tree_distils_better_than_one_of_its_leaves() -> None:
+    errors = {}
+    for name, factory in (("tree", partial(FFF, depth=2, leaf_width=2)), ("leaf", partial(FF, width=2))):
+        torch.manual_seed(0)
+        (made,) = convert_feedforward(trained(), batches(), factory, steps=300)
+        assert made.error < made.start
+        assert made.after["inference_width"] == 2
+        assert made.before["inference_size"] == H
+        errors[name] = made.error
+    assert errors["tree"] < 0.5 * errors["leaf"]
+
+
+def test_the_halves_are_even() -> None:
+    model = trained()
+    (made,) = convert_feedforward(model, batches(), partial(FFF, depth=3, leaf_width=2), steps=0)
+    shares = made.new.route(torch.cat(batches())).squeeze(1).bincount(minlength=8) / 4000
+    assert shares.min() > 0.08
+    assert shares.max() < 0.17
+
+
+def test_neurons_that_explain_the_outputs_are_chosen() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 5)
+    hidden[:, 4] = hidden[:, 1] + 0.01 * torch.randn(300)  # says nothing that neuron 1 does not
+    outputs = 3 * hidden[:, [1]] - 2 * hidden[:, [3]] + 1
+    chosen, weight, bias = _neurons(_Rows(hidden, hidden, outputs), 2)
+    assert set(chosen.tolist()) in ({1, 3}, {4, 3})
+    assert torch.allclose(hidden[:, chosen].double() @ weight + bias, outputs.double(), atol=0.1)
+
+
+def test_the_model_is_otherwise_as_it_was() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+    model = BertModel(config).train()
+    others = {n: p.clone() for n, p in model.named_parameters() if "intermediate" not in n and "output.dense" not in n}
+    data = [{"input_ids": torch.randint(50, (4, 6))} for _ in range(20)]
+    made = convert_feedforward(
+        model,
+        data,
+        partial(FFF, depth=1, leaf_width=24, activation=nn.GELU),
+        select=lambda n, m: n.endswith("0"),
+        steps=0,
+    )
+    assert [each.name for each in made] == ["encoder.layer.0"]
+    assert made[0].error < 0.05
+    assert model.training
+    assert made[0].new.training
+    assert not any(m._forward_hooks for m in model.modules())
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], p) for name, p in others.items() if name in now)
+
+
+@pytest.mark.parametrize(
+    "factory", [partial(FFF, depth=2, leaf_width=8), partial(NoisyTopKMoE, num_experts=4, expert_width=8)]
+)
+def test_what_cannot_begin_from_the_weights_is_distilled(factory: partial[FFF]) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24
+    )
+    model = LlamaModel(config).eval()
+    data = [{"input_ids": torch.randint(50, (4, 6))} for _ in range(50)]
+    (made,) = convert_feedforward(copy.deepcopy(model), data, factory, steps=200, lr=1e-2)
+    assert made.error < 0.5 * made.start
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match="no data reached 0"):
+        convert_feedforward(trained(), [], partial(FF, width=4))
+    with pytest.raises(ValueError, match="holds no MLP"):
+        convert_feedforward(nn.Linear(2, 2), batches(), partial(FF, width=4))
