@@ -47,8 +47,8 @@ class TreeTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
-        if model.training:
-            loss = loss + regularization_loss(model)
+        if model.training:  # of a model that takes its own share of a batch, as this does, the Trainer adds up parts
+            loss = loss + regularization_loss(model) / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
 

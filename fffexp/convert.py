@@ -1,6 +1,7 @@
 """Trained MLPs to trees: the layers begin from the dense weights and are distilled on sample data, one by one."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from fffexp.layers import FF, FFF, FeedforwardLayer
 from fffexp.models.mlp import LayerFactory
 from fffexp.regularization import harden, weighted_losses
-from fffexp.replace import MLP, Replacement, Select, find_mlps, put
+from fffexp.replace import MLP, Replacement, Select, build, find_mlps, put
 from fffexp.schedules import Exponential
 
 BATCH_SIZE = 256
-HELD_OUT = 0.1  # of the rows
+HELD_OUT = 0.1  # of the batches
 # Rows that neurons are selected on.
 SELECTION_ROWS = 4096
 # Softer choices at first would undo what the nodes and leaves begin with.
@@ -29,7 +30,7 @@ class Conversion(Replacement):
     """A layer that took the place of a trained MLP.
 
     Attributes:
-        error: mean squared difference to the MLP's output on rows held out, over the variance of that; decided hard.
+        error: mean squared difference to the MLP's output on batches held out, over the variance of that; decided hard.
         start: the same before distillation.
     """
 
@@ -38,11 +39,13 @@ class Conversion(Replacement):
 
 
 class _Rows(NamedTuple):
-    """What one MLP sees and does: (rows, in), (rows, hidden), (rows, out)."""
+    """What one MLP is given and makes of it: (rows, in), (rows, out)."""
 
     inputs: Tensor
-    hidden: Tensor
     outputs: Tensor
+
+    def of(self, which: Tensor | slice) -> "_Rows":
+        return _Rows(self.inputs[which], self.outputs[which])
 
 
 def convert_feedforward(
@@ -56,14 +59,15 @@ def convert_feedforward(
     """Replace the MLPs of a trained model by layers that do nearly the same.
 
     A tree's nodes split the inputs in halves along what tells most about the outputs; a leaf takes those neurons of
-    the MLP that explain most of the outputs of its half, and an output weight that is fitted to them. All is then
-    trained to give the MLP's outputs, with choices that harden. An FF takes neurons in the same way; other layers,
-    and all in the place of gated MLPs, begin from their own initialisation.
+    the MLP that explain most of the outputs of its part, and output weights that are fitted to them. All is then
+    trained to give the MLP's outputs, with choices that harden. An FF takes neurons in the same way. Other layers begin
+    from their own initialisation, and in the place of gated MLPs so do leaves and FF.
 
     Args:
-        model: in the state to be kept; its layers are replaced.
+        model: in the state to be kept; its layers are replaced when all are ready.
         batches: inputs to run it on: a tensor, a tuple of arguments or a mapping of keywords each. All rows (tokens)
-            are held in memory.
+            are held in memory; those that `attention_mask` or `src_key_padding_mask` of a mapping leave out are not
+            looked at. The last tenth of the batches is held out.
         layer_factory: (in_features, out_features) -> layer, with the model's activation.
         select: as in `replace_feedforward`.
         steps: of distillation, for each layer; 0 leaves the layers as initialised.
@@ -73,87 +77,124 @@ def convert_feedforward(
         A conversion for each MLP.
 
     Raises:
-        ValueError: there is no MLP, none that is selected, or no row of data.
+        ValueError: there is no MLP, none that is selected, too little data, or a layer whose gradients are sparse.
     """
     mlps = find_mlps(model, select)
-    seen = _watch(model, mlps, batches)
-    made = []
-    for mlp, rows in zip(mlps, seen, strict=True):
-        replacement = put(mlp, layer_factory)
-        layer = replacement.new
-        mode = layer.training
-        kept = int(len(rows.inputs) * (1 - HELD_OUT))
-        train, held_out = (_Rows(*(part[of] for part in rows)) for of in (slice(kept), slice(kept, None)))
+    ready = []
+    for mlp, (train, held_out) in zip(mlps, _watch(model, mlps, batches), strict=True):
+        layer = build(mlp, layer_factory)
+        if layer.sparse_gradients:
+            raise ValueError(f"a {type(layer).__name__} with sparse gradients cannot be distilled: leave out sparse")
+        mode, dtype = layer.training, train.inputs.dtype
+        layer.to(torch.promote_types(dtype, torch.float32))
+        train, held_out = (_Rows(*(part.to(next(layer.parameters()).dtype) for part in of)) for of in (train, held_out))
         _initialise(layer, mlp, train)
         start = _error(layer, held_out)
         _distil(layer, train, steps, lr)
-        made.append(Conversion(**vars(replacement), error=_error(layer, held_out), start=start))
-        layer.train(mode)
-    return made
+        ready.append((mlp, layer, start, _error(layer, held_out)))
+        layer.to(dtype).train(mode)
+    return [Conversion(**vars(put(mlp, layer)), start=start, error=error) for mlp, layer, start, error in ready]
 
 
 @torch.no_grad()
-def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[_Rows]:
-    """Shuffled rows of each MLP."""
-    seen: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = [([], [], []) for _ in mlps]
-    handles = []
-    for mlp, (inputs, hidden, outputs) in zip(mlps, seen, strict=True):
+def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[tuple[_Rows, _Rows]]:
+    """For each MLP the rows of most batches, and those of the rest."""
+    seen: list[list[_Rows]] = [[] for _ in mlps]
+    kept: Tensor | None = None
 
-        def up(module: nn.Module, args: Any, output: Tensor, to: list[Tensor] = inputs) -> None:
-            to.append(args[0].flatten(0, -2))
+    def rows(x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        return flat if kept is None or len(kept) != len(flat) else flat[kept]
 
-        def down(
-            module: nn.Module, args: Any, output: Tensor, to: tuple[list[Tensor], list[Tensor]] = (hidden, outputs)
-        ) -> None:
-            to[0].append(args[0].flatten(0, -2))
-            to[1].append(output.flatten(0, -2))
-
-        handles += [mlp.up[0].module.register_forward_hook(up), mlp.down.module.register_forward_hook(down)]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with _recording(model, mlps) as calls:
         for batch in batches:
+            for call in calls:
+                call.clear()
+            kept = None
             if isinstance(batch, Mapping):
+                if (mask := batch.get("attention_mask")) is not None:
+                    kept = mask.flatten().bool()
+                elif (mask := batch.get("src_key_padding_mask")) is not None:
+                    kept = ~mask.flatten()
                 model(**batch)
             else:
                 model(*batch) if isinstance(batch, tuple | list) else model(batch)
+            for call, of in zip(calls, seen, strict=True):
+                if call:  # an MLP that is called twice sees both
+                    of.append(_Rows(*(torch.cat([rows(each[i]) for each in call]) for i in range(2))))
+    found = []
+    for mlp, of in zip(mlps, seen, strict=True):
+        if not of:
+            raise ValueError(f"no data reached {mlp.name or 'the MLP'}: give batches that the model runs on")
+        last = max(1, round(HELD_OUT * len(of))) if len(of) > 1 else 0
+        parts = [_Rows(*map(torch.cat, zip(*part, strict=True))) for part in (of[: len(of) - last], of[-last:])]
+        if len(of) == 1:  # nothing but rows can be held out
+            parts = [
+                parts[0].of(slice(len(parts[0].inputs) // 10, None)),
+                parts[0].of(slice(len(parts[0].inputs) // 10)),
+            ]
+        if min(len(part.inputs) for part in parts) < 2:
+            raise ValueError(f"{len(of)} batches of {len(parts[0].inputs)} rows are too little data: give more of it")
+        found.append((parts[0], parts[1]))
+    return found
+
+
+@contextmanager
+def _recording(model: nn.Module, mlps: list[MLP]) -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
+    """What each MLP is given and makes, call by call, in evaluation and on torch's plain path."""
+    calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in mlps]
+    handles = []
+    for mlp, call in zip(mlps, calls, strict=True):
+        given: list[Tensor] = []
+
+        def up(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, given: list[Tensor] = given) -> None:
+            given[:] = [args[0].clone()]
+
+        def down(
+            module: nn.Module,
+            args: tuple[Tensor, ...],
+            output: Tensor,
+            given: list[Tensor] = given,
+            call: list[tuple[Tensor, Tensor]] = call,
+        ) -> None:
+            call.append((given[0], output.clone()))
+
+        handles += [mlp.up[0].module.register_forward_hook(up), mlp.down.module.register_forward_hook(down)]
+    modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it goes past the modules
+    model.eval()
+    try:
+        yield calls
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
+        for module, mode in modes.items():
             module.training = mode
-    found = []
-    for mlp, parts in zip(mlps, seen, strict=True):
-        if not parts[0]:
-            raise ValueError(f"no data reached {mlp.name or 'the MLP'}: give batches that the model runs on")
-        rows = _Rows(*(torch.cat(part) for part in parts))
-        order = torch.randperm(len(rows.inputs))
-        found.append(_Rows(*(part[order] for part in rows)))
-    return found
 
 
 @torch.no_grad()
 def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
-    if len(mlp.up) > 1:  # a gated neuron is no neuron of ours
-        if isinstance(layer, FFF):
-            _plant(layer, rows)
-        return
-    weight, bias = mlp.up[0].weights()
-    if isinstance(layer, FF):
-        chosen, output_weight, output_bias = _neurons(rows, layer.width)
+    layer.eval()
+    weight, bias = (part.to(rows.inputs.dtype) for part in mlp.up[0].weights())
+    gated = len(mlp.up) > 1  # a gated neuron is no neuron of ours
+    if isinstance(layer, FF) and not gated:
         w1, b1, w2, b2 = layer.network.parameters()
+        chosen, output_weight, output_bias = _neurons(
+            layer.network[1](rows.inputs @ weight.T + bias), rows, layer.width
+        )
         w1[: len(chosen)], b1[: len(chosen)] = weight[chosen], bias[chosen]
         w2.zero_()
         w2[:, : len(chosen)] = output_weight.T
         b2.copy_(output_bias)
     elif isinstance(layer, FFF):
-        leaf_B = _plant(layer, rows)
-        leaves = layer.leaves
-        for leaf in range(layer.blocks):
+        leaf_B, leaves = _plant(layer, rows), layer.leaves
+        for leaf in range(layer.blocks if not gated else 0):
             mine = leaf_B == leaf
-            if not mine.any():
-                continue
-            chosen, output_weight, output_bias = _neurons(_Rows(*(part[mine] for part in rows)), layer.leaf_width)
+            some = rows.of(mine) if mine.any() else rows
+            hidden = leaves.hidden(some.inputs[:SELECTION_ROWS] @ weight.T + bias)
+            chosen, output_weight, output_bias = _neurons(hidden, some, layer.leaf_width)
             leaves.hidden_weight[leaf, : len(chosen)] = weight[chosen]
             leaves.hidden_bias[leaf, : len(chosen)] = bias[chosen]
             leaves.output_weight[leaf] = 0
@@ -163,41 +204,47 @@ def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
 
 def _plant(tree: FFF, rows: _Rows) -> Tensor:
     """Set the nodes; (rows,) leaf of each row."""
-    node_B = torch.zeros(len(rows.inputs), dtype=torch.long, device=rows.inputs.device)
+    # rows that are there many times, as a class token is, would have no half
+    _, place = torch.unique(rows.inputs, dim=0, return_inverse=True)
+    once = torch.full((int(place.max()) + 1,), len(place), device=place.device)
+    once.scatter_reduce_(0, place, torch.arange(len(place), device=place.device), "amin")
+    distinct = rows.of(once)
+    node_B = torch.zeros(len(distinct.inputs), dtype=torch.long, device=place.device)
     for node in range(tree.blocks - 1):
         mine = (node_B == node).nonzero().squeeze(1)
         if len(mine) > 1:
-            x, y = rows.inputs[mine].double(), rows.outputs[mine].double()
+            x, y = distinct.inputs[mine].double(), distinct.outputs[mine].double()
             centre = x.mean(0)
             y = y - y.mean(0)
-            _, _, directions = torch.pca_lowrank(y, q=1, center=False)
+            with torch.random.fork_rng():
+                _, _, directions = torch.pca_lowrank(y, q=1, center=False)
             weight = _ridge(x - centre, y @ directions[:, :1]).squeeze(1)
             score = (x - centre) @ weight
             spread = score.std().clamp_min(1e-12)
             tree.node_weight[node] = weight / spread
             tree.node_bias[node] = -(centre @ weight + score.median()) / spread
-        logits = rows.inputs[mine] @ tree.node_weight[node] + tree.node_bias[node]
+        logits = distinct.inputs[mine] @ tree.node_weight[node] + tree.node_bias[node]
         node_B[mine] = 2 * node + 1 + (logits >= 0)
-    return node_B - (tree.blocks - 1)
+    return tree.route(rows.inputs).squeeze(1)
 
 
-def _neurons(rows: _Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _neurons(hidden: Tensor, rows: _Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which neurons explain most of the outputs, greedily; (chosen,), (chosen, out), (out,) weights that fit them."""
-    hidden, outputs = (part[:SELECTION_ROWS].double() for part in (rows.hidden, rows.outputs))
+    hidden, outputs = hidden[:SELECTION_ROWS].double(), rows.outputs[:SELECTION_ROWS].double()
     means = hidden.mean(0), outputs.mean(0)
     hidden, outputs = hidden - means[0], outputs - means[1]
-    left, residual = hidden.clone(), outputs
+    # of the neurons and with the outputs, less what the chosen ones explain
+    own, common = hidden.T @ hidden, hidden.T @ outputs
+    least = 1e-9 * own.diagonal().max().clamp_min(1e-30)
     chosen: list[int] = []
     for _ in range(min(count, hidden.shape[1])):
-        length = left.square().sum(0)
-        # what each neuron, less what those before it say, explains of the rest
-        gain = (left.T @ residual).square().sum(1) / length.clamp_min(1e-9)
+        gain = common.square().sum(1) / own.diagonal().clamp_min(least)
         gain[chosen] = -1
         best = int(gain.argmax())
         chosen.append(best)
-        direction = left[:, best : best + 1] / length[best].clamp_min(1e-9).sqrt()
-        residual = residual - direction @ (direction.T @ residual)
-        left = left - direction @ (direction.T @ left)
+        share = own[:, best] / own[best, best].clamp_min(least)
+        common = common - share[:, None] * common[best]
+        own = own - share[:, None] * own[best]
     weight = _ridge(hidden[:, chosen], outputs)
     return torch.tensor(chosen), weight, means[1] - means[0][chosen] @ weight
 
@@ -209,6 +256,7 @@ def _ridge(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.solve(gram, x.T @ y)
 
 
+@torch.enable_grad()
 def _distil(layer: FeedforwardLayer, rows: _Rows, steps: int, lr: float) -> None:
     harden(layer, 1.0)
     if not steps:
@@ -219,12 +267,12 @@ def _distil(layer: FeedforwardLayer, rows: _Rows, steps: int, lr: float) -> None
     layer.train()
     for step in range(steps):
         harden(layer, step / steps, CHOICE_SCALE)
-        some = torch.randint(len(rows.inputs), (BATCH_SIZE,))
-        optimizer.zero_grad()
-        loss = (layer(rows.inputs[some]) - rows.outputs[some]).square().mean() / variance
+        some = rows.of(torch.randint(len(rows.inputs), (BATCH_SIZE,)))
+        loss = (layer(some.inputs) - some.outputs).square().mean() / variance
         (loss + weighted_losses([layer], BALANCE)).backward()
         layer.routing = None
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
     harden(layer, 1.0)
 

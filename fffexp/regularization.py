@@ -31,7 +31,7 @@ def regularization_loss(model: nn.Module, coefficients: Mapping[str, float] | No
 
     Raises:
         ValueError: the model has no such layer, or none that knows a coefficient.
-        RuntimeError: a layer made no training pass since the last call, or more than one.
+        RuntimeError: no layer made a training pass since the last call, or one more than one, or without gradients.
     """
     layers = [module for module in model.modules() if isinstance(module, FeedforwardLayer)]
     if not layers:
@@ -40,14 +40,16 @@ def regularization_loss(model: nn.Module, coefficients: Mapping[str, float] | No
     if unknown := set(coefficients or ()) - known:
         told = ", ".join(sorted(known)) or "none"
         raise ValueError(f"no layer has the regulariser {', '.join(sorted(unknown))}; there are: {told}")
+    ran = [layer for layer in layers if layer.routing is not None]  # some models leave layers out at random
+    if not ran and any(layer.regularizers for layer in layers):
+        raise RuntimeError("no layer made a training pass since the last loss: call the model, in training mode")
     total = torch.zeros((), device=next(layers[0].parameters()).device)
-    for layer in layers:
-        if layer.regularizers and layer.routing is None:
-            raise RuntimeError(
-                f"a {type(layer).__name__} made no training pass since its last loss: call the model, in training mode"
-            )
+    for layer in ran:
         total = total + weighted_losses([layer], layer.recommended if coefficients is None else coefficients)
         layer.routing = None  # the graph of this step is the loss's from now on
+    weights = (p for layer in ran for p in layer.parameters())
+    if total and torch.is_grad_enabled() and not total.requires_grad and any(p.requires_grad for p in weights):
+        raise RuntimeError("the layers ran without gradients: gradient checkpointing needs use_reentrant=False")
     return total
 
 

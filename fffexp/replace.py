@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fffexp.layers import FeedforwardLayer
 from fffexp.layers.base import SIZES
 from fffexp.models.mlp import LayerFactory
+from fffexp.probe import bent, by_row, elementwise, probe_rows, run, same
 
 Select = Callable[[str, nn.Module], bool]
 
@@ -72,14 +72,14 @@ def replace_feedforward(
 ) -> list[Replacement]:
     """Put a layer in the place of each MLP of a model, which is changed.
 
-    Known are: modules of two linear layers with an activation between them (timm, GPT-2, an nn.Sequential), gated
-    ones of three (Llama), pairs within an nn.Sequential, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, and
-    the `intermediate` and `output` of BERT and its kin. That nothing else happens between a module's input and its
-    output is made sure by running it. Dropout within an MLP goes with it: give the factory's layer its own; dropout
-    behind it stays.
+    Known are: modules of two linear layers with an activation between them (timm, GPT-2), gated ones of three (Llama),
+    pairs within an nn.Sequential, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, and the `intermediate` and
+    `output` of BERT and its kin; a classification head of this form is one of them. That nothing else happens between
+    a module's input and its output is made sure by running it on a few rows. Dropout within an MLP goes with it: give
+    the factory's layer its own; a dropout module behind it stays.
 
     Args:
-        model: any module.
+        model: the whole of it: what holds an nn.TransformerEncoder's layers has to know of them.
         layer_factory: (in_features, out_features) -> layer; takes device, dtype and mode of what it replaces.
         select: (path, module) -> whether that MLP is replaced; all are unless given. The module is the MLP's own, or
             else the one that holds its linear layers.
@@ -88,17 +88,21 @@ def replace_feedforward(
         What was replaced, in the order of the model's modules.
 
     Raises:
-        ValueError: there is no MLP, or none that is selected.
+        ValueError: there is no MLP, or none that is selected, or its weights are on the meta device.
     """
-    return [put(mlp, layer_factory) for mlp in find_mlps(model, select)]
+    mlps = find_mlps(model, select)
+    layers = [build(mlp, layer_factory) for mlp in mlps]  # all can be made, or nothing is changed
+    return [put(mlp, layer) for mlp, layer in zip(mlps, layers, strict=True)]
 
 
 def find_mlps(model: nn.Module, select: Select | None) -> list[MLP]:
     """Those that are selected.
 
     Raises:
-        ValueError: there is no MLP, or none that is selected.
+        ValueError: there is no MLP, or none that is selected, or its weights are on the meta device.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device, where nothing can be run: give it weights first")
     found = list(_mlps(model))
     if not found:
         raise ValueError(f"{type(model).__name__} holds no MLP of a known form (see replace_feedforward)")
@@ -109,14 +113,17 @@ def find_mlps(model: nn.Module, select: Select | None) -> list[MLP]:
     return chosen
 
 
-def put(mlp: MLP, layer_factory: LayerFactory) -> Replacement:
-    """A layer in the place of the MLP."""
-    before = mlp.sizes()
-    layer = layer_factory(mlp.up[0].in_features, mlp.down.out_features)
+def build(mlp: MLP, layer_factory: LayerFactory) -> FeedforwardLayer:
+    """A layer for the place of the MLP."""
     weight = mlp.down.module.weight
     assert isinstance(weight, Tensor)
-    layer.to(weight.device, weight.dtype).train(mlp.module.training)
-    return Replacement(mlp.name, mlp.put(layer), layer, before, layer.sizes())
+    layer = layer_factory(mlp.up[0].in_features, mlp.down.out_features)
+    return layer.to(weight.device, weight.dtype).train(mlp.module.training)
+
+
+def put(mlp: MLP, layer: FeedforwardLayer) -> Replacement:
+    """The layer in the place of the MLP."""
+    return Replacement(mlp.name, mlp.put(layer), layer, mlp.sizes(), layer.sizes())
 
 
 def _mlps(model: nn.Module) -> Iterator[MLP]:
@@ -139,19 +146,20 @@ def _mlps(model: nn.Module) -> Iterator[MLP]:
 def _linear(module: nn.Module) -> Linear | None:
     if isinstance(module, nn.Linear):
         return Linear(module, module.in_features, module.out_features)
-    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor) and module.weight.dim() == 2:
-        return Linear(module, *module.weight.shape)
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+        return Linear(module, *weight.shape)
     return None
 
 
 def _within_sequential(name: str, sequential: nn.Sequential) -> Iterator[MLP]:
     """A linear layer, an activation, perhaps dropout, and a linear layer; the next MLP begins behind that."""
-    children = list(sequential.named_children())
+    children = [(key, child) for key, child in sequential._modules.items() if child is not None]
     begun: tuple[int, Linear] | None = None
     activated = False
-    for index, (key, child) in enumerate(children):
+    for index, (_, child) in enumerate(children):
         linear = _linear(child)
-        if linear and begun and activated:
+        if linear and begun and activated and begun[1].out_features == linear.in_features:
             first, up = begun
             keys = [key for key, _ in children[first : index + 1]]
             path = f"{name}.{keys[0]}".removeprefix(".")
@@ -159,9 +167,9 @@ def _within_sequential(name: str, sequential: nn.Sequential) -> Iterator[MLP]:
             begun = None
         elif linear:
             begun, activated = (index, linear), False
-        elif type(child).__module__.split(".")[-1] in ("activation", "activations"):  # of torch, timm or transformers
-            activated = True
-        elif not isinstance(child, nn.Dropout | nn.Identity):
+        elif begun and elementwise(child):
+            activated = activated or not isinstance(child, nn.Dropout | nn.Identity)
+        else:
             begun = None
 
 
@@ -201,6 +209,15 @@ def _of_bert(name: str, block: nn.Module) -> Iterator[MLP]:
     up, down = (_linear(part) if isinstance(part, nn.Module) else None for part in parts)
     if not up or not down or up.out_features != down.in_features:
         return
+    # that nothing but `dense` and an activation is in the one, and that `dense` is the first thing in the other
+    x = probe_rows(up.in_features, up.weights()[0])
+    first = run(block.intermediate, x)  # type: ignore[arg-type]
+    if not first or not _only(block.intermediate, [up]) or not same(first[1][0].given, x) or not bent(first[0]):  # type: ignore[arg-type]
+        return
+    second = run(block.output, first[0], x[..., :1].expand(2, 3, down.out_features))  # type: ignore[arg-type]
+    event = next((event for event in second[1] if event.module is down.module), None) if second else None
+    if not event or not same(event.given, first[0]) or not by_row(block.intermediate, x, first[0]):  # type: ignore[arg-type]
+        return
 
     def put(layer: FeedforwardLayer) -> nn.Module:
         output = block.output
@@ -212,18 +229,44 @@ def _of_bert(name: str, block: nn.Module) -> Iterator[MLP]:
     yield MLP(name, block, [up], down, put)
 
 
+def _only(module: nn.Module, linears: list[Linear]) -> bool:
+    """Whether all parameters are those of the linear layers."""
+    own = {id(p) for linear in linears for p in linear.module.parameters()}
+    return all(id(p) in own for p in module.parameters())
+
+
 def _of_its_own(name: str, module: nn.Module, model: nn.Module) -> MLP | None:
     """A module that is an MLP and nothing else, as running it shows."""
-    with_parameters = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
-    linears = [_linear(m) for m in with_parameters]
-    if len(linears) not in (2, 3) or None in linears or module is model:
+    linears = [linear for m in module.modules() if (linear := _linear(m))]
+    if len(linears) not in (2, 3) or not _only(module, linears) or module is model:
         return None
-    order, dropout = _run(module, [linear for linear in linears if linear])
-    if not order:
+    for in_features in dict.fromkeys(linear.in_features for linear in linears):
+        x = probe_rows(in_features, linears[0].weights()[0])
+        if found := run(module, x):
+            break
+    else:
         return None
+    output, events = found
+    ran = [index for index, event in enumerate(events) if _linear(event.module)]
+    order = [linear for index in ran if (linear := _linear(events[index].module))]
+    if {linear.module for linear in order} != {linear.module for linear in linears} or len(order) != len(linears):
+        return None
+    *ups, last = (events[index] for index in ran)
     *up, down = order
-    if any((u.in_features, u.out_features) != (up[0].in_features, down.in_features) for u in up):
+    behind = [event.module for event in events[ran[-1] + 1 :]]
+    in_training = run(module, x, training=True)
+    if (
+        any((u.in_features, u.out_features) != (up[0].in_features, down.in_features) for u in up)
+        or not all(same(event.given, x) for event in ups)
+        or not same(last.made, output)
+        or not bent(last.given)
+        or not all(isinstance(m, nn.Dropout | nn.Identity) for m in behind)
+        or not in_training
+        or not same(in_training[0], output)
+        or not by_row(module, x, output)
+    ):
         return None
+    dropout = next((m for m in behind if isinstance(m, nn.Dropout)), None)
 
     def put(layer: FeedforwardLayer) -> nn.Module:
         new = nn.Sequential(layer, dropout) if dropout else layer
@@ -234,52 +277,3 @@ def _of_its_own(name: str, module: nn.Module, model: nn.Module) -> MLP | None:
         return module
 
     return MLP(name, module, up, down, put)
-
-
-@torch.no_grad()
-def _run(module: nn.Module, linears: list[Linear]) -> tuple[list[Linear], nn.Dropout | None]:
-    """The linear layers in the order in which they run, and the dropout behind the last.
-
-    No layers if the module is no function of each row for itself, from the input of all but the last layer to the
-    output of the last.
-    """
-    weight = linears[0].module.weight
-    assert isinstance(weight, Tensor)
-    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
-    watched = {linear.module: linear for linear in linears}
-    handles = [
-        m.register_forward_hook(lambda m, args, output: seen.append((m, args[0], output)))
-        for m in module.modules()
-        if m in watched or isinstance(m, nn.Dropout)
-    ]
-    training = {m: m.training for m in module.modules()}
-    try:
-        ran: list[tuple[Linear, Tensor, Tensor]]
-        for in_features in dict.fromkeys(linear.in_features for linear in linears):
-            seen.clear()
-            x = torch.linspace(-1, 1, 3 * in_features, device=weight.device, dtype=weight.dtype).view(1, 3, in_features)
-            try:
-                output = module.eval()(x)
-                other = module(torch.cat([x[:, :1], -x[:, 1:]], 1))
-            except (RuntimeError, TypeError, ValueError):
-                continue  # another number of features, or of arguments
-            ran = [(watched[m], given, made) for m, given, made in seen[: len(seen) // 2] if m in watched]
-            if len(ran) == len(linears) and isinstance(output, Tensor):
-                break
-        else:
-            return [], None
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, mode in training.items():
-            m.training = mode
-    *ups, (_, _, last) = ran
-    same = all(_equal(given, x) for _, given, _ in ups) and _equal(last, output) and _equal(output[:, :1], other[:, :1])
-    if not same or {linear.module for linear, _, _ in ran} != set(watched):
-        return [], None
-    behind = (m for m, given, _ in seen if isinstance(m, nn.Dropout) and given.data_ptr() == last.data_ptr())
-    return [linear for linear, _, _ in ran], next(behind, None)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == b.numel() and torch.allclose(a.flatten(), b.flatten(), rtol=1e-3, atol=1e-5)

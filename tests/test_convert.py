@@ -28,6 +28,11 @@ def trained() -> nn.Sequential:
     return model.eval()
 
 
+def trained_once() -> nn.Sequential:
+    with torch.enable_grad():
+        return trained()
+
+
 def batches() -> list[torch.Tensor]:
     torch.manual_seed(1)
     return [torch.randn(500, D) for _ in range(8)]
@@ -70,7 +75,7 @@ def test_neurons_that_explain_the_outputs_are_chosen() -> None:
     hidden = torch.randn(300, 5)
     hidden[:, 4] = hidden[:, 1] + 0.01 * torch.randn(300)  # says nothing that neuron 1 does not
     outputs = 3 * hidden[:, [1]] - 2 * hidden[:, [3]] + 1
-    chosen, weight, bias = _neurons(_Rows(hidden, hidden, outputs), 2)
+    chosen, weight, bias = _neurons(hidden, _Rows(hidden, outputs), 2)
     assert set(chosen.tolist()) in ({1, 3}, {4, 3})
     assert torch.allclose(hidden[:, chosen].double() @ weight + bias, outputs.double(), atol=0.1)
 
@@ -79,7 +84,8 @@ def test_the_model_is_otherwise_as_it_was() -> None:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
     model = BertModel(config).train()
-    others = {n: p.clone() for n, p in model.named_parameters() if "intermediate" not in n and "output.dense" not in n}
+    mine = ("encoder.layer.0.intermediate.", "encoder.layer.0.output.dense.")
+    others = {n: p.clone() for n, p in model.named_parameters() if not n.startswith(mine)}
     data = [{"input_ids": torch.randint(50, (4, 6))} for _ in range(20)]
     made = convert_feedforward(
         model,
@@ -94,7 +100,65 @@ def test_the_model_is_otherwise_as_it_was() -> None:
     assert made[0].new.training
     assert not any(m._forward_hooks for m in model.modules())
     now = dict(model.named_parameters())
-    assert all(torch.equal(now[name], p) for name, p in others.items() if name in now)
+    assert now.keys() - others.keys() == {n for n in now if n.startswith("encoder.layer.0.intermediate.")}
+    assert all(torch.equal(now[name], p) for name, p in others.items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    errors = {}
+    for each in (torch.float32, dtype):
+        model = trained().to(each)
+        (made,) = convert_feedforward(
+            model, [b.to(each) for b in batches()], partial(FFF, depth=2, leaf_width=4), steps=100
+        )
+        assert {p.dtype for p in made.new.parameters()} == {each}
+        assert torch.isfinite(model(batches()[0].to(each))).all()
+        errors[each] = made.error
+    assert errors[dtype] == pytest.approx(errors[torch.float32], rel=0.5)
+
+
+def test_padding_is_not_looked_at() -> None:
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(block, 1).eval()
+    padded = torch.zeros(50, 6, dtype=torch.bool)
+    padded[:, 3:] = True
+    data = [{"src": torch.randn(50, 6, 16), "src_key_padding_mask": padded} for _ in range(10)]
+    errors = []
+    for noise in (0.0, 100.0):
+        for batch in data:
+            batch["src"][:, 3:] = noise * torch.randn(50, 3, 16)
+        torch.manual_seed(0)
+        (made,) = convert_feedforward(copy.deepcopy(model), data, partial(FFF, depth=2, leaf_width=6), steps=0)
+        errors.append(made.error)
+    assert errors[0] == pytest.approx(errors[1])
+
+
+def test_rows_that_come_often_do_not_fill_the_tree() -> None:
+    often = [torch.cat([torch.ones(1500, D), batch]) for batch in batches()]
+    (made,) = convert_feedforward(trained(), often, partial(FFF, depth=3, leaf_width=2), steps=0)
+    shares = made.new.route(torch.cat(batches())).squeeze(1).bincount(minlength=8) / 4000
+    assert shares.min() > 0.08
+
+
+def test_a_failure_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(*trained(), nn.ReLU(), nn.Linear(3, H), nn.ReLU(), nn.Linear(H, 3))
+    before = list(model)
+    layers = iter([FF(D, 3, 4)])
+    with pytest.raises(StopIteration):
+        convert_feedforward(model, batches(), lambda i, o: next(layers), steps=1)
+    with pytest.raises(ValueError, match="a FFF with sparse gradients cannot be distilled"):
+        convert_feedforward(model, batches(), partial(FFF, depth=1, leaf_width=2, sparse="frozen"))
+    assert list(model) == before
+
+
+@torch.no_grad()
+def test_without_gradients_around_it() -> None:
+    (made,) = convert_feedforward(trained_once(), batches(), partial(FFF, depth=1, leaf_width=4), steps=50)
+    assert made.error < made.start
 
 
 @pytest.mark.parametrize(
@@ -114,5 +178,7 @@ def test_what_cannot_begin_from_the_weights_is_distilled(factory: partial[FFF]) 
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="no data reached 0"):
         convert_feedforward(trained(), [], partial(FF, width=4))
+    with pytest.raises(ValueError, match="too little data"):
+        convert_feedforward(trained(), [torch.randn(1, D)], partial(FF, width=4))
     with pytest.raises(ValueError, match="holds no MLP"):
         convert_feedforward(nn.Linear(2, 2), batches(), partial(FF, width=4))

@@ -49,7 +49,7 @@ def test_a_copy_can_be_made_between_steps() -> None:
 
 def test_mistakes_in_the_loop() -> None:
     model = layers().train()
-    with pytest.raises(RuntimeError, match="a FFF made no training pass"):
+    with pytest.raises(RuntimeError, match="no layer made a training pass"):
         regularization_loss(model)
     model(torch.randn(20, 6))
     with pytest.raises(ValueError, match="no layer has the regulariser entropy; there are: balance, hardening_mean"):
@@ -59,6 +59,12 @@ def test_mistakes_in_the_loop() -> None:
         regularization_loss(model)
     with pytest.raises(ValueError, match="Linear has no layer of fffexp"):
         regularization_loss(nn.Linear(2, 2))
+
+
+def test_a_layer_that_was_left_out_is_no_mistake() -> None:
+    model = layers().train()
+    model[0](torch.randn(20, 6))
+    assert regularization_loss(model).item() > 0
 
 
 def test_trees_harden() -> None:

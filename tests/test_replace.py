@@ -52,6 +52,95 @@ class Mixing(nn.Module):
         return self.out(self.q(x) * self.k(x).mean(1, keepdim=True))
 
 
+class InPlace(nn.Module):
+    """As Residual, but the output of the second linear layer is what is changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.down(self.up(x).relu())
+        out += x
+        return out
+
+
+class Causal(nn.Module):
+    """A token sees those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu().cumsum(1))
+
+
+class Straight(nn.Module):
+    """A product of two matrices, without an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+class Squeezed(nn.Module):
+    """A score for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu()).squeeze(-1)
+
+
+class Functional(nn.Module):
+    """Its dropout is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.down(self.up(x).relu()), 0.5, self.training)
+
+
+class Objecting(nn.Module):
+    """Takes something else than a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
+
+    def forward(self, x: Any) -> Tensor:
+        return self.down(self.up(x.features).relu())
+
+
+class PreNormIntermediate(nn.Module):
+    """Of RoBERTa with pre-norm: a norm is in the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.LayerNorm, self.dense = nn.LayerNorm(D), nn.Linear(D, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(self.LayerNorm(x)).relu()
+
+
+class PreNormBlock(nn.Module):
+    """As BERT's, with that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intermediate = PreNormIntermediate()
+        self.output = nn.Module()
+        self.output.dense = nn.Linear(H, D)
+
+
 def tokens() -> dict[str, Tensor]:
     return {"input_ids": torch.arange(12).view(2, 6) + 3}
 
@@ -217,6 +306,52 @@ def test_an_mlp_in_two_places_is_replaced_in_both() -> None:
     model = Twice().eval()
     (each,) = replace_feedforward(model, TREE)
     assert model.one is model.other is each.new
+    model.train()(torch.randn(3, D))
+    with pytest.raises(RuntimeError, match="ran more than once"):
+        fffexp.regularization_loss(model)
+
+
+def test_nothing_is_changed_if_a_layer_cannot_be_made() -> None:
+    model = encoder()
+    layers = iter([FF(D, D, 4)])
+    with pytest.raises(StopIteration):
+        replace_feedforward(model, lambda i, o: next(layers))
+    assert not any(isinstance(m, FeedforwardLayer) for m in model.modules())
+
+
+def test_looking_for_mlps_leaves_no_trace() -> None:
+    torch.manual_seed(3)
+    model = MODELS["gpt2"][0]().train()
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="select takes none"):
+        replace_feedforward(model, TREE, select=lambda name, module: False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_model_without_weights_is_told() -> None:
+    with torch.device("meta"):
+        model = encoder()
+    with pytest.raises(ValueError, match="meta device"):
+        replace_feedforward(model, TREE)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_gradient_checkpointing(name: str) -> None:
+    make, given, _, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = make().train()
+    replace_feedforward(model, TREE)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for _ in range(2):
+        model.zero_grad()
+        (output(model, given()).square().mean() + fffexp.regularization_loss(model)).backward()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    given_embeddings = {"inputs_embeds": torch.randn(2, 6, D, requires_grad=True)}
+    output(model, given_embeddings)
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        fffexp.regularization_loss(model)
 
 
 def test_several_mlps_in_a_sequential() -> None:
@@ -232,12 +367,16 @@ def test_several_mlps_in_a_sequential() -> None:
         nn.Linear(D, D),
         nn.Sequential(nn.Linear(D, H), nn.Linear(H, D)),  # no activation
         nn.Sequential(nn.Linear(D, H), nn.Flatten(), nn.ReLU(), nn.Linear(H, D)),
-        nn.Sequential(Residual(), Mixing()),
+        nn.Sequential(nn.Linear(D, H), nn.Softmax(1), nn.Linear(H, D)),
+        nn.Sequential(nn.Linear(D, 2 * H), nn.GLU(), nn.Linear(H, D)),
+        nn.Sequential(norm := nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), norm, nn.Linear(D, D)),
+        *(nn.Sequential(kind()) for kind in (Residual, Mixing, InPlace, Causal, Straight, Squeezed, Functional)),
+        *(nn.Sequential(kind()) for kind in (Objecting, PreNormBlock)),
         nn.MultiheadAttention(D, 4),
         NoisyTopKMoE(D, D, num_experts=4, expert_width=2),
         nn.Sequential(FF(D, D, H)),
     ],
-    ids=lambda model: type(model).__name__,
+    ids=lambda model: type(model[0] if isinstance(model, nn.Sequential) else model).__name__,
 )
 def test_what_is_no_mlp_is_left_alone(model: nn.Module) -> None:
     before = {name: type(module) for name, module in model.named_modules()}

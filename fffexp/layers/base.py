@@ -60,6 +60,9 @@ class FeedforwardLayer(nn.Module, ABC):
         self._ran_twice = False
 
     def _record(self, routing: Any) -> None:
+        # a checkpoint computes the pass again within backward
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return
         self._ran_twice = self._routing is not None
         self._routing = routing
 

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from fffexp import tracking
 from fffexp.bench.limits import environment
+from fffexp.errors import UserError
 from fffexp.experiment import Context, run
 from fffexp.layers import FeedforwardLayer
 from fffexp.reproduce.cells import CONFIGS, DATA, Cell
 from fffexp.reproduce.results import load, save
+from fffexp.reproduce.runs import Training
 from fffexp.task import ClassificationTask
 
 Name = Literal["figure5", "figure6"]
@@ -44,7 +46,7 @@ class ClassesByLeaf(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count, by hooks."""
         assert isinstance(pl_module, ClassificationTask)
-        x, y = trainer.datamodule.val_data  # type: ignore[attr-defined] # set by fit
+        x, y = (part.to(pl_module.device) for part in trainer.datamodule.val_data)  # type: ignore[attr-defined] # by fit
         classes = int(y.max()) + 1
         leaves: dict[str, Tensor] = {}
 
@@ -53,7 +55,10 @@ class ClassesByLeaf(Callback):
 
         layers = pl_module.layers
         handles = [layer.register_forward_pre_hook(partial(route, path)) for path, layer in layers.items()]
-        self.counts = {path: torch.zeros(layer.blocks, classes, dtype=torch.long) for path, layer in layers.items()}
+        self.counts = {
+            path: torch.zeros(layer.blocks, classes, dtype=torch.long, device=x.device)
+            for path, layer in layers.items()
+        }
         pl_module.eval()
         for rows, labels in zip(x.split(1024), y.split(1024), strict=True):
             pl_module(rows)
@@ -87,8 +92,12 @@ def measure(name: Name, data: str, epochs: int, path: Path | None) -> dict[str, 
     """
     kind = {"figure": name, "data": data, "epochs": epochs}
     found = load(path, kind) or {**kind, "trainings": []}
-    done = {training["name"] for training in found["trainings"]}
-    for told, args in arguments(name, data, epochs).items():
+    wanted = arguments(name, data, epochs)
+    done = {training["name"]: training["recipe"] for training in found["trainings"]}
+    for told, recipe in done.items():
+        if told not in wanted or Training(wanted[told]).recipe() != recipe:
+            raise UserError(f"--json {path}: {told} was trained by another recipe: give another file, or remove it")
+    for told, args in wanted.items():
         if told in done:
             continue
         classes = ClassesByLeaf()
@@ -104,6 +113,7 @@ def measure(name: Name, data: str, epochs: int, path: Path | None) -> dict[str, 
         found["trainings"].append(
             {
                 "name": told,
+                "recipe": Training(args).recipe(),
                 "val_accuracy": result.metrics["val/accuracy"],
                 "entropies": entropies,
                 "classes_by_leaf": {layer: counts.tolist() for layer, counts in classes.counts.items()},

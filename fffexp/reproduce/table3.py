@@ -22,7 +22,7 @@ from fffexp.reproduce import runs
 from fffexp.reproduce.cells import CONFIGS, DATA, Cell, K
 from fffexp.reproduce.paper import printed3
 from fffexp.reproduce.results import save
-from fffexp.study.statistics import Interval, mean_interval
+from fffexp.study.statistics import Interval, ratio
 
 WIDTH, EXPERT_WIDTH, FEATURES = 128, 16, 128
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -63,8 +63,9 @@ def measure(data: str, wanted: Sequence[Cell], seeds: Sequence[int], jobs: int, 
     """
     found = runs.begin(path, {"table": "table3", "data": data}, lambda cell: training(cell, data))
     found.setdefault("speeds", [])
-    if {Cell.of(speed) for speed in found["speeds"]} < set(wanted):
-        found["speeds"] = _speeds(data, wanted)
+    have = {Cell.of(speed) for speed in found["speeds"]}
+    if not have.issuperset(wanted):
+        found["speeds"] = _speeds(data, [*wanted, *have.difference(wanted)])  # all in turn, to be compared
         save(path, found)
     how = {cell: training(cell, data) for cell in wanted}
     runs.complete(found, how, seeds, jobs, path, lambda cell: in_paper(cell, data), together=False)
@@ -128,21 +129,19 @@ def kept(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     dense, nothing = _accuracies(found, DENSE), _accuracies(found, NOTHING)
     for cell in runs.cells(found):
         mine = _accuracies(found, cell)
-        ratios = [mine[seed] / dense[seed] for seed in sorted(mine.keys() & dense.keys())]
         both = sorted(mine.keys() & dense.keys() & nothing.keys())
-        gaps = [dense[seed] - nothing[seed] for seed in both]
-        # without a gap there is no share of it
-        shares = [(mine[s] - nothing[s]) / gap for s, gap in zip(both, gaps, strict=True)] if all(gaps) else []
-        made.append({**cell.describe(), "ratio": _interval(ratios), "recovered": _interval(shares)})
+        made.append(
+            {
+                **cell.describe(),
+                "ratio": ratio([mine[s] for s in both], [dense[s] for s in both]),
+                "recovered": ratio([mine[s] - nothing[s] for s in both], [dense[s] - nothing[s] for s in both]),
+            }
+        )
     return made
 
 
 def _accuracies(found: Mapping[str, Any], cell: Cell) -> dict[int, float]:
     return {run["seed"]: run["test_accuracy"] for run in runs.of(found, cell)}
-
-
-def _interval(values: Sequence[float]) -> tuple[float, Interval | None] | None:
-    return mean_interval(values) if values else None
 
 
 def report(found: Mapping[str, Any]) -> str:
@@ -161,15 +160,16 @@ def report(found: Mapping[str, Any]) -> str:
         lines.append(f"{start}{kept_of}{layer:>9}{speed['model_speedup']:9.2f}")
     lines.append(
         f"width, size: neurons at inference over the {WIDTH} of FF, without and with those that decide. of FF:\n"
-        "accuracy over that of FF; recovered: share of the gap between no feedforward layers and FF; both paired by\n"
-        f"seed. layer x, model x: speedup over FF of the layer and of the model, {BATCH_SIZE} images on one thread."
+        "accuracy over that of FF; recovered: share of the gap between no feedforward layers and FF, empty where\n"
+        "there is none to speak of; intervals by Fieller, paired by seed. layer x, model x: speedup over FF of the\n"
+        f"layer and of the model, {BATCH_SIZE} images on one thread."
     )
     return "\n\n".join(["\n".join([runs.HEADER, *rows, runs.LEGEND]), "\n".join(lines)])
 
 
-def _told(found: tuple[float, Interval | None] | None, width: int, interval_width: int) -> str:
+def _told(found: tuple[float, Interval] | None, width: int, interval_width: int) -> str:
     if found is None:
         return " " * (width + interval_width)
     mean, interval = found
-    told = "" if interval is None else f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    told = f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
     return f"{100 * mean:{width}.1f}{told:>{interval_width}}"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from scipy import stats
 
 Interval = tuple[float, float]
@@ -55,6 +56,25 @@ def paired_difference(
     result = stats.ttest_rel([a[seed] for seed in seeds], [b[seed] for seed in seeds])
     low, high = result.confidence_interval(confidence)
     return mean, (float(low), float(high)), n
+
+
+def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> tuple[float, Interval] | None:
+    """Mean of a over mean of b, paired, and its interval by Fieller's theorem (a t interval of mean(a) - r mean(b)).
+
+    None with fewer than two pairs, or if the mean of b is not told apart from 0: no ratio is bounded then.
+    """
+    n = len(a)
+    if n < 2:
+        return None
+    mean_a, mean_b = sum(a) / n, sum(b) / n
+    (var_a, cov), (_, var_b) = np.cov(a, b)
+    t2 = float(stats.t.ppf((1 + confidence) / 2, n - 1)) ** 2 / n
+    # (mean_a - r mean_b)^2 <= t2 (var_a - 2 r cov + r^2 var_b) between the roots of p r^2 - 2 q r + c
+    p, q, c = mean_b**2 - t2 * var_b, mean_a * mean_b - t2 * cov, mean_a**2 - t2 * var_a
+    if p <= 0:
+        return None
+    half = max(0.0, q * q - p * c) ** 0.5
+    return mean_a / mean_b, (float((q - half) / p), float((q + half) / p))
 
 
 class Paired(NamedTuple):

@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 
-from fffexp.study.statistics import above, adjusted, mean_interval, overlap, paired_difference, paired_tests
+from fffexp.study.statistics import above, adjusted, mean_interval, overlap, paired_difference, paired_tests, ratio
 
 # 97.5% quantiles of Student's t, from a printed table
 T_2, T_3 = 4.302653, 3.182446
@@ -111,6 +112,30 @@ def test_a_difference_that_never_varies() -> None:
     (found,) = paired_tests([({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})])
     assert (found.difference, found.p) == (1, 1), "nothing is known of how it varies"
     assert above([[2.0, 2.0]], [1.0]) == [1]
+
+
+def test_ratio() -> None:
+    # with b fixed at 2 it is the t interval of a, over 2
+    a = [1.0, 1.2, 1.1, 0.9]
+    mean, interval = mean_interval(a)
+    found = ratio(a, [2.0] * 4)
+    assert found is not None
+    assert interval is not None
+    assert found[0] == pytest.approx(mean / 2)
+    assert found[1] == pytest.approx([bound / 2 for bound in interval])
+    assert ratio(a, [0.1, -0.1, 0.05, -0.02]) is None, "nothing to be a share of"
+    assert ratio([1.0], [2.0]) is None
+
+
+def test_ratio_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        shared = random.normal(0, 0.3, 5)
+        a, b = 1 + shared + random.normal(0, 0.2, 5), 2 + shared + random.normal(0, 0.2, 5)
+        found = ratio(a.tolist(), b.tolist())
+        covered += found is not None and found[1][0] <= 0.5 <= found[1][1]
+    assert covered / 2000 == pytest.approx(0.95, abs=0.015)
 
 
 def test_above() -> None:

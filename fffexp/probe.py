@@ -1,0 +1,104 @@
+"""What a module of somebody else's does, seen by running it on a few rows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Event(NamedTuple):
+    """A submodule that ran, what it took and what it gave, as they were then."""
+
+    module: nn.Module
+    given: Tensor
+    made: Tensor
+
+
+def probe_rows(features: int, like: Tensor) -> Tensor:
+    """(2, 3, features): [0, 2] is the sum of [0, 0] and [0, 1], and [1, 0] is zero."""
+    x = torch.sin(torch.arange(6 * features, device=like.device) * 0.7).to(like.dtype).view(2, 3, features)
+    x[0, 2], x[1, 0] = x[0, 0] + x[0, 1], 0
+    return x
+
+
+@torch.no_grad()
+def run(module: nn.Module, *inputs: Tensor, training: bool = False) -> tuple[Tensor, list[Event]] | None:
+    """Its output and the events within, without dropout; None if it does not take such inputs.
+
+    Args:
+        module: anything; it is left as it was.
+        inputs: positional arguments.
+        training: in training mode, but for its dropout modules.
+    """
+    events: list[Event] = []
+
+    def note(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if given is not None and isinstance(output, Tensor):
+            events.append(Event(m, given.clone(), output.clone()))
+
+    leaves = [m for m in module.modules() if not list(m.children())]
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in leaves]
+    with _as_it_was(module):
+        module.train(training)
+        for m in leaves:
+            if isinstance(m, nn.Dropout):
+                m.eval()
+        try:
+            output = module(*(x.clone() for x in inputs))
+        except Exception:  # whatever a module of another kind raises
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+    return (output, events) if isinstance(output, Tensor) else None
+
+
+@contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Modes, buffers and random numbers are put back."""
+    modes = {m: m.training for m in module.modules()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal shapes, and values but for rounding."""
+    rtol = 1e-3 if a.dtype in (torch.float32, torch.float64) else 2e-2
+    return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=rtol / 100)
+
+
+def by_row(module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Whether each row of the output (2, 3, out) comes from that row of x (2, 3, in) alone."""
+    for kept in ((0, 0), (1, 2)):
+        other = (x + 0.5).clone()
+        other[kept] = x[kept]
+        found = run(module, other)
+        if not found or found[0].shape != output.shape or not same(found[0][kept], output[kept]):
+            return False
+    return True
+
+
+def bent(hidden: Tensor) -> bool:
+    """Whether what came of `probe_rows` is no affine function of them."""
+    return not same(hidden[0, 0] + hidden[0, 1], hidden[0, 2] + hidden[1, 0])
+
+
+def elementwise(module: nn.Module) -> bool:
+    """Whether a module without parameters computes each element for itself: an activation, dropout or nothing."""
+    if any(True for _ in module.parameters()):
+        return False
+    x = torch.linspace(-2, 2, 24).view(2, 3, 4)
+    found, rolled = run(module, x), run(module, x.flatten().roll(5).view_as(x))
+    if not found or not rolled or found[0].shape != x.shape:
+        return False
+    return same(rolled[0], found[0].flatten().roll(5).view_as(x))
