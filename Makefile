@@ -17,6 +17,8 @@ setup: .venv/.complete ## create .venv from pinned versions (done by every other
 	# torch first and by its exact version: any other install would bring the CUDA build and gigabytes
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub,peers]'
+	# apart from the rest: the torchvision that timm imports is a CUDA build, and beside a CPU torch torchmetrics trips on it
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/timm timm torchvision
 	# without a compiler plain PyTorch serves, more slowly
 	-$(BIN)/fffexp build
 	@touch $@
