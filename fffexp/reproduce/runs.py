@@ -240,6 +240,6 @@ def above_paper(rows: Sequence[Mapping[str, Any]]) -> str:
     collapsed = sum(row["collapsed"] == row["n"] for row in tested)
     return (
         f"FFF: in {shown} of {len(tested)} cells the 95% interval of the mean G_A lies above the paper's best;\n"
-        f"in {collapsed} of the {len(tested)} cells every run has collapsed;\n"
+        f"every run has collapsed in {collapsed} of them;\n"
         f"largest p of one-sided t-tests, adjusted for all cells by Benjamini and Hochberg: {max(ps):.1e}"
     )
