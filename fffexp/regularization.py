@@ -48,7 +48,8 @@ def regularization_loss(model: nn.Module, coefficients: Mapping[str, float] | No
         total = total + weighted_losses([layer], layer.recommended if coefficients is None else coefficients)
         layer.routing = None  # the graph of this step is the loss's from now on
     weights = (p for layer in ran for p in layer.parameters())
-    if total and torch.is_grad_enabled() and not total.requires_grad and any(p.requires_grad for p in weights):
+    # the value last: reading it waits for the device
+    if torch.is_grad_enabled() and not total.requires_grad and any(p.requires_grad for p in weights) and total:
         raise RuntimeError("the layers ran without gradients: gradient checkpointing needs use_reentrant=False")
     return total
 

@@ -190,8 +190,9 @@ def _of_torch(
 
     def put(layer: FeedforwardLayer) -> nn.Module:
         old = nn.ModuleList([block.linear1, block.linear2])
-        block.linear1, block.linear2 = layer, nn.Identity()  # type: ignore[assignment]
-        block.dropout, block.activation = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        block.linear1 = layer  # type: ignore[assignment] # torch's annotation says Linear
+        for key in ("dropout", "activation", "linear2"):
+            setattr(block, key, nn.Identity())
         if isinstance(block, nn.TransformerEncoderLayer):
             # torch's fused inference reads the weights of the linear layers past their modules
             block.activation_relu_or_gelu = 0
@@ -205,24 +206,25 @@ def _of_torch(
 
 def _of_bert(name: str, block: nn.Module) -> Iterator[MLP]:
     """`output` adds a residual behind its linear layer, so the layer goes where `intermediate` was."""
-    parts = [getattr(getattr(block, part, None), "dense", None) for part in ("intermediate", "output")]
+    intermediate, output = getattr(block, "intermediate", None), getattr(block, "output", None)
+    if not isinstance(intermediate, nn.Module) or not isinstance(output, nn.Module):
+        return
+    parts = getattr(intermediate, "dense", None), getattr(output, "dense", None)
     up, down = (_linear(part) if isinstance(part, nn.Module) else None for part in parts)
     if not up or not down or up.out_features != down.in_features:
         return
     # that nothing but `dense` and an activation is in the one, and that `dense` is the first thing in the other
     x = probe_rows(up.in_features, up.weights()[0])
-    first = run(block.intermediate, x)  # type: ignore[arg-type]
-    if not first or not _only(block.intermediate, [up]) or not same(first[1][0].given, x) or not bent(first[0]):  # type: ignore[arg-type]
+    first = run(intermediate, x)
+    if not first or not _only(intermediate, [up]) or not same(first[1][0].given, x) or not bent(first[0]):
         return
-    second = run(block.output, first[0], x[..., :1].expand(2, 3, down.out_features))  # type: ignore[arg-type]
+    second = run(output, first[0], x[..., :1].expand(2, 3, down.out_features))
     event = next((event for event in second[1] if event.module is down.module), None) if second else None
-    if not event or not same(event.given, first[0]) or not by_row(block.intermediate, x, first[0]):  # type: ignore[arg-type]
+    if not event or not same(event.given, first[0]) or not by_row(intermediate, x, first[0]):
         return
 
     def put(layer: FeedforwardLayer) -> nn.Module:
-        output = block.output
-        assert isinstance(output, nn.Module)
-        old = nn.ModuleList([block.intermediate, output.dense])  # type: ignore[list-item]
+        old = nn.ModuleList([intermediate, down.module])
         block.intermediate, output.dense = layer, nn.Identity()
         return old
 

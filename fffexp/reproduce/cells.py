@@ -20,6 +20,7 @@ DATA = {
     "cifar10": [f"--config={CONFIGS}/data/hub.yaml", "--data.name=cifar10"],
 }
 SIZES = {"fashion_mnist": (784, 10), "mnist": (784, 10), "usps": (256, 10), "cifar10": (3072, 10)}  # inputs, classes
+PATCHES = {"fashion_mnist": 7, "cifar10": 4}  # pixels of a vision transformer's patch that divide the images
 RECIPES = {"FF": "ff", "NoisyTopKMoE": "moe", "SwitchMoE": "switch", "FFF": "fff"}
 NARROW = {"FFF": 2, "FF": 16}  # up to this width, of a leaf or in all, by the recipe fff_narrow or ff_narrow
 K = 2  # experts that a noisy top-k gate chooses, as in arXiv 2308.14711
@@ -53,7 +54,9 @@ class Cell:
         if rest or not blocks:
             raise UserError(f"{self.training_width} hidden neurons are not a number of experts of {self.leaf_width}")
         if self.layer == "NoisyTopKMoE" and blocks < K:
-            raise UserError(f"{self.training_width} hidden neurons are {blocks} expert of {self.leaf_width}, too few")
+            raise UserError(
+                f"{self.training_width} hidden neurons are {blocks} expert of {self.leaf_width}: {K} are needed"
+            )
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Cell":

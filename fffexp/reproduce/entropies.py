@@ -20,7 +20,7 @@ from fffexp.bench.limits import environment
 from fffexp.errors import UserError
 from fffexp.experiment import Context, run
 from fffexp.layers import FeedforwardLayer
-from fffexp.reproduce.cells import CONFIGS, DATA, Cell
+from fffexp.reproduce.cells import CONFIGS, DATA, PATCHES, Cell
 from fffexp.reproduce.results import load, save
 from fffexp.reproduce.runs import Training
 from fffexp.task import ClassificationTask
@@ -29,7 +29,6 @@ Name = Literal["figure5", "figure6"]
 DEPTHS, LEAF_WIDTH, HARDENING = (2, 3, 4), 8, 3.0
 VIT, VIT_HARDENING = Cell("FFF", 128, 32), 0.1
 SHARES = (0, 0.1, 0.25, 0.5, 1)  # of the training
-PATCHES = {"fashion_mnist": 7, "cifar10": 4}
 
 
 class ClassesByLeaf(Callback):

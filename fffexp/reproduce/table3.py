@@ -19,14 +19,13 @@ from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
 from fffexp.models import ViT
 from fffexp.models.mlp import LayerFactory
 from fffexp.reproduce import runs
-from fffexp.reproduce.cells import CONFIGS, DATA, Cell, K
+from fffexp.reproduce.cells import CONFIGS, DATA, PATCHES, Cell, K
 from fffexp.reproduce.paper import printed3
 from fffexp.reproduce.results import save
 from fffexp.study.statistics import Interval, ratio
 
 WIDTH, EXPERT_WIDTH, FEATURES = 128, 16, 128
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
-PATCHES = {"fashion_mnist": 7, "cifar10": 4}
 DENSE, NOTHING = Cell("FF", WIDTH), Cell("none", 0)
 BATCH_SIZE = 256
 

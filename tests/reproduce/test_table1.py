@@ -65,7 +65,12 @@ def made_by(factory: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(
-    ("layer", "leaf_width", "message"), [("FFF", 3, "not a power of 2"), ("SwitchMoE", 5, "not a number of experts")]
+    ("layer", "leaf_width", "message"),
+    [
+        ("FFF", 3, "not a power of 2"),
+        ("SwitchMoE", 5, "not a number of experts"),
+        ("NoisyTopKMoE", 16, "1 expert of 16: 2 are needed"),
+    ],
 )
 def test_leaf_widths_that_do_not_fit(layer: Layer, leaf_width: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
