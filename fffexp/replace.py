@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fffexp.layers import FeedforwardLayer
+from fffexp.layers import FF, FeedforwardLayer
 from fffexp.layers.base import SIZES
 from fffexp.models.mlp import LayerFactory
 from fffexp.probe import bent, by_row, elementwise, probe_rows, run, same
@@ -72,11 +72,11 @@ def replace_feedforward(
 ) -> list[Replacement]:
     """Put a layer in the place of each MLP of a model, which is changed.
 
-    Known are: modules of two linear layers with an activation between them (timm, GPT-2), gated ones of three (Llama),
-    pairs within an nn.Sequential, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, and the `intermediate` and
-    `output` of BERT and its kin; a classification head of this form is one of them. That nothing else happens between
-    a module's input and its output is made sure by running it on a few rows. Dropout within an MLP goes with it: give
-    the factory's layer its own; a dropout module behind it stays.
+    Known are: modules of two linear layers with an activation between them (timm, GPT-2, FF), gated ones of three
+    (Llama), pairs within an nn.Sequential, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, and the
+    `intermediate` and `output` of BERT and its kin; a classification head of this form is one of them. That nothing
+    else happens between a module's input and its output is made sure by running it on a few rows. Dropout within an
+    MLP goes with it: give the factory's layer its own; a dropout module behind it stays.
 
     Args:
         model: the whole of it: what holds an nn.TransformerEncoder's layers has to know of them.
@@ -131,6 +131,8 @@ def _mlps(model: nn.Module) -> Iterator[MLP]:
     taken: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in taken or isinstance(module, FeedforwardLayer):
+            if isinstance(module, FF) and module not in taken and (mlp := _of_its_own(name, module, model)):
+                yield mlp
             taken.update(module.modules())
         elif isinstance(module, nn.Sequential):
             yield from _within_sequential(name, module)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fffexp.reproduce import runs, table1, table2, table3
+from fffexp.reproduce import conversion, runs, table1, table2, table3
 from fffexp.study import text
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,8 @@ def test_every_line_is_printed_by_the_command_above_it(path: str, block: str) ->
         runs.summarize(again, lambda cell: table.in_paper(cell, found["data"]))
         assert json.loads(json.dumps(again)) == found, "the command would print other numbers"
         printed = table.report(found).splitlines()
+    elif "conversion" in found:
+        printed = conversion.report(found).splitlines()
     else:
         printed = text.trials(found).splitlines()
     lines = block.splitlines()

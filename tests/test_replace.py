@@ -374,7 +374,7 @@ def test_several_mlps_in_a_sequential() -> None:
         *(nn.Sequential(kind()) for kind in (Objecting, PreNormBlock)),
         nn.MultiheadAttention(D, 4),
         NoisyTopKMoE(D, D, num_experts=4, expert_width=2),
-        nn.Sequential(FF(D, D, H)),
+        FF(D, D, H),  # the model itself
     ],
     ids=lambda model: type(model[0] if isinstance(model, nn.Sequential) else model).__name__,
 )
@@ -385,3 +385,12 @@ def test_what_is_no_mlp_is_left_alone(model: nn.Module) -> None:
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert not any(m._forward_hooks for m in model.modules())
     assert model.training
+
+
+def test_a_dense_layer_of_ours_is_an_mlp() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), FF(8, 5, width=12))
+    (made,) = replace_feedforward(model, partial(FFF, depth=1, leaf_width=4))
+    assert model[1] is made.new
+    assert made.before["inference_width"] == 12
+    with pytest.raises(ValueError, match="no MLP"):
+        replace_feedforward(model, partial(FFF, depth=1, leaf_width=4))

@@ -1,4 +1,4 @@
-"""`fffexp reproduce figure3|figure5|figure6|table1|table2|table3`: arguments to measurements to figures and tables."""
+"""`fffexp reproduce`: arguments to measurements to figures and tables."""
 
 import argparse
 from pathlib import Path
@@ -54,6 +54,14 @@ def main(args: list[str]) -> int:
     sub.add_argument("--leaf_widths", nargs="+", type=positive, default=[32, 16, 8, 4, 2, 1], metavar="N")
     _trainings(sub, seeds=3)
     sub.set_defaults(run=_table3)
+    _json(sub)
+    told = "a trained vision transformer's layers made into trees, beside FF of their inference size, not trained again"
+    sub = commands.add_parser("conversion", help=told, description=told, allow_abbrev=False)
+    sub.add_argument("--data", choices=("fashion_mnist", "cifar10"), default="fashion_mnist")
+    trees = [(2, 32), (4, 32), (3, 16), (4, 8)]
+    sub.add_argument("--trees", nargs="+", type=_tree, default=trees, metavar="DEPTHxLEAF", help="such as 4x32")
+    sub.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many, from 0 on")
+    sub.set_defaults(run=_conversion)
     _json(sub)
     for name, told, data, epochs in (
         ("figure5", "entropy of trees of depth 2, 3 and 4 over training", ("fashion_mnist", "mnist"), 50),
@@ -136,6 +144,18 @@ def _table3(found: argparse.Namespace) -> None:
     print(runs.HEADER, flush=True)
     measured = table3.measure(found.data, wanted, range(found.seeds), found.jobs, found.json)
     print(table3.report(measured))
+
+
+def _tree(text: str) -> tuple[int, int]:
+    depth, _, leaf_width = text.partition("x")
+    return natural(depth), positive(leaf_width)
+
+
+def _conversion(found: argparse.Namespace) -> None:
+    from fffexp.reproduce import conversion
+
+    shapes = [conversion.Shape(*tree) for tree in found.trees]
+    print(conversion.report(conversion.measure(found.data, shapes, range(found.seeds), found.json)))
 
 
 def _entropies(found: argparse.Namespace) -> None:

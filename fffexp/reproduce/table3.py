@@ -76,7 +76,8 @@ def in_paper(cell: Cell, data: str) -> dict[str, float]:
     return printed3(cell.leaf_width) if data == "cifar10" and cell in (DENSE, *cells([32, 16, 8, 4, 2, 1])[2:8]) else {}
 
 
-def _layer(cell: Cell) -> LayerFactory | None:
+def layer_factory(cell: Cell) -> LayerFactory | None:
+    """That makes the layer of a cell; None for none."""
     if cell.layer == "FF":
         return partial(FF, width=cell.training_width)
     if cell.layer == "FFF":
@@ -88,7 +89,9 @@ def _layer(cell: Cell) -> LayerFactory | None:
 
 def _speeds(data: str, wanted: Sequence[Cell]) -> list[dict[str, Any]]:
     """Sizes of a layer, and medians of the layer's and the model's inference, all in turn, over those of FF."""
-    models = {cell: ViT(_layer(cell), SHAPES[data], 10, PATCHES[data], FEATURES).eval() for cell in {DENSE, *wanted}}
+    models = {
+        cell: ViT(layer_factory(cell), SHAPES[data], 10, PATCHES[data], FEATURES).eval() for cell in {DENSE, *wanted}
+    }
     tokens = 1 + SHAPES[data][1] * SHAPES[data][2] // PATCHES[data] ** 2
     layers: dict[Cell, FeedforwardLayer] = {
         cell: model.blocks[0].layer  # type: ignore[misc] # a block's layer is a layer

@@ -1,0 +1,146 @@
+"""`fffexp reproduce conversion`: the layers of a trained vision transformer become trees, and it is not trained again.
+
+Beside each tree stands a dense layer of the tree's inference size, made of the same model in the same way.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.bench.limits import environment
+from fffexp.convert import convert_feedforward
+from fffexp.replicas import EVALUATION_ROWS, Replicas
+from fffexp.reproduce import table3
+from fffexp.reproduce.cells import Cell
+from fffexp.reproduce.results import load, save
+from fffexp.study.statistics import paired_tests, ratio
+
+# Images of the training part that the layers are distilled on.
+SAMPLE, BATCH = 8192, 128
+
+
+class Shape(NamedTuple):
+    """Of a tree."""
+
+    depth: int
+    leaf_width: int
+
+    @property
+    def tree(self) -> Cell:
+        """The tree itself."""
+        return Cell("FFF", 2**self.depth * self.leaf_width, self.leaf_width)
+
+    @property
+    def control(self) -> Cell:
+        """FF of its inference size."""
+        return Cell("FF", self.depth + self.leaf_width)
+
+
+def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path | None) -> dict[str, Any]:
+    """Train an FF model for each seed, and convert it to each shape; seeds that the file has are left.
+
+    Args:
+        data: a name of DATA.
+        shapes: of the trees.
+        seeds: one model each.
+        path: where each seed is written when it is done.
+
+    Raises:
+        UserError: the file is of another measurement, of another recipe, or of other trees.
+    """
+    how = table3.training(table3.DENSE, data)
+    setting = {"conversion": "ViT", "data": data, "recipe": how.recipe(), "shapes": [list(shape) for shape in shapes]}
+    found = load(path, setting) or {**setting, "environments": [], "runs": []}
+    have = {run["seed"] for run in found["runs"]}
+    missing = [seed for seed in seeds if seed not in have]
+    where = environment([torch.get_num_threads()], "cpu")
+    if missing and where not in found["environments"]:
+        found["environments"].append(where)
+    for seed in missing:
+        replicas = Replicas(how.args, [seed])
+        (dense,) = replicas.train(*how[1:])
+        (own,) = replicas.data
+        new = [_run(table3.DENSE, seed, dense.test_accuracy or 0.0)]
+        wanted = dict.fromkeys(cell for shape in shapes for cell in shape_cells(shape))
+        for cell in wanted:
+            torch.manual_seed(seed)
+            model, factory = copy.deepcopy(replicas.task.network).eval(), table3.layer_factory(cell)
+            assert factory is not None
+            made = convert_feedforward(model, own.train_data[0][:SAMPLE].split(BATCH), factory)
+            accuracy = _accuracy(model, *own.test_data)
+            new.append(_run(cell, seed, accuracy, [each.error for each in made], [each.start for each in made]))
+            print(f"seed {seed}  {_name(cell):22}{accuracy:8.2%} of {dense.test_accuracy:.2%}", flush=True)
+        found["runs"] += new
+        save(path, found)
+    return found
+
+
+def shape_cells(shape: Shape) -> tuple[Cell, Cell]:
+    """A tree and its control."""
+    return shape.tree, shape.control
+
+
+def _run(
+    cell: Cell, seed: int, accuracy: float, errors: Sequence[float] = (), starts: Sequence[float] = ()
+) -> dict[str, Any]:
+    return {**asdict(cell), "seed": seed, "test_accuracy": accuracy, "errors": list(errors), "starts": list(starts)}
+
+
+@torch.inference_mode()
+def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    right = 0
+    for rows, labels in zip(x.split(EVALUATION_ROWS // 16), y.split(EVALUATION_ROWS // 16), strict=True):
+        right += int((model(rows).argmax(1) == labels).sum())
+    return right / len(y)
+
+
+def _name(cell: Cell) -> str:
+    return f"FF of {cell.training_width}" if cell.layer == "FF" else f"FFF {cell.blocks} leaves of {cell.leaf_width}"
+
+
+def _of(found: Mapping[str, Any], cell: Cell, key: str = "test_accuracy") -> dict[int, Any]:
+    return {run["seed"]: run[key] for run in found["runs"] if Cell.of(run) == cell}
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """A line for each converted layer, and whether trees are ahead of their controls."""
+    dense = _of(found, table3.DENSE)
+    shapes = [Shape(*shape) for shape in found["shapes"]]
+    lines = [
+        f"{'layers':22}{'width':>6}{'size':>6}{'accuracy':>10}{'of dense, %':>13}{'95% interval':>18}  error by block",
+        f"{'FF of 128, trained':22}{table3.WIDTH:6}{table3.WIDTH:6}{_mean_of(dense):10.2f}",
+    ]
+    for shape in shapes:
+        for cell in shape_cells(shape):
+            mine, errors = _of(found, cell), _of(found, cell, "errors")
+            seeds = sorted(mine)
+            kept = ratio([mine[seed] for seed in seeds], [dense[seed] for seed in seeds])
+            width = shape.leaf_width if cell == shape.tree else cell.training_width
+            size = shape.depth + shape.leaf_width
+            told = "" if kept is None else f"{100 * kept[0]:.1f}"
+            interval = "" if kept is None else "[{:.1f}, {:.1f}]".format(*(100 * bound for bound in kept[1]))
+            by_block = " ".join(f"{sum(part) / len(part):.3f}" for part in zip(*errors.values(), strict=True))
+            start = f"{_name(cell):22}{width:6}{size:6}{_mean_of(mine):10.2f}"
+            lines.append(f"{start}{told:>13}{interval:>18}  {by_block}")
+    tests = paired_tests([(_of(found, shape.tree), _of(found, shape.control)) for shape in shapes])
+    lines.append("")
+    for shape, test in zip(shapes, tests, strict=True):
+        interval = "" if test.interval is None else "[{:+.2f}, {:+.2f}]".format(*(100 * x for x in test.interval))
+        p = "" if test.p is None else f"  p {test.p:.1e}"
+        lines.append(f"{_name(shape.tree)} - {_name(shape.control)}: {100 * test.difference:+.2f} {interval}{p}")
+    lines.append(
+        f"Test accuracy in percent, means of {len(dense)} seeds. width, size: neurons at inference,\n"
+        "without and with those that decide. Each layer was distilled by itself to the dense layer's outputs; error:\n"
+        "mean squared difference over their variance, on images held out. of dense: by Fieller, paired by seed;\n"
+        "p: paired t-test, adjusted for all lines by Benjamini and Hochberg."
+    )
+    return "\n".join(lines)
+
+
+def _mean_of(by_seed: Mapping[int, float]) -> float:
+    return 100 * sum(by_seed.values()) / len(by_seed)
