@@ -181,18 +181,23 @@ def test_comparisons_with_controls_are_paired() -> None:
 
 
 def test_stability() -> None:
-    steady = runs_of(Cell("FFF", 128, 8), [88.0, 88.1, 87.9, 88.0, 88.05, 87.95])
-    wild = runs_of(Cell("NoisyTopKMoE", 128, 8), [80.0, 88.0, 70.0, 89.0, 84.0, 60.0], val_accuracy_std=0.02)
+    a, b = [88.0, 88.1, 87.9, 88.0, 88.05, 87.95], [80.0, 88.0, 70.0, 89.0, 84.0, 60.0]
+    steady = runs_of(Cell("FFF", 128, 8), a)
+    wild = runs_of(Cell("NoisyTopKMoE", 128, 8), b, val_accuracy_std=0.02)
     wild[0]["used_blocks"] = 7
     found = table(steady, wild)
     rows = {row["layer"]: row for row in stability.table(found)}
     assert rows["NoisyTopKMoE"]["collapsed"] == 1
-    assert rows["FFF"]["std"] == pytest.approx(np.std([88.0, 88.1, 87.9, 88.0, 88.05, 87.95], ddof=1))
+    assert rows["FFF"]["std"] == pytest.approx(np.std(a, ddof=1))
     assert rows["FFF"]["mean - worst"] == pytest.approx(0.1)
     assert rows["FFF"]["ETT_G std"] == pytest.approx(np.std(range(6), ddof=1))
     tests = {t["measure"]: t for t in stability.tests(found)}
-    assert tests["late std"]["p"] == pytest.approx(1.5 * 2 / 2**6)  # Wilcoxon: all six the same way; second of three
-    assert tests["spikes"]["p"] == 1
+    # the late std differs the same way in all six, the spikes in none
+    ps = {"test accuracy": stats.ttest_rel(a, b).pvalue, "std of test accuracy": stats.levene(a, b).pvalue}
+    ps |= {"late std": 2 / 2**6, "spikes": 1.0}
+    expected = dict(zip(ps, stats.false_discovery_control(list(ps.values())), strict=True))
+    assert {name: test["p"] for name, test in tests.items()} == pytest.approx(expected)
+    assert tests["test accuracy"]["FFF"] > tests["test accuracy"]["rival"]
     assert tests["std of test accuracy"]["FFF"] < tests["std of test accuracy"]["rival"]
     assert "NoisyTopKMoE" in stability.report(found)
     assert stability.report(table()) == ""
@@ -200,7 +205,7 @@ def test_stability() -> None:
 
 def test_runs_that_never_vary_are_no_different() -> None:
     found = table(*(runs_of(Cell(layer, 128, 8), [88.0] * 3) for layer in ("FFF", "NoisyTopKMoE")))
-    assert [t["p"] for t in stability.tests(found)] == [1, 1, 1]
+    assert [t["p"] for t in stability.tests(found)] == [1, 1, 1, 1]
 
 
 def test_controls_know_the_data() -> None:
