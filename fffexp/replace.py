@@ -192,15 +192,15 @@ def _of_torch(
 
     def put(layer: FeedforwardLayer) -> nn.Module:
         old = nn.ModuleList([block.linear1, block.linear2])
-        block.linear1 = layer  # type: ignore[assignment] # torch's annotation says Linear
-        for key in ("dropout", "activation", "linear2"):
-            setattr(block, key, nn.Identity())
+        passing = {key: nn.Identity() for key in ("dropout", "activation", "linear2")}
+        for key, module in {"linear1": layer, **passing}.items():
+            setattr(block, key, module)
         if isinstance(block, nn.TransformerEncoderLayer):
             # torch's fused inference reads the weights of the linear layers past their modules
             block.activation_relu_or_gelu = 0
-            for module in model.modules():
-                if isinstance(module, nn.TransformerEncoder) and block in module.layers:
-                    module.use_nested_tensor = False
+            for holder in model.modules():
+                if isinstance(holder, nn.TransformerEncoder) and block in holder.layers:
+                    holder.use_nested_tensor = False
         return old
 
     yield MLP(name, block, [up], down, put)

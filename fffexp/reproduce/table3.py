@@ -94,7 +94,7 @@ def _speeds(data: str, wanted: Sequence[Cell]) -> list[dict[str, Any]]:
     }
     tokens = 1 + SHAPES[data][1] * SHAPES[data][2] // PATCHES[data] ** 2
     layers: dict[Cell, FeedforwardLayer] = {
-        cell: model.blocks[0].layer  # type: ignore[misc] # a block's layer is a layer
+        cell: next(module for module in model.modules() if isinstance(module, FeedforwardLayer))
         for cell, model in models.items()
         if cell != NOTHING
     }
