@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fffexp.bench.limits import environment
 from fffexp.convert import convert_feedforward
+from fffexp.errors import UserError
+from fffexp.layers import FFF
 from fffexp.replicas import EVALUATION_ROWS, Replicas
 from fffexp.reproduce import table3
 from fffexp.reproduce.cells import Cell
@@ -40,6 +42,17 @@ class Shape(NamedTuple):
         """FF of its inference size."""
         return Cell("FF", self.depth + self.leaf_width)
 
+    def check(self) -> None:
+        """Raise UserError, before anything is trained, if the tree cannot be made or its control is no smaller."""
+        name = f"--trees {self.depth}x{self.leaf_width}"
+        if self.control.training_width >= table3.WIDTH:
+            told = f"{self.depth} + {self.leaf_width} neurons at inference are no fewer than the {table3.WIDTH} of FF"
+            raise UserError(f"{name}: {told}: give a smaller tree")
+        try:
+            FFF(table3.FEATURES, table3.FEATURES, self.depth, self.leaf_width)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+
 
 def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path | None) -> dict[str, Any]:
     """Train an FF model for each seed, and convert it to each shape; seeds that the file has are left.
@@ -51,8 +64,10 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
         path: where each seed is written when it is done.
 
     Raises:
-        UserError: the file is of another measurement, of another recipe, or of other trees.
+        UserError: the file is of another measurement, of another recipe, or of other trees; or a tree is too large.
     """
+    for shape in shapes:
+        shape.check()
     how = table3.training(table3.DENSE, data)
     setting = {"conversion": "ViT", "data": data, "recipe": how.recipe(), "shapes": [list(shape) for shape in shapes]}
     found = load(path, setting) or {**setting, "environments": [], "runs": []}
@@ -65,9 +80,9 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
         replicas = Replicas(how.args, [seed])
         (dense,) = replicas.train(*how[1:])
         (own,) = replicas.data
-        new = [_run(table3.DENSE, seed, dense.test_accuracy or 0.0)]
-        wanted = dict.fromkeys(cell for shape in shapes for cell in shape_cells(shape))
-        for cell in wanted:
+        assert dense.test_accuracy is not None
+        new = [_run(table3.DENSE, seed, dense.test_accuracy)]
+        for cell in dict.fromkeys(cell for shape in shapes for cell in (shape.tree, shape.control)):
             torch.manual_seed(seed)
             model, factory = copy.deepcopy(replicas.task.network).eval(), table3.layer_factory(cell)
             assert factory is not None
@@ -78,11 +93,6 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
         found["runs"] += new
         save(path, found)
     return found
-
-
-def shape_cells(shape: Shape) -> tuple[Cell, Cell]:
-    """A tree and its control."""
-    return shape.tree, shape.control
 
 
 def _run(
@@ -116,7 +126,7 @@ def report(found: Mapping[str, Any]) -> str:
         f"{'FF of 128, trained':22}{table3.WIDTH:6}{table3.WIDTH:6}{_mean_of(dense):10.2f}",
     ]
     for shape in shapes:
-        for cell in shape_cells(shape):
+        for cell in (shape.tree, shape.control):
             mine, errors = _of(found, cell), _of(found, cell, "errors")
             seeds = sorted(mine)
             kept = ratio([mine[seed] for seed in seeds], [dense[seed] for seed in seeds])

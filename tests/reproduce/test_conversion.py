@@ -48,6 +48,9 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for tree in ("4", "x8", "2x0", "2x8x1"):
         assert main(["reproduce", "conversion", "--trees", tree]) == 2
         assert "--trees" in capsys.readouterr().err
+    for tree, told in (("0x128", "no fewer than the 128"), ("60x8", "lower depth")):
+        assert main(["reproduce", "conversion", "--trees", tree]) == 2
+        assert told in capsys.readouterr().err
     path = tmp_path / "conversion.json"
     path.write_text('{"conversion": "ViT", "data": "cifar10"}')
     assert main(["reproduce", "conversion", "--json", str(path)]) == 2
