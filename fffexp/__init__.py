@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fffexp.convert import convert_feedforward
     from fffexp.data import IDX, Digits, FashionMNIST, Hub
-    from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE, SwitchMoE
+    from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE
     from fffexp.optim import RowAdamW
     from fffexp.regularization import harden, regularization_loss
     from fffexp.replace import replace_feedforward
@@ -19,6 +19,7 @@ __all__ = [
     "Digits",
     "FashionMNIST",
     "FeedforwardLayer",
+    "Forest",
     "Hub",
     "NoisyTopKMoE",
     "RowAdamW",
@@ -32,7 +33,7 @@ __all__ = [
 _HOMES = {
     "fffexp.convert": ("convert_feedforward",),
     "fffexp.data": ("Digits", "FashionMNIST", "Hub", "IDX"),
-    "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE", "SwitchMoE"),
+    "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE"),
     "fffexp.optim": ("RowAdamW",),
     "fffexp.regularization": ("harden", "regularization_loss"),
     "fffexp.replace": ("replace_feedforward",),

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fffexp.layers import FF, FFF, FeedforwardLayer
-from fffexp.models.mlp import LayerFactory
 from fffexp.regularization import harden, weighted_losses
-from fffexp.replace import MLP, Replacement, Select, build, find_mlps, put
+from fffexp.replace import MLP, LayerFactory, Replacement, Select, build, find_mlps, put
 from fffexp.schedules import Exponential
 
 BATCH_SIZE = 256

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fffexp.layers import FF, FeedforwardLayer
 from fffexp.layers.base import SIZES
-from fffexp.models.mlp import LayerFactory
 from fffexp.probe import bent, by_row, elementwise, probe_rows, run, same
 
+LayerFactory = Callable[[int, int], FeedforwardLayer]
 Select = Callable[[str, nn.Module], bool]
 
 

@@ -5,6 +5,7 @@ selection on validation. At the widths of arXiv 2308.14711, table 1, ten seeds t
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, Learning
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from fffexp.bench.latency import wait_for_timing
@@ -122,9 +124,10 @@ class Replicas:
             ]
         self.config: str = experiments[0].resolved_yaml
         self.params = flat_params(experiments[0].resolved, experiments[0].model)
-        self.task: ClassificationTask = experiments[0].model
-        self.noise, self.task.input_noise = self.task.input_noise, 0.0  # added here, for all seeds at once
         trainer = experiments[0].trainer
+        self.device = trainer.strategy.root_device
+        self.task: ClassificationTask = experiments[0].model.to(self.device)
+        self.noise, self.task.input_noise = self.task.input_noise, 0.0  # added here, for all seeds at once
         if not trainer.max_epochs or trainer.max_epochs < 0:
             raise UserError(
                 f"trainer.max_epochs is {trainer.max_epochs}: training of many seeds at once needs at least 1"
@@ -139,7 +142,7 @@ class Replicas:
         _refuse(trainer)
         own = [dict(experiment.model.network.named_parameters()) for experiment in experiments]
         self.parameters: Parameters = {
-            name: torch.stack([each[name].detach() for each in own]).requires_grad_() for name in own[0]
+            name: torch.stack([each[name].detach().to(self.device) for each in own]).requires_grad_() for name in own[0]
         }
         self.averaged: Parameters | None = None
 
@@ -163,12 +166,15 @@ class Replicas:
         """
         for data in self.data:
             data.setup()
+            for part in ("train_data", "val_data", "test_data"):
+                setattr(data, part, tuple(rows.to(self.device) for rows in getattr(data, part)))
         if len({len(data.train_data[0]) for data in self.data}) > 1:
             raise UserError("the seeds' training parts differ in size, so that their batches do: use fffexp fit")
         task, optimizer = self.task, self.task.optimizer(list(self.parameters.values()))
         epoch = 0
         loaders = [
-            Batches(*data.train_data, data.batch_size, seed=data.seed, epoch=lambda: epoch) for data in self.data
+            Batches(*data.train_data, data.batch_size, seed=data.seed, epoch=lambda: epoch, device=self.device)
+            for data in self.data
         ]
         steps = len(loaders[0]) * self.epochs
         scheduler, interval = task.scheduler(optimizer, lambda: steps) if task.lr_scheduler else (None, None)
@@ -180,13 +186,15 @@ class Replicas:
         task.on_fit_start()
         loss = _Loss(task)
         vectorised = len(self.seeds) > 1
+        # the faster kernels of attention have no seed axis, or fail with one (on CUDA, torch 2.11)
         losses = (
             torch.vmap(partial(functional_call, loss), randomness="different") if vectorised else partial(_one, loss)
         )
         best = _Best(self.seeds)
         live = list(range(len(self.seeds)))  # whose training goes on
+        at = torch.tensor(live, device=self.device)  # the same, where the losses are
         step = 0
-        course = torch.full((len(self.seeds), steps), torch.nan, dtype=torch.float64)
+        course = torch.full((len(self.seeds), steps), torch.nan, dtype=torch.float64, device=self.device)
         for epoch in range(self.epochs):
             task.train()
             for layer in task.layers.values():
@@ -194,16 +202,17 @@ class Replicas:
                 if isinstance(layer, GatedExperts):
                     layer.dense_training = vectorised
             prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
-            right = torch.zeros(len(live), dtype=torch.long)
+            right = torch.zeros_like(at)
             for parts in zip(*loaders, strict=True):
                 wait_for_timing()
                 x, y = (torch.stack(rows) for rows in zip(*parts, strict=True))
                 _add_noise(x, self.noise)
                 apply_schedules(task, step / steps)
                 optimizer.zero_grad()
-                loss_S, right_S = losses(prefixed, (x, y))
+                with sdpa_kernel(SDPBackend.MATH) if vectorised else nullcontext():
+                    loss_S, right_S = losses(prefixed, (x, y))
                 right += right_S
-                course[live, step] = loss_S.detach().double()
+                course[at, step] = loss_S.detach().double()
                 loss_S.sum().backward()
                 optimizer.step()
                 self._average()
@@ -223,6 +232,7 @@ class Replicas:
                 if len(rows) < len(live):
                     self._keep(rows, optimizer)
                     live, loaders = [live[r] for r in rows], [loaders[r] for r in rows]
+                    at = at[rows]
         return [
             self._replica(index, best, course[index, : len(best.course[index]) * steps // self.epochs], test)
             for index in range(len(self.seeds))
@@ -287,7 +297,7 @@ class Replicas:
             used_blocks=self._used(data.val_data[0]),
             epochs=len(best.course[index]),
             val_accuracy_std=late_deviation(best.course[index]),
-            loss_spikes=count_spikes(losses[losses.isfinite()].numpy()),
+            loss_spikes=count_spikes(losses[losses.isfinite()].cpu().numpy()),
             nonfinite_steps=int((~losses.isfinite()).sum()),
             dead_blocks=self._dead(data.train_data[0]),
         )
@@ -308,7 +318,7 @@ class Replicas:
 def _add_noise(x_SB: Tensor, deviation: float) -> None:
     """Normal noise, drawn once for a step and rolled by another amount for each seed: drawing is slow."""
     if deviation:
-        drawn = torch.randn(x_SB[0].numel())
+        drawn = torch.randn(x_SB[0].numel(), device=x_SB.device)
         shifts = torch.randint(len(drawn), (len(x_SB),)).tolist()
         for x_B, shift in zip(x_SB, shifts, strict=True):
             x_B.add_(drawn.roll(shift).view_as(x_B), alpha=deviation)

@@ -69,6 +69,24 @@ def test_a_seed_alone_runs_on_the_kernels_and_gives_the_same(layer: str, monkeyp
     assert alone.test_accuracy == pytest.approx(both[1].test_accuracy, abs=0.004)
 
 
+def test_seeds_of_a_transformer_train_at_once() -> None:
+    vit = ["--model.network=fffexp.models.ViT", "--model.network.features=16", "--model.network.num_blocks=1"]
+    args = arguments("fff", *vit, "--model.network.input_dropout=0")
+    both, (alone,) = (Replicas(args, seeds).train(test=False) for seeds in ([0, 5], [5]))
+    assert alone.val_accuracy == pytest.approx(both[1].val_accuracy, abs=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments("fff")
+    gpu = Replicas(args, [0, 5])
+    assert gpu.device.type == "cuda"
+    cpu = Replicas([*args, "--trainer.accelerator=cpu"], [0, 5])
+    for there, here in zip(gpu.train(), cpu.train(), strict=True):
+        assert there.val_accuracy == pytest.approx(here.val_accuracy, abs=0.01)
+
+
 def test_noise_differs_between_seeds() -> None:
     # with equal splits, initialisation and order: only the gates' noise is left
     replicas = Replicas(arguments("moe"), [0, 0]).train()

@@ -45,7 +45,8 @@ def fit(epochs: int = 1, rounds: int = 5, threads: int = 1) -> None:
 def _bare(data: ClassificationData, factory: LayerFactory, epochs: int) -> float:
     torch.manual_seed(0)
     network = MLP(factory, data.in_shape, data.num_classes)
-    layer: FeedforwardLayer = network.layer
+    layer = network.layer
+    assert isinstance(layer, FeedforwardLayer)
     optimizer = torch.optim.AdamW(network.parameters())
     batches = data.train_dataloader()
     with exclusive_timing():

@@ -59,6 +59,11 @@ def last_level_cache_bytes() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 * 2**20)
 
 
+def training_device() -> str:
+    """What Lightning trains on where the config says "auto"."""
+    return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
+
 def environment(threads: list[int], device: str) -> dict[str, Any]:
     """Where the numbers come from."""
     from fffexp.kernels import build, operators
@@ -70,7 +75,7 @@ def environment(threads: list[int], device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "compiler": build.compiler_version(),
         "instruction_set": torch.ops.fffexp.instruction_set() if operators.available() else None,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") != "0",
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),

@@ -1,9 +1,10 @@
-"""The operators of inference on CUDA: one kernel routes, one evaluates rows grouped by block.
+"""The operators of inference on CUDA: one kernel does all for a row; one routes, one evaluates rows grouped by block.
 
 Shape suffixes: E entries (row times choice), T tiles of entries of one block, G blocks.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from fffexp.routing.blocks import block_counts
 ROUTE_ROWS, ROUTE_INPUTS = 4, 256
 TILE_ROWS = 16  # the fewest rows that a matrix unit takes
 TILE_HIDDEN, TILE_INPUTS, TILE_OUTPUTS = 64, 64, 64
+ROW_HIDDEN, ROW_SPAN = 16, 512
+# Bytes that all rows read up to which each reads its own.
+ROW_BYTES = 2**31
 
 
 @triton.jit
@@ -122,6 +126,95 @@ def _evaluate_kernel(
                 tl.store(to, part, mask=mask)
 
 
+@triton.jit
+def _row_kernel(
+    x,
+    node_weight,
+    node_bias,
+    block,
+    gates,
+    w1,
+    b1,
+    w2,
+    b2,
+    y,
+    inputs,
+    width,
+    outputs,
+    CHOICES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROUTED: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    for choice in range(CHOICES):
+        g = row * 0
+        if ROUTED:
+            g = tl.load(block + row * CHOICES + choice)
+        else:
+            for level in range(DEPTH):
+                node = g + ((1 << level) - 1)
+                products = tl.zeros([INPUTS], tl.float32)
+                for start in range(0, inputs, INPUTS):
+                    i = start + tl.arange(0, INPUTS)
+                    a = tl.load(x + row * inputs + i, mask=i < inputs, other=0.0).to(tl.float32)
+                    products += a * tl.load(node_weight + node * inputs + i, mask=i < inputs, other=0.0).to(tl.float32)
+                logit = tl.sum(products, 0) + tl.load(node_bias + node).to(tl.float32)
+                g = 2 * g + (logit >= 0).to(tl.int64)
+        gate = 1.0
+        if GATED:
+            gate = tl.load(gates + row * CHOICES + choice).to(tl.float32)
+        for hidden in range(0, width, HIDDEN):
+            j = hidden + tl.arange(0, HIDDEN)
+            inside = j < width
+            z = tl.load(b1 + g * width + j, mask=inside, other=0.0).to(tl.float32)
+            for start in range(0, inputs, INPUTS):
+                i = start + tl.arange(0, INPUTS)
+                a = tl.load(x + row * inputs + i, mask=i < inputs, other=0.0).to(tl.float32)
+                at = w1 + (g * width + j[:, None]) * inputs + i[None, :]
+                w = tl.load(at, mask=inside[:, None] & (i < inputs)[None, :], other=0.0).to(tl.float32)
+                z += tl.sum(w * a[None, :], 1)
+            h = tl.where(inside, _activated(z, ACTIVATION) * gate, 0.0)  # an activation need not be 0 at 0
+            for start in range(0, outputs, OUTPUTS):
+                o = start + tl.arange(0, OUTPUTS)
+                known = o < outputs
+                at = w2 + (g * width + j[:, None]) * outputs + o[None, :]
+                w = tl.load(at, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
+                part = tl.sum(w * h[:, None], 0)
+                if hidden == 0:
+                    part += gate * tl.load(b2 + g * outputs + o, mask=known, other=0.0).to(tl.float32)
+                if hidden > 0 or choice > 0:
+                    part += tl.load(y + row * outputs + o, mask=known, other=0.0)
+                tl.store(y + row * outputs + o, part, mask=known)
+                tl.debug_barrier()  # read again for the next neurons, perhaps by another thread
+
+
+def _by_row(
+    x: Tensor,
+    nodes: tuple[Tensor, Tensor] | None,
+    block: Tensor | None,
+    weights: Tensor | None,
+    blocks: Sequence[Tensor],
+    activation: str,
+) -> Tensor:
+    """(B, O): one launch, and a row reads all of its own weights: for batches that gain nothing by grouping."""
+    (groups, width, inputs), outputs = blocks[0].shape, blocks[2].shape[2]
+    choices = 1 if block is None else block.shape[1]
+    y = torch.empty(len(x), outputs, dtype=torch.float32, device=x.device)
+    if len(x):
+        _row_kernel[(len(x),)](
+            *(x, *(nodes or (x, x)), x if block is None else block, x if weights is None else weights, *blocks, y),
+            *(inputs, width, outputs, choices, groups.bit_length() - 1, block is not None, weights is not None),
+            *(activation, min(ROW_HIDDEN, triton.next_power_of_2(width))),
+            *(min(ROW_SPAN, triton.next_power_of_2(size)) for size in (inputs, outputs)),
+        )
+    return y.to(x.dtype)
+
+
 def route(x: Tensor, node_weight: Tensor, node_bias: Tensor) -> Tensor:
     """(B,) leaf of each row by hard decisions."""
     x, node_weight, node_bias = x.to(node_weight.dtype).contiguous(), node_weight.contiguous(), node_bias.contiguous()
@@ -147,6 +240,9 @@ def selected(
     """(B, O): for each row its (B, K) blocks, summed by weight."""
     x, (batch, choices) = x.to(hidden_weight.dtype).contiguous(), block.shape
     blocks = [t.contiguous() for t in (hidden_weight, hidden_bias, output_weight, output_bias)]
+    if _few(batch * choices, hidden_weight, output_weight):
+        gates = None if weights is None else weights.contiguous()
+        return _by_row(x, None, block.contiguous(), gates, blocks, activation)
     (groups, width, inputs), outputs = hidden_weight.shape, output_weight.shape[2]
     entries = batch * choices
     if not entries:
@@ -171,8 +267,16 @@ def selected(
     return y.view(batch, choices, outputs).sum(1).to(x.dtype) if choices > 1 else y.to(x.dtype)
 
 
+def _few(entries: int, hidden_weight: Tensor, output_weight: Tensor) -> bool:
+    return entries * (hidden_weight[0].nbytes + output_weight[0].nbytes) <= ROW_BYTES
+
+
 def fff(x: Tensor, node_weight: Tensor, node_bias: Tensor, *blocks: Any) -> Tensor:
     """(B, O) of hard inference."""
+    *weights, activation = blocks
+    if _few(len(x), weights[0], weights[2]):
+        x, nodes = x.to(node_weight.dtype).contiguous(), (node_weight.contiguous(), node_bias.contiguous())
+        return _by_row(x, nodes, None, None, [t.contiguous() for t in weights], activation)
     return selected(x, route(x, node_weight, node_bias).unsqueeze(1), None, *blocks)
 
 

@@ -3,7 +3,8 @@
 from fffexp.layers.base import FeedforwardLayer
 from fffexp.layers.ff import FF
 from fffexp.layers.fff import FFF
+from fffexp.layers.forest import Forest
 from fffexp.layers.moe import NoisyTopKMoE
 from fffexp.layers.switch import SwitchMoE
 
-__all__ = ["FF", "FFF", "FeedforwardLayer", "NoisyTopKMoE", "SwitchMoE"]
+__all__ = ["FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE"]

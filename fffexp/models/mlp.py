@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fffexp.layers import FeedforwardLayer
+from fffexp.layers import FeedforwardLayer, Forest
 
-LayerFactory = Callable[[int, int], FeedforwardLayer]
+LayerFactory = Callable[[int, int], FeedforwardLayer | Forest]
 
 
 class MLP(nn.Module):

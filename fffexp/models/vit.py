@@ -1,6 +1,7 @@
 """The vision transformer of arXiv 2308.14711, section 4.4."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ class ViT(nn.Module):
         num_blocks: transformer blocks.
         heads: attention heads of a block; they divide the features.
         input_dropout: probability of dropping a feature of the embedded patches in training.
+        depths: of the trees of each block, in the place of the layer's own depth.
 
     Raises:
-        ValueError: samples that are no images, or sizes that do not divide each other.
+        ValueError: samples that are no images, sizes that do not divide each other, or not a depth for each block.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class ViT(nn.Module):
         num_blocks: int = 4,
         heads: int = 4,
         input_dropout: float = 0.1,
+        depths: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if len(in_shape) != 3:
@@ -49,7 +52,12 @@ class ViT(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, tokens, features))
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.dropout = nn.Dropout(input_dropout)
-        self.blocks = nn.Sequential(*(TransformerBlock(layer, features, heads) for _ in range(num_blocks)))
+        layers = [layer] * num_blocks
+        if depths is not None and layer is not None:
+            layers = [partial(layer, depth=depth) for depth in depths]  # type: ignore[call-arg] # trees have one
+        if len(layers) != num_blocks:
+            raise ValueError(f"there are {len(layers)} depths for {num_blocks} blocks: give each its own")
+        self.blocks = nn.Sequential(*(TransformerBlock(each, features, heads) for each in layers))
         self.norm = nn.LayerNorm(features)
         self.classifier = nn.Linear(features, num_classes)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fffexp.bench.limits import environment
+from fffexp.bench.limits import environment, training_device
 from fffexp.convert import convert_feedforward
 from fffexp.errors import UserError
 from fffexp.layers import FFF
@@ -73,7 +73,7 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
     found = load(path, setting) or {**setting, "environments": [], "runs": []}
     have = {run["seed"] for run in found["runs"]}
     missing = [seed for seed in seeds if seed not in have]
-    where = environment([torch.get_num_threads()], "cpu")
+    where = environment([torch.get_num_threads()], training_device())
     if missing and where not in found["environments"]:
         found["environments"].append(where)
     for seed in missing:

@@ -16,7 +16,7 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from fffexp import tracking
-from fffexp.bench.limits import environment
+from fffexp.bench.limits import environment, training_device
 from fffexp.errors import UserError
 from fffexp.experiment import Context, run
 from fffexp.layers import FeedforwardLayer
@@ -116,7 +116,7 @@ def measure(name: Name, data: str, epochs: int, path: Path | None) -> dict[str, 
                 "val_accuracy": result.metrics["val/accuracy"],
                 "entropies": entropies,
                 "classes_by_leaf": {layer: counts.tolist() for layer, counts in classes.counts.items()},
-                "environment": environment([torch.get_num_threads()], "cpu"),
+                "environment": environment([torch.get_num_threads()], training_device()),
             }
         )
         save(path, found)

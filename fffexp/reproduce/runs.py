@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from fffexp.bench.limits import environment
+from fffexp.bench.limits import environment, training_device
 from fffexp.errors import UserError
 from fffexp.reproduce.cells import ORDER, Cell
 from fffexp.reproduce.results import load, save
@@ -92,7 +92,7 @@ def complete(
     have = {(Cell.of(run), run["seed"]) for run in found["runs"]}
     missing = {cell: [seed for seed in seeds if (cell, seed) not in have] for cell in wanted}
     todo = {cell: seeds for cell, seeds in missing.items() if seeds}
-    where = environment([1], "cpu")
+    where = environment([1], training_device())
     if todo and where not in found["environments"]:
         found["environments"].append(where)  # another commit, machine or day
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin) as pool:

@@ -17,7 +17,6 @@ from fffexp.bench.latency import exclusive_timing
 from fffexp.bench.limits import environment
 from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
 from fffexp.models import ViT
-from fffexp.models.mlp import LayerFactory
 from fffexp.reproduce import runs
 from fffexp.reproduce.cells import CONFIGS, DATA, PATCHES, Cell, K
 from fffexp.reproduce.paper import printed3
@@ -76,7 +75,7 @@ def in_paper(cell: Cell, data: str) -> dict[str, float]:
     return printed3(cell.leaf_width) if data == "cifar10" and cell in (DENSE, *cells([32, 16, 8, 4, 2, 1])[2:8]) else {}
 
 
-def layer_factory(cell: Cell) -> LayerFactory | None:
+def layer_factory(cell: Cell) -> Callable[[int, int], FeedforwardLayer] | None:
     """That makes the layer of a cell; None for none."""
     if cell.layer == "FF":
         return partial(FF, width=cell.training_width)

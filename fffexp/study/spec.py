@@ -1,7 +1,6 @@
 """What a study file may say."""
 
 import hashlib
-import itertools
 import json
 import re
 import warnings
@@ -19,6 +18,8 @@ from fffexp.errors import UserError, one_line
 
 # heartbeats and the grouped sampler are chosen knowingly, and pinned
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+# lists are written as JSON, as all values are, and come back as they were
+warnings.filterwarnings("ignore", "Choices for a categorical distribution should be a tuple", UserWarning)
 # a worker takes its trials itself, because taking them has to be locked, and keeps their heartbeats
 warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize", UserWarning)
 
@@ -205,10 +206,12 @@ class StudySpec:
         return self.trials_per_layer * len(self.layers)
 
     def corners(self, layer: str) -> list[dict[str, Any]]:
-        """Combinations of the ends of a layer's parameters."""
-        space = self.layers[layer].space
-        ends = itertools.product(*(parameter.ends() for parameter in space.values()))
-        return [dict(zip(space, values, strict=True)) for values in ends]
+        """All parameters at their first ends, each alone at its last, and all at their last."""
+        ends = {name: parameter.ends() for name, parameter in self.layers[layer].space.items()}
+        firsts, lasts = ({name: pair[index] for name, pair in ends.items()} for index in (0, -1))
+        alone = [{**firsts, name: last} for name, last in lasts.items()]
+        corners = [firsts, *alone, lasts]
+        return [corner for index, corner in enumerate(corners) if corner not in corners[:index]]
 
     def arguments(self, layer: str, values: dict[str, Any], seed: int | None, test: bool) -> list[str]:
         """Command line of one fit, or of replicas if there is no one seed."""

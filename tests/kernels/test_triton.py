@@ -40,6 +40,12 @@ def exact(blocks: Blocks) -> Blocks:
     return Blocks(*(p.double() for p in blocks))
 
 
+@pytest.fixture(autouse=True, params=[0, 2**31], ids=["grouped", "by row"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch by either kernel."""
+    monkeypatch.setattr(triton_kernels, "ROW_BYTES", request.param)
+
+
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Memory that nobody wrote is NaN."""

@@ -59,7 +59,7 @@ def test_a_spec(tmp_path: Path) -> None:
     assert found.folder == tmp_path
     space = found.layers["FF"].space
     assert (space["width"].low, space["width"].high, space["lr"].choices) == (4, 32, [0.01, 0.1])
-    assert [(c["width"], c["lr"]) for c in found.corners("FF")] == [(4, 0.01), (4, 0.1), (32, 0.01), (32, 0.1)]
+    assert [(c["width"], c["lr"]) for c in found.corners("FF")] == [(4, 0.01), (32, 0.01), (4, 0.1), (32, 0.1)]
     assert all(isinstance(c["width"], int) for c in found.corners("FF"))
 
 
