@@ -27,6 +27,7 @@ class _SoftTree(torch.autograd.Function):
         w2: Tensor,
         b2: Tensor,
         activation: str,
+        detached: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # one node more than there are: products with an odd number of columns are slow
         nodes = torch.cat((node_weight, node_weight.new_zeros(1, x.shape[1])))
@@ -34,7 +35,7 @@ class _SoftTree(torch.autograd.Function):
         z = torch.addmm(b1.flatten(), x, w1.flatten(0, 1).T)
         h, weights = torch.ops.fffexp.soft(z, logits, scale, activation)
         ctx.save_for_backward(x, scale, nodes, w1, w2, b2, z, logits, h, weights)
-        ctx.activation = activation
+        ctx.activation, ctx.detached = activation, detached
         ctx.set_materialize_grads(False)
         return (h @ w2.flatten(0, 1)).addmm_(weights, b2), logits[:, :-1], weights
 
@@ -51,20 +52,32 @@ class _SoftTree(torch.autograd.Function):
         grad_z, grad_logits = torch.ops.fffexp.soft_backward(
             grad_h, grad_weights, z, logits, scale, more_logits, ctx.activation
         )
-        grad_x = (grad_z @ w1.flatten(0, 1)).addmm_(grad_logits, nodes) if ctx.needs_input_grad[0] else None
+        grad_x = grad_z @ w1.flatten(0, 1) if ctx.needs_input_grad[0] else None
+        if grad_x is not None and not ctx.detached:
+            grad_x.addmm_(grad_logits, nodes)
         grad_nodes = (grad_logits.T @ x)[:-1], grad_logits.sum(0)[:-1]
         grad_hidden = (grad_z.T @ x).view_as(w1), grad_z.sum(0).view(w1.shape[:2])
         grad_output = (h.T @ grad_BO).view_as(w2), weights.T @ grad_BO
-        return grad_x, *grad_nodes, None, *grad_hidden, *grad_output, None
+        return grad_x, *grad_nodes, None, *grad_hidden, *grad_output, None, None
 
 
 def soft_tree(
-    x_BI: Tensor, node_weight: Tensor, node_bias: Tensor, scale: Tensor, blocks: Blocks, activation: str
+    x_BI: Tensor,
+    node_weight: Tensor,
+    node_bias: Tensor,
+    scale: Tensor,
+    blocks: Blocks,
+    activation: str,
+    detached: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, O) mixture of all leaves, (B, N) logits of the nodes, (B, leaves) weights; in float32.
+
+    `detached`: x gets no gradient through the logits.
 
     Raises:
         RuntimeError: a second derivative is asked for.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _SoftTree.apply(x_BI, node_weight, node_bias, scale, *blocks, activation)
+    result: tuple[Tensor, Tensor, Tensor] = _SoftTree.apply(
+        x_BI, node_weight, node_bias, scale, *blocks, activation, detached
+    )
     return result

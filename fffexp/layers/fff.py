@@ -37,6 +37,8 @@ class FFF(FeedforwardLayer):
             ("randomized child transposition", section 3).
         activation: makes the activation module of the leaves.
         dropout: probability of dropping a hidden activation of a leaf in training.
+        detached_choices: the layers before this one get no gradient through the choices, for deep models: of a choice
+            that has hardened it is nearly always 0 and else huge.
         sparse: trains the leaf that hard decisions choose and no other, at a cost that does not grow with depth, for
             trees that have hardened: "frozen" leaves the nodes as they are (h = infinity, section 4.3); "chosen_path"
             multiplies the output by p / stopgrad(p), p the product of the choices on the path, which moves the nodes
@@ -73,6 +75,7 @@ class FFF(FeedforwardLayer):
         region_leak: float = 0.0,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout: float = 0.0,
+        detached_choices: bool = False,
         sparse: Literal["frozen", "chosen_path"] | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
@@ -88,6 +91,7 @@ class FFF(FeedforwardLayer):
         self.depth = depth
         self.leaf_width = positive("leaf_width", leaf_width)
         self.region_leak = probability("region_leak", region_leak)
+        self.detached_choices = detached_choices
         probability("dropout", dropout)
         per_leaf = in_features + 1 + leaf_width * (in_features + out_features + 1) + out_features
         check_fits(2**depth * per_leaf, f"lower depth (it is {depth}) or leaf_width (it is {leaf_width})")
@@ -122,7 +126,7 @@ class FFF(FeedforwardLayer):
         if self.sparse == "frozen":
             return output
         nodes = self.node_weight, self.node_bias
-        log_p = sparse_kernels.path_log_probability(rows, leaf, self.depth, *nodes, self.choice_scale)
+        log_p = sparse_kernels.path_log_probability(self._deciding(rows), leaf, self.depth, *nodes, self.choice_scale)
         return output * (log_p - log_p.detach()).exp().unsqueeze(1)
 
     def _soft(self, rows: Tensor) -> Tensor:
@@ -131,7 +135,12 @@ class FFF(FeedforwardLayer):
             nodes, leaves = (self.node_weight, self.node_bias), self.leaves
             assert leaves.compiled_activation is not None
             output, logits, weights = soft.soft_tree(
-                rows, *nodes, self.choice_scale, leaves.tensors(), leaves.compiled_activation
+                rows,
+                *nodes,
+                self.choice_scale,
+                leaves.tensors(),
+                leaves.compiled_activation,
+                self.detached_choices,
             )
             if self.training:
                 self._record(tree.TreeRouting(logits, at_least_float32(self.choice_scale), weights))
@@ -139,7 +148,7 @@ class FFF(FeedforwardLayer):
         return self.leaves.mixture(rows, self._leaf_weights(rows))
 
     def _leaf_weights(self, rows: Tensor) -> Tensor:
-        logits = decision_logits(rows, self.node_weight, self.node_bias)
+        logits = decision_logits(self._deciding(rows), self.node_weight, self.node_bias)
         soft = choices = torch.sigmoid(logits * self.choice_scale)
         if self.hard:
             choices = tree.straight_through(soft, logits)
@@ -152,6 +161,10 @@ class FFF(FeedforwardLayer):
             soft_weights = tree.leaf_mixture(soft, self.depth) if self.hard else weights
             self._record(tree.TreeRouting(logits, at_least_float32(self.choice_scale), soft_weights))
         return weights
+
+    def _deciding(self, rows: Tensor) -> Tensor:
+        """The rows as the nodes see them."""
+        return rows.detach() if self.detached_choices else rows
 
     def inference_backend(self) -> str:
         """The backend that the next hard inference runs on."""

@@ -23,6 +23,7 @@ class Forest(nn.Module):
         leaf_width: hidden neurons of one leaf.
         master_width: hidden neurons of the master leaf; 0 for none.
         activation: makes the activation module.
+        detached_choices: as of FFF.
 
     Raises:
         ValueError: no trees, a negative master width, or what FFF refuses.
@@ -37,12 +38,20 @@ class Forest(nn.Module):
         leaf_width: int,
         master_width: int = 0,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        detached_choices: bool = False,
     ) -> None:
         super().__init__()
         if master_width < 0:
             raise ValueError(f"master_width is {master_width}; it must be at least 0")
         self.trees = nn.ModuleList(
-            FFF(in_features, out_features, depth, leaf_width, activation=activation)
+            FFF(
+                in_features,
+                out_features,
+                depth,
+                leaf_width,
+                activation=activation,
+                detached_choices=detached_choices,
+            )
             for _ in range(positive("trees", trees))
         )
         self.master = FF(in_features, out_features, master_width, activation=activation) if master_width else None

@@ -35,6 +35,26 @@ def test_soft_equals_naive_with_every_gradient(depth: int) -> None:
     assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # on the compiled kernel the second
+def test_detached_choices_give_the_input_no_gradient(dtype: torch.dtype, backend: str) -> None:
+    layer, x = make(3, detached_choices=True, dtype=dtype), inputs(40, dtype=dtype)
+    layer.backend = backend
+    wanted = differentiable(layer, x)
+    logits = x.detach() @ layer.node_weight.T + layer.node_bias
+    expected = naive.fff_soft(x, logits, 3, blocks_of(layer.leaves), torch.relu)
+    output = layer(x)
+    assert_close(output, expected)
+    assert_all_close(gradients(output, wanted), gradients(expected, wanted))
+    # nor from a loss of the choices
+    layer.routing = None
+    layer(x)
+    loss = layer.regularizers["hardening_mean"](layer.routing)
+    grad_x, grad_nodes = torch.autograd.grad(loss, (x, layer.node_weight), materialize_grads=True)
+    assert not grad_x.any()
+    assert grad_nodes.any()
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 4, DEEP])
 def test_hard_equals_naive_with_every_gradient(depth: int) -> None:
     layer, x = make(depth).eval(), inputs(21, dtype=torch.float64)
