@@ -52,6 +52,8 @@ def main(args: list[str]) -> int:
     sub = commands.add_parser("table3", help=told, description=told, allow_abbrev=False)
     sub.add_argument("--data", choices=("fashion_mnist", "cifar10"), default="fashion_mnist")
     sub.add_argument("--leaf_widths", nargs="+", type=positive, default=[32, 16, 8, 4, 2, 1], metavar="N")
+    told = "of the transformer (the paper's: 4); with fewer more is left to the feedforward layers"
+    sub.add_argument("--blocks", type=positive, default=4, metavar="N", help=told)
     _trainings(sub, seeds=3)
     sub.set_defaults(run=_table3)
     _json(sub)
@@ -142,7 +144,7 @@ def _table3(found: argparse.Namespace) -> None:
 
     wanted = table3.cells(found.leaf_widths)
     print(runs.HEADER, flush=True)
-    measured = table3.measure(found.data, wanted, range(found.seeds), found.jobs, found.json)
+    measured = table3.measure(found.data, found.blocks, wanted, range(found.seeds), found.jobs, found.json)
     print(table3.report(measured))
 
 

@@ -27,6 +27,7 @@ WIDTH, EXPERT_WIDTH, FEATURES = 128, 16, 128
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 DENSE, NOTHING = Cell("FF", WIDTH), Cell("none", 0)
 BATCH_SIZE = 256
+BLOCKS = 4  # the paper's
 
 
 def cells(leaf_widths: Sequence[int]) -> list[Cell]:
@@ -41,11 +42,11 @@ def cells(leaf_widths: Sequence[int]) -> list[Cell]:
     return [DENSE, NOTHING, *trees, Cell("NoisyTopKMoE", WIDTH, EXPERT_WIDTH), *dense]
 
 
-def training(cell: Cell, data: str) -> runs.Training:
+def training(cell: Cell, data: str, blocks: int = BLOCKS) -> runs.Training:
     """Of a cell."""
     pieces = ("model/one_cycle", "trainer/averaged", "model/vit", "recipe/vit")
     args = [*DATA[data], *(f"--config={CONFIGS}/{piece}.yaml" for piece in pieces), *cell.layer_arguments()]
-    args.append(f"--model.network.init_args.patch_size={PATCHES[data]}")
+    args += [f"--model.network.init_args.{name}" for name in (f"patch_size={PATCHES[data]}", f"num_blocks={blocks}")]
     if cell.layer == "FFF":
         args.append(f"--config={CONFIGS}/recipe/vit_fff.yaml")
     if cell.layer == "NoisyTopKMoE":
@@ -53,26 +54,39 @@ def training(cell: Cell, data: str) -> runs.Training:
     return runs.Training(args, train_accuracy=False)
 
 
-def measure(data: str, wanted: Sequence[Cell], seeds: Sequence[int], jobs: int, path: Path | None) -> dict[str, Any]:
+def measure(
+    data: str, blocks: int, wanted: Sequence[Cell], seeds: Sequence[int], jobs: int, path: Path | None
+) -> dict[str, Any]:
     """The table; what the file has is not trained again, and each seed is written when it is done.
+
+    Args:
+        data: a name of DATA.
+        blocks: of the transformer.
+        wanted: cells.
+        seeds: of every cell.
+        jobs: processes.
+        path: where the table is written.
 
     Raises:
         UserError: the file is of another measurement.
     """
-    found = runs.begin(path, {"table": "table3", "data": data}, lambda cell: training(cell, data))
+    found = runs.begin(
+        path, {"table": "table3", "data": data, "blocks": blocks}, lambda cell: training(cell, data, blocks)
+    )
     found.setdefault("speeds", [])
     have = {Cell.of(speed) for speed in found["speeds"]}
     if not have.issuperset(wanted):
-        found["speeds"] = _speeds(data, [*wanted, *have.difference(wanted)])  # all in turn, to be compared
+        found["speeds"] = _speeds(data, blocks, [*wanted, *have.difference(wanted)])  # all in turn, to be compared
         save(path, found)
-    how = {cell: training(cell, data) for cell in wanted}
-    runs.complete(found, how, seeds, jobs, path, lambda cell: in_paper(cell, data), together=False)
+    how = {cell: training(cell, data, blocks) for cell in wanted}
+    runs.complete(found, how, seeds, jobs, path, lambda cell: in_paper(cell, data, blocks), together=False)
     return found
 
 
-def in_paper(cell: Cell, data: str) -> dict[str, float]:
-    """What is printed of a cell, by metric; the table is of CIFAR10 alone."""
-    return printed3(cell.leaf_width) if data == "cifar10" and cell in (DENSE, *cells([32, 16, 8, 4, 2, 1])[2:8]) else {}
+def in_paper(cell: Cell, data: str, blocks: int) -> dict[str, float]:
+    """What is printed of a cell, by metric; the table is of CIFAR10 and of 4 blocks alone."""
+    printed = (data, blocks) == ("cifar10", BLOCKS) and cell in (DENSE, *cells([32, 16, 8, 4, 2, 1])[2:8])
+    return printed3(cell.leaf_width) if printed else {}
 
 
 def layer_factory(cell: Cell) -> Callable[[int, int], FeedforwardLayer] | None:
@@ -86,10 +100,11 @@ def layer_factory(cell: Cell) -> Callable[[int, int], FeedforwardLayer] | None:
     return None
 
 
-def _speeds(data: str, wanted: Sequence[Cell]) -> list[dict[str, Any]]:
+def _speeds(data: str, blocks: int, wanted: Sequence[Cell]) -> list[dict[str, Any]]:
     """Sizes of a layer, and medians of the layer's and the model's inference, all in turn, over those of FF."""
     models = {
-        cell: ViT(layer_factory(cell), SHAPES[data], 10, PATCHES[data], FEATURES).eval() for cell in {DENSE, *wanted}
+        cell: ViT(layer_factory(cell), SHAPES[data], 10, PATCHES[data], FEATURES, blocks).eval()
+        for cell in {DENSE, *wanted}
     }
     tokens = 1 + SHAPES[data][1] * SHAPES[data][2] // PATCHES[data] ** 2
     layers: dict[Cell, FeedforwardLayer] = {

@@ -22,11 +22,11 @@ def test_every_tree_has_its_controls() -> None:
 
 @pytest.mark.parametrize("cell", table3.cells([8, 1]), ids=lambda cell: f"{cell.layer}-{cell.training_width}")
 def test_the_network_is_that_of_the_cell(cell: Cell) -> None:
-    args = table3.training(cell, "fashion_mnist").args
+    args = table3.training(cell, "fashion_mnist", blocks=2).args
     experiment = ExperimentCLI(["fit", *args], Context(quiet=True, dry=True))
     task = experiment.model
     layers = list(task.layers.values())
-    assert len(layers) == (0 if cell == NOTHING else 4)
+    assert len(layers) == (0 if cell == NOTHING else 2)
     assert {layer.training_width for layer in layers} <= {cell.training_width}
     assert set(task.schedules) == {"FFF": {"choice_scale", "importance"}, "NoisyTopKMoE": {"importance"}}.get(
         cell.layer, set()
@@ -54,10 +54,11 @@ def test_what_is_kept() -> None:
 
 
 def test_what_the_paper_prints_is_of_cifar10() -> None:
-    assert table3.in_paper(Cell("FFF", 128, 1), "cifar10") == {"G_A": 79.8}
-    assert table3.in_paper(DENSE, "cifar10") == {"G_A": 84.7}
+    assert table3.in_paper(Cell("FFF", 128, 1), "cifar10", 4) == {"G_A": 79.8}
+    assert table3.in_paper(DENSE, "cifar10", 4) == {"G_A": 84.7}
     for cell, data in ((DENSE, "fashion_mnist"), (Cell("FF", 8), "cifar10"), (NOTHING, "cifar10")):
-        assert table3.in_paper(cell, data) == {}
+        assert table3.in_paper(cell, data, 4) == {}
+    assert table3.in_paper(DENSE, "cifar10", 1) == {}
 
 
 @pytest.mark.usefixtures("fashion")
