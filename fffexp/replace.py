@@ -118,6 +118,8 @@ def build(mlp: MLP, layer_factory: LayerFactory) -> FeedforwardLayer:
     weight = mlp.down.module.weight
     assert isinstance(weight, Tensor)
     layer = layer_factory(mlp.up[0].in_features, mlp.down.out_features)
+    if not isinstance(layer, FeedforwardLayer):
+        raise ValueError(f"layer_factory makes a {type(layer).__name__}, which is no FeedforwardLayer of fffexp")
     return layer.to(weight.device, weight.dtype).train(mlp.module.training)
 
 

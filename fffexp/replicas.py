@@ -186,7 +186,6 @@ class Replicas:
         task.on_fit_start()
         loss = _Loss(task)
         vectorised = len(self.seeds) > 1
-        # the faster kernels of attention have no seed axis, or fail with one (on CUDA, torch 2.11)
         losses = (
             torch.vmap(partial(functional_call, loss), randomness="different") if vectorised else partial(_one, loss)
         )
@@ -194,7 +193,7 @@ class Replicas:
         live = list(range(len(self.seeds)))  # whose training goes on
         at = torch.tensor(live, device=self.device)  # the same, where the losses are
         step = 0
-        course = torch.full((len(self.seeds), steps), torch.nan, dtype=torch.float64, device=self.device)
+        course = torch.full((len(self.seeds), steps), torch.nan, device=self.device)
         for epoch in range(self.epochs):
             task.train()
             for layer in task.layers.values():
@@ -209,10 +208,11 @@ class Replicas:
                 _add_noise(x, self.noise)
                 apply_schedules(task, step / steps)
                 optimizer.zero_grad()
+                # the faster kernels of attention have no seed axis, or fail with one (on CUDA, torch 2.11)
                 with sdpa_kernel(SDPBackend.MATH) if vectorised else nullcontext():
                     loss_S, right_S = losses(prefixed, (x, y))
                 right += right_S
-                course[at, step] = loss_S.detach().double()
+                course[at, step] = loss_S.detach()
                 loss_S.sum().backward()
                 optimizer.step()
                 self._average()
@@ -297,7 +297,7 @@ class Replicas:
             used_blocks=self._used(data.val_data[0]),
             epochs=len(best.course[index]),
             val_accuracy_std=late_deviation(best.course[index]),
-            loss_spikes=count_spikes(losses[losses.isfinite()].cpu().numpy()),
+            loss_spikes=count_spikes(losses[losses.isfinite()].cpu().double().numpy()),
             nonfinite_steps=int((~losses.isfinite()).sum()),
             dead_blocks=self._dead(data.train_data[0]),
         )

@@ -98,7 +98,7 @@ class ClassificationTask(LightningModule):
             layer.check_trainable()
             known |= set(layer.regularizers) | layer.scheduled
         kind = ", ".join(sorted({type(layer).__name__ for layer in self.layers.values()}))
-        adapts = all("entropy" in layer.metrics for layer in self.layers.values())
+        adapts = any("entropy" in layer.metrics for layer in self.layers.values())
         for name, schedule in self.schedules.items():
             if isinstance(schedule, Adaptive) and not adapts:
                 raise ValueError(f"coefficients.{name}: {kind} has no choice entropy for an Adaptive schedule")

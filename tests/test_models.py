@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from fffexp.layers import FF, FFF, Forest
+from fffexp.layers import FF, FFF
 from fffexp.models import MLP, ViT
 from fffexp.task import ClassificationTask
 
@@ -23,6 +23,20 @@ def test_a_vit_of_attention_alone_and_with_layers() -> None:
     # 6 patches of 16 pixels and a class token; 16 features
     attention = 16 * 48 + 48 + 16 * 16 + 16 + 2 * 16
     assert count[bare] == (16 * 16 + 16) + 16 + 7 * 16 + 4 * attention + 2 * 16 + (16 * 3 + 3)
+
+
+def test_the_last_block_computes_the_class_token_alone() -> None:
+    torch.manual_seed(0)
+    model = ViT(partial(FF, width=8), IMAGE, 3, features=16, heads=2).eval()
+    rows = []
+    for block in model.blocks:
+        block.layer.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    x = torch.randn(5, *IMAGE)
+    logits = model(x)
+    assert rows == [7, 7, 7, 1]
+    tokens = torch.cat([model.class_token.expand(5, -1, -1), model.patches(x).flatten(2).transpose(1, 2)], 1)
+    everything = model.blocks(tokens + model.positions)
+    assert torch.allclose(logits, model.classifier(model.norm(everything[:, 0])), atol=1e-6)
 
 
 def test_every_patch_and_its_place_count() -> None:
@@ -44,38 +58,6 @@ def test_a_depth_for_each_block() -> None:
     assert [block.layer.leaf_width for block in model.blocks] == [3] * 4
 
 
-@pytest.mark.parametrize("master_width", [0, 5])
-def test_a_forest_is_the_sum_of_its_parts(master_width: int) -> None:
-    forest = Forest(16, 12, trees=3, depth=2, leaf_width=4, master_width=master_width)
-    parts = [*forest.trees, *([forest.master] if forest.master else [])]
-    assert len(parts) == 3 + bool(master_width)
-    x = torch.randn(2, 5, 16)
-    for mode in (True, False):
-        forest.train(mode)
-        assert torch.allclose(forest(x), sum(part(x) for part in parts), atol=1e-6)
-        for part in parts:
-            part.routing = None
-
-
-def test_a_task_trains_the_parts_of_a_forest() -> None:
-    torch.manual_seed(0)
-    forest = partial(Forest, trees=2, depth=2, leaf_width=4, master_width=3)
-    network = partial(ViT, features=16, heads=2, num_blocks=1, input_dropout=0.0)
-    task = ClassificationTask(forest, IMAGE, 3, network=network, coefficients={"importance": 0.1})
-    task.on_fit_start()
-    assert [layer.inference_size for layer in task.layers.values()] == [2 + 4, 2 + 4, 3]
-    batch = torch.randn(4, *IMAGE), torch.arange(4) % 3
-    task.coefficients = {"importance": 0.0}
-    plain, _ = task.loss(*batch)
-    task.on_after_backward()
-    task.coefficients = {"importance": 1.0}
-    loss, _ = task.loss(*batch)
-    importance = sum(layer.regularizers["importance"](layer.routing) for layer in list(task.layers.values())[:2])
-    assert float(loss - plain) == pytest.approx(float(importance), rel=1e-3)
-    loss.backward()
-    assert all(p.grad is not None for p in task.parameters())
-
-
 def test_a_task_trains_a_network_without_layers() -> None:
     task = ClassificationTask(None, IMAGE, 3, network=partial(ViT, features=16, heads=2))
     task.on_fit_start()
@@ -91,10 +73,11 @@ def test_a_task_trains_a_network_without_layers() -> None:
         (lambda: ViT(TREE, (64,), 3), r"a sample has shape \(64,\)"),
         (lambda: ViT(TREE, (1, 8, 10), 3), "patch_size is 4, which does not divide images of 8 x 10"),
         (lambda: ViT(TREE, IMAGE, 3, features=15), "heads is 4, which does not divide the 15 features"),
-        (lambda: ViT(TREE, IMAGE, 3, depths=[3, 2]), "there are 2 depths for 4 blocks"),
+        (lambda: ViT(TREE, IMAGE, 3, depths=[3, 2]), "there are 2 depths for 4 layers"),
+        (lambda: ViT(None, IMAGE, 3, depths=[1]), "there are 1 depths for 0 layers"),
+        (lambda: ViT(partial(FF, width=3), IMAGE, 3, depths=[1] * 4), "a layer that takes none"),
+        (lambda: ViT(TREE, IMAGE, 3, num_blocks=0), "num_blocks is 0"),
         (lambda: MLP(None, IMAGE, 3), "layer is None"),
-        (lambda: Forest(4, 4, trees=0, depth=1, leaf_width=1), "trees is 0"),
-        (lambda: Forest(4, 4, trees=1, depth=1, leaf_width=1, master_width=-1), "master_width is -1"),
     ],
 )
 def test_mistakes(make: partial[object], message: str) -> None:

@@ -92,5 +92,6 @@ def _cpu() -> str:
 
 def _commit() -> str | None:
     here = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    told = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    done = subprocess.run(told, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

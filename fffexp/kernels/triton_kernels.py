@@ -4,7 +4,7 @@ Shape suffixes: E entries (row times choice), T tiles of entries of one block, G
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ ROUTE_ROWS, ROUTE_INPUTS = 4, 256
 TILE_ROWS = 16  # the fewest rows that a matrix unit takes
 TILE_HIDDEN, TILE_INPUTS, TILE_OUTPUTS = 64, 64, 64
 ROW_HIDDEN, ROW_SPAN = 16, 512
-# Bytes that all rows read up to which each reads its own.
+# Bytes of their leaves or experts that all rows read, up to which each reads its own.
 ROW_BYTES = 2**31
 
 
@@ -208,7 +208,8 @@ def _by_row(
     if len(x):
         _row_kernel[(len(x),)](
             *(x, *(nodes or (x, x)), x if block is None else block, x if weights is None else weights, *blocks, y),
-            *(inputs, width, outputs, choices, groups.bit_length() - 1, block is not None, weights is not None),
+            *(inputs, width, outputs, choices, 0 if nodes is None else groups.bit_length() - 1),
+            *(block is not None, weights is not None),
             *(activation, min(ROW_HIDDEN, triton.next_power_of_2(width))),
             *(min(ROW_SPAN, triton.next_power_of_2(size)) for size in (inputs, outputs)),
         )
@@ -245,8 +246,6 @@ def selected(
         return _by_row(x, None, block.contiguous(), gates, blocks, activation)
     (groups, width, inputs), outputs = hidden_weight.shape, output_weight.shape[2]
     entries = batch * choices
-    if not entries:
-        return x.new_zeros(batch, outputs)
     block_E, order_E = block.flatten().sort(stable=True)
     y = torch.empty(entries, outputs, dtype=torch.float32, device=x.device)
     # Tiles of each block's entries, without asking the device how many there are: the rest are empty.
@@ -272,20 +271,30 @@ def _few(entries: int, hidden_weight: Tensor, output_weight: Tensor) -> bool:
 
 
 def fff(x: Tensor, node_weight: Tensor, node_bias: Tensor, *blocks: Any) -> Tensor:
-    """(B, O) of hard inference."""
+    """(B, O) of hard decisions; they are those of `route`, which the backward pass asks as well."""
+    return selected(x, route(x, node_weight, node_bias).unsqueeze(1), None, *blocks)
+
+
+def fff_inference(x: Tensor, node_weight: Tensor, node_bias: Tensor, *blocks: Any) -> Tensor:
+    """(B, O) of hard decisions, without gradients."""
     *weights, activation = blocks
     if _few(len(x), weights[0], weights[2]):
         x, nodes = x.to(node_weight.dtype).contiguous(), (node_weight.contiguous(), node_bias.contiguous())
         return _by_row(x, nodes, None, None, [t.contiguous() for t in weights], activation)
-    return selected(x, route(x, node_weight, node_bias).unsqueeze(1), None, *blocks)
+    return fff(x, node_weight, node_bias, *blocks)
+
+
+def _there(function: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return function(x, *others)
 
 
 @functools.cache
 def registered() -> bool:
     """Makes these the operators' implementation on CUDA, once."""
     library = torch.library.Library("fffexp", "IMPL")
-    for name, function in (("route", route), ("selected", selected), ("fff", fff), ("fff_inference", fff)):
-        library.impl(name, function, "CUDA")
+    for name, function in (("route", route), ("selected", selected), ("fff", fff), ("fff_inference", fff_inference)):
+        library.impl(name, functools.partial(_there, function), "CUDA")
     _kept.append(library)
     return True
 

@@ -37,14 +37,14 @@ class FFF(FeedforwardLayer):
             ("randomized child transposition", section 3).
         activation: makes the activation module of the leaves.
         dropout: probability of dropping a hidden activation of a leaf in training.
-        detached_choices: the layers before this one get no gradient through the choices, for deep models: of a choice
-            that has hardened it is nearly always 0 and else huge.
         sparse: trains the leaf that hard decisions choose and no other, at a cost that does not grow with depth, for
             trees that have hardened: "frozen" leaves the nodes as they are (h = infinity, section 4.3); "chosen_path"
             multiplies the output by p / stopgrad(p), p the product of the choices on the path, which moves the nodes
             by a biased estimate: the other leaves' outputs have no say. Gradients are sparse tensors: use RowAdamW or
             SGD without momentum. There are no regularisers in this mode and `routing` stays None, for they look at all
             leaves.
+        detached_choices: the layers before this one get no gradient through the choices, for deep models: of a choice
+            that has hardened it is nearly always 0 and else huge.
 
     Raises:
         ValueError: depth below 0, a size below 1, an unknown sparse mode, one together with region_leak, or weights
@@ -75,8 +75,8 @@ class FFF(FeedforwardLayer):
         region_leak: float = 0.0,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout: float = 0.0,
-        detached_choices: bool = False,
         sparse: Literal["frozen", "chosen_path"] | None = None,
+        detached_choices: bool = False,
     ) -> None:
         super().__init__(in_features, out_features)
         if sparse not in (None, "frozen", "chosen_path"):

@@ -28,11 +28,12 @@ class TransformerBlock(nn.Module):
         self.norm_layer = nn.LayerNorm(features) if layer else None
         self.layer = layer(features, features) if layer else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, features) -> the same."""
+    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
+        """(batch, tokens, features) -> the same, or (batch, wanted, features): of the first tokens alone."""
         qkv = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*qkv.unbind(0))
-        x = x + self.projection(attended.transpose(1, 2).flatten(2))
+        query, key, value = qkv.unbind(0)
+        attended = F.scaled_dot_product_attention(query[:, :, :wanted], key, value)
+        x = x[:, :wanted] + self.projection(attended.transpose(1, 2).flatten(2))
         if self.layer is None or self.norm_layer is None:
             return x
         output: Tensor = x + self.layer(self.norm_layer(x))

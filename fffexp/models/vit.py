@@ -52,12 +52,19 @@ class ViT(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, tokens, features))
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.dropout = nn.Dropout(input_dropout)
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks is {num_blocks}; it must be at least 1")
         layers = [layer] * num_blocks
-        if depths is not None and layer is not None:
+        if depths is not None:
+            if layer is None or len(depths) != num_blocks:
+                raise ValueError(f"there are {len(depths)} depths for {num_blocks if layer else 0} layers")
             layers = [partial(layer, depth=depth) for depth in depths]  # type: ignore[call-arg] # trees have one
-        if len(layers) != num_blocks:
-            raise ValueError(f"there are {len(layers)} depths for {num_blocks} blocks: give each its own")
-        self.blocks = nn.Sequential(*(TransformerBlock(each, features, heads) for each in layers))
+        try:
+            self.blocks = nn.Sequential(*(TransformerBlock(each, features, heads) for each in layers))
+        except TypeError as error:
+            if depths is None:
+                raise
+            raise ValueError(f"depths are given for a layer that takes none: {error}") from error
         self.norm = nn.LayerNorm(features)
         self.classifier = nn.Linear(features, num_classes)
 
@@ -65,5 +72,10 @@ class ViT(nn.Module):
         """(batch, *in_shape) -> (batch, num_classes)."""
         patches = self.patches(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches], 1) + self.positions
-        logits: Tensor = self.classifier(self.norm(self.blocks(self.dropout(tokens))[:, 0]))
+        *blocks, last = self.blocks
+        x = self.dropout(tokens)
+        for block in blocks:
+            x = block(x)
+        # the class token alone is read, and rows that nobody reads would have a say in how the last layer is balanced
+        logits: Tensor = self.classifier(self.norm(last(x, wanted=1)[:, 0]))
         return logits

@@ -17,6 +17,7 @@ from fffexp.bench.latency import exclusive_timing
 from fffexp.bench.limits import environment
 from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
 from fffexp.models import ViT
+from fffexp.replace import LayerFactory
 from fffexp.reproduce import runs
 from fffexp.reproduce.cells import CONFIGS, DATA, PATCHES, Cell, K
 from fffexp.reproduce.paper import printed3
@@ -89,7 +90,7 @@ def in_paper(cell: Cell, data: str, blocks: int) -> dict[str, float]:
     return printed3(cell.leaf_width) if printed else {}
 
 
-def layer_factory(cell: Cell) -> Callable[[int, int], FeedforwardLayer] | None:
+def layer_factory(cell: Cell) -> LayerFactory | None:
     """That makes the layer of a cell; None for none."""
     if cell.layer == "FF":
         return partial(FF, width=cell.training_width)
@@ -178,7 +179,7 @@ def report(found: Mapping[str, Any]) -> str:
         f"width, size: neurons at inference over the {WIDTH} of FF, without and with those that decide. of FF:\n"
         "accuracy over that of FF; recovered: share of the gap between no feedforward layers and FF, empty where\n"
         "there is none to speak of; intervals by Fieller, paired by seed. layer x, model x: speedup over FF of the\n"
-        f"layer and of the model, {BATCH_SIZE} images on one thread."
+        f"layer and of the model of {found['blocks']} blocks, {BATCH_SIZE} images on one thread."
     )
     return "\n\n".join(["\n".join([runs.HEADER, *rows, runs.LEGEND]), "\n".join(lines)])
 

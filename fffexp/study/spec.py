@@ -84,10 +84,10 @@ class Parameter:
         whole = isinstance(self.low, int) and isinstance(self.high, int)
         return type(value) in ((int,) if whole else (int, float)) and bool(self.low <= value <= self.high)
 
-    def ends(self) -> list[Any]:
-        """First and last value; of a range of real numbers, which seldom contradict others, only the first."""
+    def examples(self) -> list[Any]:
+        """All choices, or the ends of a range; of real numbers, which seldom contradict others, the first alone."""
         if self.choices:
-            return [self.choices[0], self.choices[-1]]
+            return self.choices
         return [self.low, self.high] if isinstance(self.low, int) else [self.low]
 
 
@@ -206,11 +206,12 @@ class StudySpec:
         return self.trials_per_layer * len(self.layers)
 
     def corners(self, layer: str) -> list[dict[str, Any]]:
-        """All parameters at their first ends, each alone at its last, and all at their last."""
-        ends = {name: parameter.ends() for name, parameter in self.layers[layer].space.items()}
-        firsts, lasts = ({name: pair[index] for name, pair in ends.items()} for index in (0, -1))
-        alone = [{**firsts, name: last} for name, last in lasts.items()]
-        corners = [firsts, *alone, lasts]
+        """All parameters at their first values, each alone at its others, what is tried first, all at their last."""
+        part = self.layers[layer]
+        values = {name: parameter.examples() for name, parameter in part.space.items()}
+        firsts, lasts = ({name: some[index] for name, some in values.items()} for index in (0, -1))
+        alone = [{**firsts, name: value} for name, some in values.items() for value in some[1:]]
+        corners = [firsts, *alone, *map(part.fixed, range(len(part.first))), lasts]
         return [corner for index, corner in enumerate(corners) if corner not in corners[:index]]
 
     def arguments(self, layer: str, values: dict[str, Any], seed: int | None, test: bool) -> list[str]:

@@ -44,6 +44,7 @@ def exact(blocks: Blocks) -> Blocks:
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each batch by either kernel."""
     monkeypatch.setattr(triton_kernels, "ROW_BYTES", request.param)
+    monkeypatch.setattr(triton_kernels, "ROW_SPAN", 32)  # more than one turn
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +65,11 @@ def test_fff_and_its_route(depth: int, batch: int, dtype: torch.dtype) -> None:
     x = random(batch, sizes[0], seed=9, dtype=dtype)
     leaf = triton_kernels.route(x, nodes, bias)
     assert leaf.tolist() == [naive.fff_leaf(row, nodes.double(), bias.double(), depth) for row in x.double()]
-    output = triton_kernels.fff(x, nodes, bias, *blocks, "relu")
-    assert output.dtype == dtype
-    assert_close(output, naive.fff_hard(x.double(), nodes.double(), bias.double(), depth, exact(blocks), nn.ReLU()))
+    truth = naive.fff_hard(x.double(), nodes.double(), bias.double(), depth, exact(blocks), nn.ReLU())
+    for function in (triton_kernels.fff, triton_kernels.fff_inference):
+        output = function(x, nodes, bias, *blocks, "relu")
+        assert output.dtype == dtype
+        assert_close(output, truth)
 
 
 def test_ties_go_right() -> None:

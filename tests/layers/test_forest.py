@@ -1,0 +1,57 @@
+"""Parallel trees and a master leaf against the sum of their parts."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from fffexp.layers import Forest
+from fffexp.models import ViT
+from fffexp.replace import replace_feedforward
+from fffexp.task import ClassificationTask
+
+IMAGE = (1, 8, 12)
+
+
+@pytest.mark.parametrize("master_width", [0, 5])
+def test_a_forest_is_the_sum_of_its_parts(master_width: int) -> None:
+    forest = Forest(16, 12, trees=3, depth=2, leaf_width=4, master_width=master_width)
+    parts = [*forest.trees, *([forest.master] if forest.master else [])]
+    assert len(parts) == 3 + bool(master_width)
+    x = torch.randn(2, 5, 16)
+    for mode in (True, False):
+        forest.train(mode)
+        assert torch.allclose(forest(x), sum(part(x) for part in parts), atol=1e-6)
+        for part in parts:
+            part.routing = None
+
+
+def test_a_task_trains_the_parts_of_a_forest() -> None:
+    torch.manual_seed(0)
+    forest = partial(Forest, trees=2, depth=2, leaf_width=4, master_width=3)
+    network = partial(ViT, features=16, heads=2, num_blocks=1, input_dropout=0.0)
+    task = ClassificationTask(forest, IMAGE, 3, network=network, coefficients={"importance": 0.1})
+    task.on_fit_start()
+    assert [layer.inference_size for layer in task.layers.values()] == [2 + 4, 2 + 4, 3]
+    batch = torch.randn(4, *IMAGE), torch.arange(4) % 3
+    task.coefficients = {"importance": 0.0}
+    plain, _ = task.loss(*batch)
+    task.on_after_backward()
+    task.coefficients = {"importance": 1.0}
+    loss, _ = task.loss(*batch)
+    importance = sum(layer.regularizers["importance"](layer.routing) for layer in list(task.layers.values())[:2])
+    assert float(loss - plain) == pytest.approx(float(importance), rel=1e-3)
+    loss.backward()
+    assert all(p.grad is not None for p in task.parameters())
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match="trees is 0"):
+        Forest(4, 4, trees=0, depth=1, leaf_width=1)
+    with pytest.raises(ValueError, match="master_width is -1"):
+        Forest(4, 4, trees=1, depth=1, leaf_width=1, master_width=-1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="Forest, which is no FeedforwardLayer"):
+        replace_feedforward(model, partial(Forest, trees=1, depth=1, leaf_width=1))  # type: ignore[arg-type] # the mistake
+    assert isinstance(model[0], nn.Linear)
