@@ -45,7 +45,7 @@ def cells(leaf_widths: Sequence[int]) -> list[Cell]:
 
 def training(cell: Cell, data: str, blocks: int = BLOCKS) -> runs.Training:
     """Of a cell."""
-    pieces = ("model/one_cycle", "trainer/averaged", "model/vit", "recipe/vit")
+    pieces = ("model/one_cycle", "model/vit", "recipe/vit")
     args = [*DATA[data], *(f"--config={CONFIGS}/{piece}.yaml" for piece in pieces), *cell.layer_arguments()]
     args += [f"--model.network.init_args.{name}" for name in (f"patch_size={PATCHES[data]}", f"num_blocks={blocks}")]
     if cell.layer == "FFF":
