@@ -12,7 +12,16 @@ from fffexp.study.summary import Summary, Trial, answer, finalist_trials, latenc
 COLUMNS = 120
 
 # what decides the size of a layer; other hyperparameters are called by their initials
-_SHORT = {"width": "w", "depth": "d", "leaf_width": "l", "num_experts": "e", "expert_width": "ew", "k": "k"}
+_SHORT = {
+    "width": "w",
+    "trees": "t",
+    "depth": "d",
+    "leaf_width": "l",
+    "master_width": "m",
+    "num_experts": "e",
+    "expert_width": "ew",
+    "k": "k",
+}
 
 
 def label(trial: Trial) -> str:
