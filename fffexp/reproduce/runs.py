@@ -190,7 +190,7 @@ def collapsed(runs: Sequence[Mapping[str, Any]]) -> int:
 
 HEADER = (
     f"{'layer':13}{'w':>5}{'leaf':>5}{'reading':>8}{'metric':>7}{'paper':>7}{'best':>8}{'mean':>8}"
-    f"{'95% interval':>18}{'std':>7}{'worst':>8}{'n':>4}{'used':>7}{'collapsed':>10}  verdict"
+    f"{'95% interval':>18}{'std':>7}{'worst':>8}{'n':>4}{'used':>8}{'collapsed':>10}  verdict"
 )
 
 
@@ -213,7 +213,7 @@ def line(row: Mapping[str, Any]) -> str:
     numbers = f"{paper:>7}{r['best']:8.2f}{r['mean']:8.2f}{interval:>18}{std:>7}{r['worst']:8.2f}{r['n']:4}"
     used = [blocks for blocks in r["used_leaves"] if blocks is not None]
     spread = "" if not used else str(min(used)) if min(used) == max(used) else f"{min(used)}-{max(used)}"
-    return f"{start}{numbers}{spread:>7}{r['collapsed']:10}  {verdict(r)}".rstrip()
+    return f"{start}{numbers}{spread:>8}{r['collapsed']:10}  {verdict(r)}".rstrip()
 
 
 def verdict(row: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ def measure(
     return found
 
 
-def in_paper(cell: Cell, data: str, blocks: int) -> dict[str, float]:
+def in_paper(cell: Cell, data: str, blocks: int = BLOCKS) -> dict[str, float]:
     """What is printed of a cell, by metric; the table is of CIFAR10 and of 4 blocks alone."""
     printed = (data, blocks) == ("cifar10", BLOCKS) and cell in (DENSE, *cells([32, 16, 8, 4, 2, 1])[2:8])
     return printed3(cell.leaf_width) if printed else {}
@@ -179,7 +179,7 @@ def report(found: Mapping[str, Any]) -> str:
         f"width, size: neurons at inference over the {WIDTH} of FF, without and with those that decide. of FF:\n"
         "accuracy over that of FF; recovered: share of the gap between no feedforward layers and FF, empty where\n"
         "there is none to speak of; intervals by Fieller, paired by seed. layer x, model x: speedup over FF of the\n"
-        f"layer and of the model of {found['blocks']} blocks, {BATCH_SIZE} images on one thread."
+        f"layer and of the model ({found['blocks']} blocks), {BATCH_SIZE} images on one thread."
     )
     return "\n\n".join(["\n".join([runs.HEADER, *rows, runs.LEGEND]), "\n".join(lines)])
 

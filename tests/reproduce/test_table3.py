@@ -54,10 +54,10 @@ def test_what_is_kept() -> None:
 
 
 def test_what_the_paper_prints_is_of_cifar10() -> None:
-    assert table3.in_paper(Cell("FFF", 128, 1), "cifar10", 4) == {"G_A": 79.8}
-    assert table3.in_paper(DENSE, "cifar10", 4) == {"G_A": 84.7}
+    assert table3.in_paper(Cell("FFF", 128, 1), "cifar10") == {"G_A": 79.8}
+    assert table3.in_paper(DENSE, "cifar10") == {"G_A": 84.7}
     for cell, data in ((DENSE, "fashion_mnist"), (Cell("FF", 8), "cifar10"), (NOTHING, "cifar10")):
-        assert table3.in_paper(cell, data, 4) == {}
+        assert table3.in_paper(cell, data) == {}
     assert table3.in_paper(DENSE, "cifar10", 1) == {}
 
 
