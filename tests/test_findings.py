@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fffexp.reproduce import conversion, runs, table1, table2, table3
+from fffexp.reproduce import conversion, entropies, runs, table1, table2, table3
 from fffexp.study import text
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,8 @@ def test_every_line_is_printed_by_the_command_above_it(path: str, block: str) ->
         printed = table.report(found).splitlines()
     elif "conversion" in found:
         printed = conversion.report(found).splitlines()
+    elif "figure" in found:
+        printed = entropies.report(found).splitlines()
     else:
         printed = text.trials(found).splitlines()
     lines = block.splitlines()
