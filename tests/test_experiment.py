@@ -25,7 +25,7 @@ PARAMS = {
 LAYER_PARAMS = {
     "ff": {"width", "activation", "dropout"},
     "moe": {"num_experts", "expert_width", "k", "activation", "dropout"},
-    "fff": {"depth", "leaf_width", "region_leak", "sparse", "activation", "dropout"},
+    "fff": {"depth", "leaf_width", "region_leak", "sparse", "detached_choices", "activation", "dropout"},
 }
 OVER_TIME = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "stability/grad_norm"}
 FINAL = {

@@ -36,7 +36,7 @@ def test_the_command_draws_what_fit_tracks(
     for layer, leaves in layers.items():
         counts = [training["classes_by_leaf"][layer] for training in found["trainings"]]
         assert [len(each) for each in counts] == leaves
-        # 20 of 200 rows are for validation, half of each of two classes; an image is 17 tokens, in the last block its class token
+        # 20 of 200 rows are for validation, half of each of two classes; an image is 17 tokens, in the last block 1
         tokens = 1 if layer in ("layer", "blocks.3.layer") else 17
         assert [[sum(column) for column in zip(*each, strict=True)] for each in counts] == [
             [10 * tokens, 10 * tokens]
