@@ -78,7 +78,7 @@ def test_seeds_of_a_transformer_train_at_once() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_gives_the_same() -> None:
     args = arguments("fff")
     gpu = Replicas(args, [0, 5])
     assert gpu.device.type == "cuda"

@@ -91,7 +91,11 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
-    told = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    done = subprocess.run(told, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    git = ["git", "-C", str(Path(__file__).parents[2])]
+    done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None  # installed without its repository
+    # what measures, not the results that are being written
+    measuring = [*git, "diff", "--quiet", "HEAD", "--", "fffexp", "configs"]
+    changed = subprocess.run(measuring, capture_output=True, check=False).returncode
+    return done.stdout.strip() + ("-dirty" if changed else "")

@@ -68,7 +68,7 @@ def soft_tree(
     scale: Tensor,
     blocks: Blocks,
     activation: str,
-    detached: bool = False,
+    detached: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, O) mixture of all leaves, (B, N) logits of the nodes, (B, leaves) weights; in float32.
 

@@ -7,4 +7,7 @@ from fffexp.layers.forest import Forest
 from fffexp.layers.moe import NoisyTopKMoE
 from fffexp.layers.switch import SwitchMoE
 
-__all__ = ["FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE"]
+# What may stand in a network of ours; the parts of a forest are layers for themselves.
+Layer = FeedforwardLayer | Forest
+
+__all__ = ["FF", "FFF", "FeedforwardLayer", "Forest", "Layer", "NoisyTopKMoE", "SwitchMoE"]
