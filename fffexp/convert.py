@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fffexp.bench.latency import wait_for_timing
 from fffexp.layers import FF, FFF, FeedforwardLayer
 from fffexp.regularization import harden, weighted_losses
 from fffexp.replace import MLP, LayerFactory, Replacement, Select, build, find_mlps, put
@@ -46,6 +47,14 @@ class _Rows(NamedTuple):
     def of(self, which: Tensor | slice) -> "_Rows":
         return _Rows(self.inputs[which], self.outputs[which])
 
+    def sample(self) -> "_Rows":
+        return self.of(torch.randperm(len(self.inputs), device=self.inputs.device)[:SELECTION_ROWS])
+
+    def variance(self) -> Tensor:
+        """Of the outputs; 1 where they do not vary, so that errors can be divided by it."""
+        found = self.outputs.var(0).mean()
+        return torch.where(found > 0, found, 1.0)
+
 
 def convert_feedforward(
     model: nn.Module,
@@ -66,7 +75,8 @@ def convert_feedforward(
         model: in the state to be kept; its layers are replaced when all are ready.
         batches: inputs to run it on: a tensor, a tuple of arguments or a mapping of keywords each. All rows (tokens)
             are held in memory; those that `attention_mask` or `src_key_padding_mask` of a mapping leave out are not
-            looked at. The last tenth of the batches is held out.
+            looked at, in the decoder beside an encoder those that `decoder_attention_mask` or `tgt_key_padding_mask`
+            do. The last tenth of the batches is held out.
         layer_factory: (in_features, out_features) -> layer, with the model's activation.
         select: as in `replace_feedforward`.
         steps: of distillation, for each layer; 0 leaves the layers as initialised.
@@ -84,7 +94,7 @@ def convert_feedforward(
         layer = build(mlp, layer_factory)
         if layer.sparse_gradients:
             raise ValueError(f"a {type(layer).__name__} with sparse gradients cannot be distilled: leave out sparse")
-        mode, dtype = layer.training, train.inputs.dtype
+        mode, dtype = layer.training, next(layer.parameters()).dtype
         layer.to(torch.promote_types(dtype, torch.float32))
         train, held_out = (_Rows(*(part.to(next(layer.parameters()).dtype) for part in of)) for of in (train, held_out))
         _initialise(layer, mlp, train)
@@ -99,28 +109,22 @@ def convert_feedforward(
 def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[tuple[_Rows, _Rows]]:
     """For each MLP the rows of most batches, and those of the rest."""
     seen: list[list[_Rows]] = [[] for _ in mlps]
-    kept: Tensor | None = None
-
-    def rows(x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        return flat if kept is None or len(kept) != len(flat) else flat[kept]
-
+    names = {part for name, _ in model.named_modules() for part in name.split(".")}
+    decoders = [names >= {"encoder", "decoder"} and "decoder" in mlp.name.split(".") for mlp in mlps]
+    sequence_first = any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules())
     with _recording(model, mlps) as calls:
         for batch in batches:
             for call in calls:
                 call.clear()
-            kept = None
             if isinstance(batch, Mapping):
-                if (mask := batch.get("attention_mask")) is not None:
-                    kept = mask.flatten().bool()
-                elif (mask := batch.get("src_key_padding_mask")) is not None:
-                    kept = ~mask.flatten()
                 model(**batch)
             else:
                 model(*batch) if isinstance(batch, tuple | list) else model(batch)
-            for call, of in zip(calls, seen, strict=True):
+            for call, of, decoder in zip(calls, seen, decoders, strict=True):
                 if call:  # an MLP that is called twice sees both
-                    of.append(_Rows(*(torch.cat([rows(each[i]) for each in call]) for i in range(2))))
+                    kept_BT = _kept(batch, decoder) if isinstance(batch, Mapping) else None
+                    both = ([_rows(each[i], kept_BT, sequence_first) for each in call] for i in range(2))
+                    of.append(_Rows(*map(torch.cat, both)))
     found = []
     for mlp, of in zip(mlps, seen, strict=True):
         if not of:
@@ -136,6 +140,27 @@ def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[tu
             raise ValueError(f"{len(of)} batches of {len(parts[0].inputs)} rows are too little data: give more of it")
         found.append((parts[0], parts[1]))
     return found
+
+
+def _kept(batch: Mapping[str, Any], decoder: bool) -> Tensor | None:
+    """(batch, tokens) those that are no padding, if the batch says so."""
+    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    if mask is not None:
+        return torch.as_tensor(mask != 0)
+    mask = batch.get("tgt_key_padding_mask" if decoder else "src_key_padding_mask")
+    if mask is not None:  # bool, or float, which is added to the attention's logits
+        return torch.as_tensor(mask == 0)
+    return None
+
+
+def _rows(x: Tensor, kept_BT: Tensor | None, sequence_first: bool) -> Tensor:
+    """(..., features) -> (rows, features), without padding where x has a row for each token."""
+    flat = x.flatten(0, -2)
+    if kept_BT is None or kept_BT.numel() != len(flat):  # a head has a row for each sequence
+        return flat
+    if x.shape[:-1] == kept_BT.T.shape and (sequence_first or x.shape[:-1] != kept_BT.shape):
+        kept_BT = kept_BT.T
+    return flat[kept_BT.flatten()]
 
 
 @contextmanager
@@ -180,9 +205,9 @@ def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
     gated = len(mlp.up) > 1  # a gated neuron is no neuron of ours
     if isinstance(layer, FF) and not gated:
         w1, b1, w2, b2 = layer.network.parameters()
-        chosen, output_weight, output_bias = _neurons(
-            layer.network[1](rows.inputs @ weight.T + bias), rows, layer.width
-        )
+        some = rows.sample()
+        hidden = layer.network[1](some.inputs @ weight.T + bias)
+        chosen, output_weight, output_bias = _neurons(hidden, some, layer.width)
         w1[: len(chosen)], b1[: len(chosen)] = weight[chosen], bias[chosen]
         w2.zero_()
         w2[:, : len(chosen)] = output_weight.T
@@ -191,8 +216,8 @@ def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
         leaf_B, leaves = _plant(layer, rows), layer.leaves
         for leaf in range(layer.blocks if not gated else 0):
             mine = leaf_B == leaf
-            some = rows.of(mine) if mine.any() else rows
-            hidden = leaves.hidden(some.inputs[:SELECTION_ROWS] @ weight.T + bias)
+            some = (rows.of(mine) if mine.any() else rows).sample()
+            hidden = leaves.hidden(some.inputs @ weight.T + bias)
             chosen, output_weight, output_bias = _neurons(hidden, some, layer.leaf_width)
             leaves.hidden_weight[leaf, : len(chosen)] = weight[chosen]
             leaves.hidden_bias[leaf, : len(chosen)] = bias[chosen]
@@ -229,7 +254,7 @@ def _plant(tree: FFF, rows: _Rows) -> Tensor:
 
 def _neurons(hidden: Tensor, rows: _Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which neurons explain most of the outputs, greedily; (chosen,), (chosen, out), (out,) weights that fit them."""
-    hidden, outputs = hidden[:SELECTION_ROWS].double(), rows.outputs[:SELECTION_ROWS].double()
+    hidden, outputs = hidden.double(), rows.outputs.double()
     means = hidden.mean(0), outputs.mean(0)
     hidden, outputs = hidden - means[0], outputs - means[1]
     # of the neurons and with the outputs, less what the chosen ones explain
@@ -262,9 +287,10 @@ def _distil(layer: FeedforwardLayer, rows: _Rows, steps: int, lr: float) -> None
         return
     optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    variance = rows.outputs.var(0).mean()
+    variance = rows.variance()
     layer.train()
     for step in range(steps):
+        wait_for_timing()
         harden(layer, step / steps, CHOICE_SCALE)
         some = rows.of(torch.randint(len(rows.inputs), (BATCH_SIZE,)))
         loss = (layer(some.inputs) - some.outputs).square().mean() / variance
@@ -279,4 +305,4 @@ def _distil(layer: FeedforwardLayer, rows: _Rows, steps: int, lr: float) -> None
 @torch.no_grad()
 def _error(layer: FeedforwardLayer, rows: _Rows) -> float:
     outputs = layer.eval()(rows.inputs)
-    return float((outputs - rows.outputs).square().mean() / rows.outputs.var(0).mean())
+    return float((outputs - rows.outputs).square().mean() / rows.variance())

@@ -79,6 +79,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def by_row(module: nn.Module, x: Tensor, output: Tensor) -> bool:
     """Whether each row of the output (2, 3, out) comes from that row of x (2, 3, in) alone."""
+    if output.shape[:-1] != x.shape[:-1]:
+        return False
     for kept in ((0, 0), (1, 2)):
         other = (x + 0.5).clone()
         other[kept] = x[kept]
@@ -91,6 +93,12 @@ def by_row(module: nn.Module, x: Tensor, output: Tensor) -> bool:
 def bent(hidden: Tensor) -> bool:
     """Whether what came of `probe_rows` is no affine function of them."""
     return not same(hidden[0, 0] + hidden[0, 1], hidden[0, 2] + hidden[1, 0])
+
+
+def bends(module: nn.Module) -> bool:
+    """Whether a module without parameters is an activation in evaluation, which dropout is not."""
+    found = run(module, 4 * probe_rows(4, torch.empty(0)))  # as far out as a ReLU6 bends
+    return found is not None and bent(found[0])
 
 
 def elementwise(module: nn.Module) -> bool:

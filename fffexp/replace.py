@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fffexp.layers import FF, FeedforwardLayer
 from fffexp.layers.base import SIZES
-from fffexp.probe import bent, by_row, elementwise, probe_rows, run, same
+from fffexp.probe import bends, bent, by_row, elementwise, probe_rows, run, same
 
 LayerFactory = Callable[[int, int], FeedforwardLayer]
 Select = Callable[[str, nn.Module], bool]
@@ -88,7 +88,8 @@ def replace_feedforward(
         What was replaced, in the order of the model's modules.
 
     Raises:
-        ValueError: there is no MLP, or none that is selected, or its weights are on the meta device.
+        ValueError: there is no MLP, or none that is selected, its weights are on the meta device, or the factory makes
+            something else than a layer of the sizes that it is told.
     """
     mlps = find_mlps(model, select)
     layers = [build(mlp, layer_factory) for mlp in mlps]  # all can be made, or nothing is changed
@@ -117,9 +118,15 @@ def build(mlp: MLP, layer_factory: LayerFactory) -> FeedforwardLayer:
     """A layer for the place of the MLP."""
     weight = mlp.down.module.weight
     assert isinstance(weight, Tensor)
-    layer = layer_factory(mlp.up[0].in_features, mlp.down.out_features)
+    sizes = mlp.up[0].in_features, mlp.down.out_features
+    layer = layer_factory(*sizes)
     if not isinstance(layer, FeedforwardLayer):
         raise ValueError(f"layer_factory makes a {type(layer).__name__}, which is no FeedforwardLayer of fffexp")
+    if (made := (layer.in_features, layer.out_features)) != sizes:
+        raise ValueError(
+            f"layer_factory makes a layer of {made[0]} -> {made[1]} for {mlp.name or 'the model'}, an MLP of"
+            f" {sizes[0]} -> {sizes[1]}: use the in_features and out_features that it is given"
+        )
     return layer.to(weight.device, weight.dtype).train(mlp.module.training)
 
 
@@ -140,8 +147,8 @@ def _mlps(model: nn.Module) -> Iterator[MLP]:
             yield from _within_sequential(name, module)
         elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             yield from _of_torch(name, module, model)
-        elif isinstance(getattr(module, "intermediate", None), nn.Module):
-            yield from _of_bert(name, module)
+        elif isinstance(getattr(module, "intermediate", None), nn.Module) and (mlps := list(_of_bert(name, module))):
+            yield from mlps
         elif mlp := _of_its_own(name, module, model):
             taken.update(module.modules())
             yield mlp
@@ -172,7 +179,7 @@ def _within_sequential(name: str, sequential: nn.Sequential) -> Iterator[MLP]:
         elif linear:
             begun, activated = (index, linear), False
         elif begun and elementwise(child):
-            activated = activated or not isinstance(child, nn.Dropout | nn.Identity)
+            activated = activated or bends(child)
         else:
             begun = None
 

@@ -6,10 +6,11 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
 
 from fffexp import FF, FFF, NoisyTopKMoE, convert_feedforward
-from fffexp.convert import _neurons, _Rows
+from fffexp.convert import _neurons, _Rows, _watch
+from fffexp.replace import find_mlps
 
 D, H = 6, 16
 
@@ -120,21 +121,62 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     assert errors[dtype] == pytest.approx(errors[torch.float32], rel=0.5)
 
 
-def test_padding_is_not_looked_at() -> None:
+@pytest.mark.parametrize("tokens", [6, 50])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_padding_is_not_looked_at(tokens: int, batch_first: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    block = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+    block = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=batch_first)
     model = nn.TransformerEncoder(block, 1).eval()
-    padded = torch.zeros(50, 6, dtype=torch.bool)
+    padded = torch.zeros(50, tokens, dtype=torch.bool)
     padded[:, 3:] = True
-    data = [{"src": torch.randn(50, 6, 16), "src_key_padding_mask": padded} for _ in range(10)]
+    mask = padded if dtype == torch.bool else torch.zeros(padded.shape).masked_fill(padded, float("-inf"))
+    data = [{"src": torch.randn(50, tokens, 16), "src_key_padding_mask": mask} for _ in range(10)]
+    if not batch_first:
+        for batch in data:
+            batch["src"] = batch["src"].transpose(0, 1)
     errors = []
     for noise in (0.0, 100.0):
         for batch in data:
-            batch["src"][:, 3:] = noise * torch.randn(50, 3, 16)
+            src = batch["src"] if batch_first else batch["src"].transpose(0, 1)
+            src[:, 3:] = noise * torch.randn(50, tokens - 3, 16)
         torch.manual_seed(0)
         (made,) = convert_feedforward(copy.deepcopy(model), data, partial(FFF, depth=2, leaf_width=6), steps=0)
         errors.append(made.error)
     assert errors[0] == pytest.approx(errors[1])
+
+
+def test_a_decoder_has_a_padding_of_its_own() -> None:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
+    model = T5Model(config).eval()
+    tokens = torch.randint(3, 50, (20, 6))
+    encoder, decoder = torch.ones(2, 20, 6, dtype=torch.long)
+    encoder[:, 2:] = 0
+    data = {"input_ids": tokens, "attention_mask": encoder, "decoder_input_ids": tokens}
+    seen = {}
+    for name, batch in {"all": data, "some": data | {"decoder_attention_mask": decoder}}.items():
+        decoder[:, 5:] = 0
+        parts = _watch(model, find_mlps(model, None), [batch, batch])
+        seen[name] = [len(train.inputs) for train, _ in parts]
+    assert seen == {"all": [40, 120], "some": [40, 100]}
+
+
+def test_an_output_that_never_varies() -> None:
+    model = trained()
+    with torch.no_grad():
+        model[2].weight.zero_()
+    (made,) = convert_feedforward(model, batches(), partial(FFF, depth=1, leaf_width=2), steps=3)
+    assert made.error < 1e-3
+    assert torch.allclose(model(batches()[0]), made.old[2].bias.expand(500, 3), atol=0.1)
+
+
+def test_the_layer_has_the_type_of_the_weights() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        model = nn.Sequential(nn.Linear(D, D), trained_once())
+        (made,) = convert_feedforward(model, batches(), partial(FFF, depth=1, leaf_width=2), steps=3)
+    assert {p.dtype for p in made.new.parameters()} == {torch.float32}
+    assert model(batches()[0]).dtype == torch.float32
 
 
 def test_rows_that_come_often_do_not_fill_the_tree() -> None:

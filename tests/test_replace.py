@@ -354,6 +354,39 @@ def test_gradient_checkpointing(name: str) -> None:
         fffexp.regularization_loss(model)
 
 
+def test_a_head_that_takes_one_token_is_passed_over() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.out = nn.Linear(D, D), nn.Linear(D, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.dense(x).tanh()[:, 0])
+
+    model = nn.Sequential(nn.TransformerEncoderLayer(D, 4, H, batch_first=True), Head())
+    assert [each.name for each in replace_feedforward(model, TREE)] == ["0"]
+
+
+def test_an_mlp_may_be_called_intermediate_and_output() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intermediate, self.output = nn.Linear(D, H), nn.Linear(H, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(self.intermediate(x).relu())
+
+    assert [each.name for each in replace_feedforward(nn.Sequential(Named()), TREE)] == ["0"]
+
+
+@pytest.mark.parametrize("sizes", [(D, D), (H, 5)])
+def test_a_layer_of_other_sizes_is_refused(sizes: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, 5))
+    with pytest.raises(ValueError, match=f"a layer of {sizes[0]} -> {sizes[1]} for 0, an MLP of {D} -> 5: use the in_"):
+        replace_feedforward(model, lambda *_: FFF(*sizes, depth=1, leaf_width=4))
+    assert isinstance(model[0], nn.Linear)
+
+
 def test_several_mlps_in_a_sequential() -> None:
     pair = [nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D)]
     model = nn.Sequential(*pair, nn.ReLU(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 5))
@@ -366,6 +399,7 @@ def test_several_mlps_in_a_sequential() -> None:
     [
         nn.Linear(D, D),
         nn.Sequential(nn.Linear(D, H), nn.Linear(H, D)),  # no activation
+        nn.Sequential(nn.Linear(D, H), nn.AlphaDropout(), nn.Linear(H, D)),
         nn.Sequential(nn.Linear(D, H), nn.Flatten(), nn.ReLU(), nn.Linear(H, D)),
         nn.Sequential(nn.Linear(D, H), nn.Softmax(1), nn.Linear(H, D)),
         nn.Sequential(nn.Linear(D, 2 * H), nn.GLU(), nn.Linear(H, D)),

@@ -24,6 +24,7 @@ from fffexp.study.statistics import paired_tests, ratio
 
 # Images of the training part that the layers are distilled on.
 SAMPLE, BATCH = 8192, 128
+STEPS, LR = 2000, 1e-3
 
 
 class Shape(NamedTuple):
@@ -69,7 +70,9 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
     for shape in shapes:
         shape.check()
     how = table3.training(table3.DENSE, data)
-    setting = {"conversion": "ViT", "data": data, "recipe": how.recipe(), "shapes": [list(shape) for shape in shapes]}
+    distillation = {"images": SAMPLE, "batch": BATCH, "steps": STEPS, "lr": LR}
+    setting: dict[str, Any] = {"conversion": "ViT", "data": data, "recipe": how.recipe(), "distillation": distillation}
+    setting["shapes"] = [list(shape) for shape in shapes]
     found = load(path, setting) or {**setting, "environments": [], "runs": []}
     have = {run["seed"] for run in found["runs"]}
     missing = [seed for seed in seeds if seed not in have]
@@ -86,7 +89,8 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
             torch.manual_seed(seed)
             model, factory = copy.deepcopy(replicas.task.network).eval(), table3.layer_factory(cell)
             assert factory is not None
-            made = convert_feedforward(model, own.train_data[0][:SAMPLE].split(BATCH), factory)
+            batches = own.train_data[0][:SAMPLE].split(BATCH)
+            made = convert_feedforward(model, batches, factory, steps=STEPS, lr=LR)
             accuracy = _accuracy(model, *own.test_data)
             new.append(_run(cell, seed, accuracy, [each.error for each in made], [each.start for each in made]))
             print(f"seed {seed}  {_name(cell):22}{accuracy:8.2%} of {dense.test_accuracy:.2%}", flush=True)

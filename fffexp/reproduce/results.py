@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,22 @@ def hold(path: Path | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_figure(path: Path) -> None:
+    """Make sure, before anything is measured, that a figure can be drawn there.
+
+    Raises:
+        UserError: it is no PNG, or its place cannot be written to.
+    """
+    if path.suffix != ".png":
+        raise UserError(f"--figure {path}: name a file that ends in .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--figure {path}: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--figure {path}: {'it is a folder' if path.is_dir() else 'its folder cannot be written to'}")
 
 
 def load(path: Path | None, kind: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from scipy import stats
 
 from fffexp.reproduce import runs
 from fffexp.reproduce.cells import Cell, Layer
-from fffexp.study.statistics import adjusted
+from fffexp.study.statistics import adjusted, paired_p
 
 RIVALS: tuple[Layer, ...] = ("NoisyTopKMoE", "SwitchMoE")
 COMPARED: dict[str, Callable[[Mapping[str, Any]], float]] = {
@@ -65,9 +65,7 @@ def tests(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             if len(seeds) < 3:
                 continue
             a, b = ([100 * of[seed]["test_accuracy"] for seed in seeds] for of in (ours, theirs))
-            differ = statistics.stdev(x - y for x, y in zip(a, b, strict=True)) > 0
-            p = stats.ttest_rel(a, b).pvalue if differ else 1.0
-            made.append(_test(cell, other, "test accuracy", statistics.mean, a, b, p))
+            made.append(_test(cell, other, "test accuracy", statistics.mean, a, b, paired_p(a, b)))
             varies = max(statistics.stdev(a), statistics.stdev(b)) > 0
             p = stats.levene(a, b).pvalue if varies else 1.0
             made.append(_test(cell, other, "std of test accuracy", statistics.stdev, a, b, p))

@@ -34,7 +34,7 @@ def cells(
             for leaf_width in sorted(leaf_widths):
                 for reduction in reductions if layer == "FFF" else (None,):
                     found.append(Cell(layer, width, leaf_width, reduction))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def training(cell: Cell, data: str, protocol: Protocol) -> runs.Training:

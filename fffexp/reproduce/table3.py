@@ -178,8 +178,9 @@ def report(found: Mapping[str, Any]) -> str:
     lines.append(
         f"width, size: neurons at inference over the {WIDTH} of FF, without and with those that decide. of FF:\n"
         "accuracy over that of FF; recovered: share of the gap between no feedforward layers and FF, empty where\n"
-        "there is none to speak of; intervals by Fieller, paired by seed. layer x, model x: speedup over FF of the\n"
-        f"layer and of the model ({found['blocks']} blocks), {BATCH_SIZE} images on one thread."
+        "there is none to speak of; intervals by Fieller, paired by seed. layer x, model x: speedup over FF of a\n"
+        f"layer on the tokens of {BATCH_SIZE} images and of the model ({found['blocks']} blocks, the last with one\n"
+        "row an image), one thread."
     )
     return "\n\n".join(["\n".join([runs.HEADER, *rows, runs.LEGEND]), "\n".join(lines)])
 

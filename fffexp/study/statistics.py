@@ -86,6 +86,14 @@ class Paired(NamedTuple):
     p: float | None
 
 
+def paired_p(a: Sequence[float], b: Sequence[float]) -> float:
+    """Of a two-sided paired t-test; 1 where all pairs differ by the same, which tells nothing of the variance."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    if max(differences) - min(differences) < _ROUNDING:
+        return 1.0
+    return float(stats.ttest_rel(a, b).pvalue)
+
+
 def paired_tests(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]]) -> list[Paired]:
     """Paired t-tests (scipy.stats.ttest_rel) of values by seed; the false discovery rate is that of all together."""
     found, ps = [], []
@@ -93,12 +101,8 @@ def paired_tests(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]
         mean, interval, n = paired_difference(a, b)
         found.append((mean, interval, n))
         seeds = sorted(a.keys() & b.keys())
-        if interval is None:
-            continue
-        if interval[0] == interval[1]:  # the same difference with every seed tells nothing of the variance
-            ps.append(1.0)
-        else:
-            ps.append(float(stats.ttest_rel([a[seed] for seed in seeds], [b[seed] for seed in seeds]).pvalue))
+        if interval is not None:
+            ps.append(paired_p([a[seed] for seed in seeds], [b[seed] for seed in seeds]))
     left = iter(adjusted(ps))
     return [Paired(mean, interval, n, None if interval is None else next(left)) for mean, interval, n in found]
 

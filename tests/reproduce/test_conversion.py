@@ -1,13 +1,11 @@
 """A trained vision transformer's layers made into trees, on data that is quickly learnt."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fffexp.cli import main
-from fffexp.convert import convert_feedforward
 from fffexp.reproduce import conversion
 from fffexp.reproduce.cells import Cell
 from fffexp.reproduce.table3 import DENSE
@@ -17,7 +15,7 @@ from fffexp.reproduce.table3 import DENSE
 def test_the_command_converts_and_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "convert_feedforward", partial(convert_feedforward, steps=50))
+    monkeypatch.setattr(conversion, "STEPS", 50)
     path = tmp_path / "conversion.json"
     command = ["reproduce", "conversion", "--json", str(path), "--trees", "2x8", "1x32", "--seeds"]
     assert main([*command, "1"]) == 0
@@ -42,6 +40,9 @@ def test_the_command_converts_and_goes_on_where_it_stopped(
     monkeypatch.setattr(conversion, "Replicas", None)  # nothing is left to train
     assert main([*command, "2"]) == 0
     assert told.endswith(capsys.readouterr().out)
+    monkeypatch.setattr(conversion, "STEPS", 60)
+    assert main([*command, "2"]) == 2
+    assert "another measurement" in capsys.readouterr().err
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

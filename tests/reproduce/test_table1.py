@@ -24,6 +24,7 @@ def test_cells_are_those_of_the_table() -> None:
     assert len(best) == 20
     assert len(table1.cells("paper", paper.WIDTHS, paper.LEAF_WIDTHS, ["FF", "FFF"])) == 4 + 2 * 16
     assert best[0].training_width == 128  # the longest first
+    assert table1.cells("best", [16, 16], [8, 8], ["FF", "FFF"]) == [Cell("FF", 16), Cell("FFF", 16, 8)]
     assert {(c.training_width, c.leaf_width): c.depth for c in best}[(128, 8)] == 4
     assert all(table1.printed("fashion_mnist", c.leaf_width, c.training_width) for c in best)
     assert paper.printed("fashion_mnist", 8, 128) == (90.5, 86.1)
@@ -106,6 +107,14 @@ def test_statistics_of_a_cell() -> None:
     assert row["ci95"] == pytest.approx((87.5 - 3.182 * 1.291 / 2, 87.5 + 3.182 * 1.291 / 2), abs=1e-2)
     assert row["diverged"] == 1
     assert row["collapsed"] == 2  # fewer than half of 16 leaves in use: 7 and 1
+
+
+def test_epochs_are_those_of_the_best_run() -> None:
+    made = runs_of(Cell("FF", 16), [86.0, 89.0, 10.0])
+    for run, epochs in zip(made, (40, 90, 1), strict=True):
+        run["epochs_to_best"] = epochs
+    (row,) = (row for row in runs.rows(made, {}) if row["metric"] == "ETT_G")
+    assert (row["best"], row["worst"]) == (90, 1), "a run that learns nothing has not trained fast"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +215,9 @@ def test_stability() -> None:
 def test_runs_that_never_vary_are_no_different() -> None:
     found = table(*(runs_of(Cell(layer, 128, 8), [88.0] * 3) for layer in ("FFF", "NoisyTopKMoE")))
     assert [t["p"] for t in stability.tests(found)] == [1, 1, 1, 1]
+    shifted = zip(("FFF", "NoisyTopKMoE"), (0.0, 0.1), strict=True)  # by the same with every seed, but for rounding
+    found = table(*(runs_of(Cell(layer, 128, 8), [v - by for v in (86.79, 88.41, 86.83)]) for layer, by in shifted))
+    assert stability.tests(found)[0]["p"] == 1
 
 
 def test_controls_know_the_data() -> None:
@@ -307,6 +319,7 @@ def test_a_mistake_in_the_data_is_told_in_a_line(
         (["--layers", "SwitchMoE"], "--protocol paper has FF and FFF alone"),
         (["--protocol", "best", "--layers", "FF", "--controls"], "--controls stand beside FFF: add it to --layers"),
         (["--figure", "x.foo"], "--figure x.foo: name a file that ends in .png"),
+        (["--figure", "/proc/no/x.png"], "--figure /proc/no/x.png: "),
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),
     ],
 )

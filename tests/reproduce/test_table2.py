@@ -33,11 +33,11 @@ def test_arguments(layer: Layer) -> None:
     expected = {
         "FF": {},
         "NoisyTopKMoE": {"importance": 0.1, "load": 0.1},
-        "SwitchMoE": {"balance": 0.01},
+        "SwitchMoE": {"balance": 0.3},
         "FFF": {"hardening_sum": 3.0},
     }
     assert task.schedules == expected[layer]
-    assert made.inference_width == {"FF": 128, "NoisyTopKMoE": 32, "SwitchMoE": 16, "FFF": 32}[layer]
+    assert made.inference_width == {"FF": 128, "NoisyTopKMoE": 32, "SwitchMoE": 32, "FFF": 32}[layer]
 
 
 @pytest.mark.usefixtures("fashion")
@@ -56,6 +56,8 @@ def test_the_command_trains_seed_by_seed_and_goes_on(
     assert all(c["n"] == 2 and c["paper"] is None for c in found["cells"]), "what is printed is of CIFAR10"
     best = {c["layer"]: c["best"] for c in found["cells"] if c["metric"] == "G_A" and c["layer"] == "FF"}
     assert best["FF"] > 90, "two classes that anything can tell apart"
-    assert "stability" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "stability" in told
+    assert f"at most {table2.EPOCHS} epochs (the paper: 7000)" in told
     monkeypatch.setattr(runs, "train", None)  # nothing is left to train
     assert main([*command, "--seeds", "2"]) == 0
