@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fffexp.bench.latency import wait_for_timing
 from fffexp.layers import FF, FFF, FeedforwardLayer
 from fffexp.regularization import harden, weighted_losses
 from fffexp.replace import MLP, LayerFactory, Replacement, Select, build, find_mlps, put
@@ -75,8 +74,8 @@ def convert_feedforward(
         model: in the state to be kept; its layers are replaced when all are ready.
         batches: inputs to run it on: a tensor, a tuple of arguments or a mapping of keywords each. All rows (tokens)
             are held in memory; those that `attention_mask` or `src_key_padding_mask` of a mapping leave out are not
-            looked at, in the decoder beside an encoder those that `decoder_attention_mask` or `tgt_key_padding_mask`
-            do. The last tenth of the batches is held out.
+            looked at; in nn.TransformerDecoderLayer, and in what is called decoder beside an encoder, it is those that
+            `decoder_attention_mask` or `tgt_key_padding_mask` leave out. The last tenth of the batches is held out.
         layer_factory: (in_features, out_features) -> layer, with the model's activation.
         select: as in `replace_feedforward`.
         steps: of distillation, for each layer; 0 leaves the layers as initialised.
@@ -110,7 +109,11 @@ def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[tu
     """For each MLP the rows of most batches, and those of the rest."""
     seen: list[list[_Rows]] = [[] for _ in mlps]
     names = {part for name, _ in model.named_modules() for part in name.split(".")}
-    decoders = [names >= {"encoder", "decoder"} and "decoder" in mlp.name.split(".") for mlp in mlps]
+    decoders = [
+        isinstance(mlp.module, nn.TransformerDecoderLayer)
+        or (names >= {"encoder", "decoder"} and "decoder" in mlp.name.split("."))
+        for mlp in mlps
+    ]
     sequence_first = any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules())
     with _recording(model, mlps) as calls:
         for batch in batches:
@@ -158,8 +161,8 @@ def _rows(x: Tensor, kept_BT: Tensor | None, sequence_first: bool) -> Tensor:
     flat = x.flatten(0, -2)
     if kept_BT is None or kept_BT.numel() != len(flat):  # a head has a row for each sequence
         return flat
-    if x.shape[:-1] == kept_BT.T.shape and (sequence_first or x.shape[:-1] != kept_BT.shape):
-        kept_BT = kept_BT.T
+    if x.shape[:-1] == kept_BT.shape[::-1] and (sequence_first or x.shape[:-1] != kept_BT.shape):
+        kept_BT = kept_BT.mT
     return flat[kept_BT.flatten()]
 
 
@@ -290,7 +293,6 @@ def _distil(layer: FeedforwardLayer, rows: _Rows, steps: int, lr: float) -> None
     variance = rows.variance()
     layer.train()
     for step in range(steps):
-        wait_for_timing()
         harden(layer, step / steps, CHOICE_SCALE)
         some = rows.of(torch.randint(len(rows.inputs), (BATCH_SIZE,)))
         loss = (layer(some.inputs) - some.outputs).square().mean() / variance

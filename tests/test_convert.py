@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
 
-from fffexp import FF, FFF, NoisyTopKMoE, convert_feedforward
+from fffexp import FF, FFF, NoisyTopKMoE, convert, convert_feedforward
 from fffexp.convert import _neurons, _Rows, _watch
 from fffexp.replace import find_mlps
 
@@ -144,6 +144,30 @@ def test_padding_is_not_looked_at(tokens: int, batch_first: bool, dtype: torch.d
         (made,) = convert_feedforward(copy.deepcopy(model), data, partial(FFF, depth=2, leaf_width=6), steps=0)
         errors.append(made.error)
     assert errors[0] == pytest.approx(errors[1])
+
+
+def test_neurons_are_selected_on_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "SELECTION_ROWS", 200)
+    data = torch.cat(batches())
+    starts = {}
+    for name, order in {"sorted": data[:, 1].argsort(), "shuffled": torch.arange(len(data))}.items():
+        held_out = batches()[:1]  # the last of the batches
+        torch.manual_seed(0)
+        (made,) = convert_feedforward(trained(), [*data[order].split(500), *held_out], partial(FF, width=4), steps=0)
+        starts[name] = made.start
+    assert starts["sorted"] == pytest.approx(starts["shuffled"], rel=0.5)
+
+
+def test_a_decoder_of_torch_has_a_padding_of_its_own() -> None:
+    torch.manual_seed(0)
+    block = nn.TransformerDecoderLayer(16, 4, 24, batch_first=True)
+    padded = torch.zeros(20, 6, dtype=torch.bool)
+    padded[:, 2:] = True
+    tokens = torch.randn(20, 6, 16)
+    data = {"tgt": tokens, "memory": tokens, "tgt_key_padding_mask": padded}
+    model = nn.TransformerDecoder(block, 1)
+    ((train, _),) = _watch(model, find_mlps(model, None), [data, data])
+    assert len(train.inputs) == 40
 
 
 def test_a_decoder_has_a_padding_of_its_own() -> None:

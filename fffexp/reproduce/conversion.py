@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fffexp.bench.latency import wait_for_timing
 from fffexp.bench.limits import environment, training_device
 from fffexp.convert import convert_feedforward
 from fffexp.errors import UserError
-from fffexp.layers import FFF
+from fffexp.layers import FFF, FeedforwardLayer
+from fffexp.replace import LayerFactory
 from fffexp.replicas import EVALUATION_ROWS, Replicas
 from fffexp.reproduce import table3
 from fffexp.reproduce.cells import Cell
@@ -90,13 +92,24 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
             model, factory = copy.deepcopy(replicas.task.network).eval(), table3.layer_factory(cell)
             assert factory is not None
             batches = own.train_data[0][:SAMPLE].split(BATCH)
-            made = convert_feedforward(model, batches, factory, steps=STEPS, lr=LR)
+            made = convert_feedforward(model, batches, _pausing(factory), steps=STEPS, lr=LR)
             accuracy = _accuracy(model, *own.test_data)
             new.append(_run(cell, seed, accuracy, [each.error for each in made], [each.start for each in made]))
             print(f"seed {seed}  {_name(cell):22}{accuracy:8.2%} of {dense.test_accuracy:.2%}", flush=True)
         found["runs"] += new
         save(path, found)
     return found
+
+
+def _pausing(factory: LayerFactory) -> LayerFactory:
+    """Layers that wait, at each pass, until nobody times."""
+
+    def make(in_features: int, out_features: int) -> FeedforwardLayer:
+        layer = factory(in_features, out_features)
+        layer.register_forward_pre_hook(lambda *_: wait_for_timing())
+        return layer
+
+    return make
 
 
 def _run(
