@@ -128,21 +128,25 @@ def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[tu
                     kept_BT = _kept(batch, decoder) if isinstance(batch, Mapping) else None
                     both = ([_rows(each[i], kept_BT, sequence_first) for each in call] for i in range(2))
                     of.append(_Rows(*map(torch.cat, both)))
-    found = []
-    for mlp, of in zip(mlps, seen, strict=True):
-        if not of:
-            raise ValueError(f"no data reached {mlp.name or 'the MLP'}: give batches that the model runs on")
-        last = max(1, round(HELD_OUT * len(of))) if len(of) > 1 else 0
-        parts = [_Rows(*map(torch.cat, zip(*part, strict=True))) for part in (of[: len(of) - last], of[-last:])]
-        if len(of) == 1:  # nothing but rows can be held out
-            parts = [
-                parts[0].of(slice(len(parts[0].inputs) // 10, None)),
-                parts[0].of(slice(len(parts[0].inputs) // 10)),
-            ]
-        if min(len(part.inputs) for part in parts) < 2:
-            raise ValueError(f"{len(of)} batches of {len(parts[0].inputs)} rows are too little data: give more of it")
-        found.append((parts[0], parts[1]))
-    return found
+    return [_split(mlp.name, of) for mlp, of in zip(mlps, seen, strict=True)]
+
+
+def _split(name: str, batches: list[_Rows]) -> tuple[_Rows, _Rows]:
+    """What is trained on, and what is held out."""
+    if not batches:
+        raise ValueError(f"no data reached {name or 'the MLP'}: give batches that the model runs on")
+    last = max(1, round(HELD_OUT * len(batches)))
+    if len(batches) == 1:  # nothing but rows can be held out
+        (rows,) = batches
+        tenth = len(rows.inputs) // 10
+        train, held_out = rows.of(slice(tenth, None)), rows.of(slice(tenth))
+    else:
+        train, held_out = (
+            _Rows(*map(torch.cat, zip(*part, strict=True))) for part in (batches[:-last], batches[-last:])
+        )
+    if min(len(train.inputs), len(held_out.inputs)) < 2:
+        raise ValueError(f"{len(batches)} batches of {len(train.inputs)} rows are too little data: give more of it")
+    return train, held_out
 
 
 def _kept(batch: Mapping[str, Any], decoder: bool) -> Tensor | None:
