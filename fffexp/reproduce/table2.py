@@ -13,8 +13,8 @@ LEAF_WIDTH = 32
 EXPERT_WIDTHS = {"NoisyTopKMoE": 16, "SwitchMoE": 32}
 HARDENING = 3.0
 # The paper ends a training after 350 epochs without a better validation accuracy, halves the learning rate after 250
-# without a better training accuracy, and trains 7000 epochs at most. Here, and in configs/recipe/paper_table2.yaml, it
-# is a seventh of each, so that the table can be had on two cores.
+# without a better training accuracy (configs/recipe/paper_table2.yaml), and trains 7000 epochs at most. Here it is a
+# seventh of each, so that the table can be had on two cores.
 EPOCHS, PATIENCE = 1000, 50
 
 
