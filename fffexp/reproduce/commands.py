@@ -80,9 +80,11 @@ def main(args: list[str]) -> int:
     found = parser.parse_args(args)
     if found.json and found.json.suffix != ".json":
         raise UserError(f"--json {found.json}: name a file that ends in .json")
-    figure = getattr(found, "figure", None)
-    if figure:
-        check_figure(figure)
+    if "figure" in found:
+        if found.figure:
+            check_figure(found.figure)
+        else:
+            found.figure = found.json.with_suffix(".png") if found.json else Path(f"outputs/{found.command}.png")
     with hold(found.json):
         found.run(found)
     return 0
@@ -109,9 +111,8 @@ def _figure3(found: argparse.Namespace) -> None:
         found.json,
     )
     print(figure3.report(measured))
-    figure = found.figure or (found.json.with_suffix(".png") if found.json else Path("outputs/figure3.png"))
-    figure3.draw(measured, figure)
-    print(f"drawn to {figure}" + (f", measurements in {found.json}" if found.json else ""))
+    figure3.draw(measured, found.figure)
+    print(f"drawn to {found.figure}" + (f", measurements in {found.json}" if found.json else ""))
 
 
 def _table1(found: argparse.Namespace) -> None:
@@ -126,9 +127,8 @@ def _table1(found: argparse.Namespace) -> None:
     seeds = range(found.seeds)
     measured = table1.measure(found.data, found.protocol, wanted, seeds, found.controls, found.jobs, found.json)
     print(table1.report(measured))
-    figure = found.figure or (found.json.with_suffix(".png") if found.json else Path("outputs/table1.png"))
-    figure_table1.draw(measured, figure)
-    print(f"drawn to {figure}")
+    figure_table1.draw(measured, found.figure)
+    print(f"drawn to {found.figure}")
 
 
 def _table2(found: argparse.Namespace) -> None:
@@ -166,6 +166,5 @@ def _entropies(found: argparse.Namespace) -> None:
 
     measured = entropies.measure(found.command, found.data, found.epochs, found.json)
     print(entropies.report(measured))
-    figure = found.figure or (found.json.with_suffix(".png") if found.json else Path(f"outputs/{found.command}.png"))
-    entropies.draw(measured, figure)
-    print(f"drawn to {figure}")
+    entropies.draw(measured, found.figure)
+    print(f"drawn to {found.figure}")
