@@ -96,9 +96,16 @@ def rotating(contenders: Sequence[Contender], point: Point, batch_size: int) -> 
 
 
 def interleaved(
-    calls: dict[str, Callable[[Tensor], object]], batches: list[Tensor], threads: int, device: str
+    calls: dict[str, Callable[[Tensor], object]],
+    batches: list[Tensor],
+    threads: int,
+    device: str,
+    point_s: float = POINT_S,
 ) -> dict[str, list[float]]:
-    """Seconds of a call, by name and round; in a round each runs until it has lasted long enough to be timed."""
+    """Seconds of a call, by name and round; in a round each runs until it has lasted long enough to be timed.
+
+    There are rounds for `point_s` seconds in all, if that is neither very few nor very many of them.
+    """
     timers, repeats = {}, {}
     for name, call in calls.items():
         run = partial(_call, call, itertools.cycle(batches).__next__, device.startswith("cuda"))
@@ -107,7 +114,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     spent = 0.0
     for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and spent > POINT_S:
+        if done >= MIN_ROUNDS and spent > point_s:
             break
         for name, timer in timers.items():
             mean = timer.timeit(repeats[name]).mean

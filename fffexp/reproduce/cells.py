@@ -74,6 +74,15 @@ class Cell:
         return self.blocks.bit_length() - 1 if self.layer == "FFF" else None
 
     @property
+    def inference_size(self) -> int:
+        """Neurons evaluated for one sample, those that decide included."""
+        if self.layer == "FFF":
+            return (self.depth or 0) + (self.leaf_width or 0)
+        if self.leaf_width is None:
+            return self.training_width
+        return (K if self.layer == "NoisyTopKMoE" else 1) * self.leaf_width + self.blocks
+
+    @property
     def recipe(self) -> str:
         """The project's: a file of configs/recipe/."""
         narrow = (self.leaf_width or self.training_width) <= NARROW.get(self.layer, 0)

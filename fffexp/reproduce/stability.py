@@ -11,15 +11,13 @@ from fffexp.reproduce.cells import Cell, Layer
 from fffexp.study.statistics import adjusted, paired_p
 
 RIVALS: tuple[Layer, ...] = ("NoisyTopKMoE", "SwitchMoE")
-COMPARED: dict[str, Callable[[Mapping[str, Any]], float]] = {
+WITHIN: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # None where a layer has no such thing
     "late std": lambda run: 100 * run["val_accuracy_std"],
     "spikes": lambda run: run["loss_spikes"] / run["epochs"],  # some recipes have more epochs than others
-}
-WITHIN: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
-    **COMPARED,
     "nonfinite": lambda run: run["nonfinite_steps"],
     "dead": lambda run: run["dead_blocks"],
 }
+COMPARED = ("late std", "spikes", "dead")
 
 
 def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -69,8 +67,8 @@ def tests(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             varies = max(statistics.stdev(a), statistics.stdev(b)) > 0
             p = stats.levene(a, b).pvalue if varies else 1.0
             made.append(_test(cell, other, "std of test accuracy", statistics.stdev, a, b, p))
-            for name, measure in COMPARED.items():
-                a, b = ([measure(of[seed]) for seed in seeds] for of in (ours, theirs))
+            for name in COMPARED:
+                a, b = ([WITHIN[name](of[seed]) for seed in seeds] for of in (ours, theirs))
                 p = 1.0 if a == b else stats.wilcoxon(a, b).pvalue
                 made.append(_test(cell, other, name, statistics.mean, a, b, p))
     for each, p in zip(made, adjusted([each["p"] for each in made]), strict=True):

@@ -173,7 +173,7 @@ def report(found: Mapping[str, Any]) -> str:
         shares = "".join(f"{sizes[name] / WIDTH:8.1%}" for name in ("inference_width", "inference_size"))
         start = f"{each['layer']:13}{each['training_width']:5}{each['leaf_width'] or '':>5}{shares}"
         layer = "" if speed["layer_speedup"] is None else f"{speed['layer_speedup']:.2f}"
-        kept_of = _told(each["ratio"], 10, 18) + _told(each["recovered"], 14, 20)
+        kept_of = told(each["ratio"], 10, 18) + told(each["recovered"], 14, 20)
         lines.append(f"{start}{kept_of}{layer:>9}{speed['model_speedup']:9.2f}")
     lines.append(
         f"width, size: neurons at inference over the {WIDTH} of FF, without and with those that decide. of FF:\n"
@@ -185,9 +185,9 @@ def report(found: Mapping[str, Any]) -> str:
     return "\n\n".join(["\n".join([runs.HEADER, *rows, runs.LEGEND]), "\n".join(lines)])
 
 
-def _told(found: tuple[float, Interval] | None, width: int, interval_width: int) -> str:
+def told(found: tuple[float, Interval] | None, width: int, interval_width: int) -> str:
+    """A share in percent and its interval, each in a column of that many characters; blank without one."""
     if found is None:
         return " " * (width + interval_width)
-    mean, interval = found
-    told = f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    return f"{100 * mean:{width}.1f}{told:>{interval_width}}"
+    share, (low, high) = found
+    return f"{100 * share:{width}.1f}" + f"[{100 * low:.1f}, {100 * high:.1f}]".rjust(interval_width)

@@ -144,7 +144,8 @@ def table(*parts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     return {"data": "fashion_mnist", "controls": [], "runs": [run for part in parts for run in part]} | more
 
 
-def test_controls_are_of_equal_size() -> None:
+def test_controls_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controls, "TIMING_S", 0.1)
     found = table()
     wanted = [Cell("FFF", 128, 8), Cell("FFF", 16, 8)]
     controls.choose(found, wanted)
@@ -153,7 +154,9 @@ def test_controls_are_of_equal_size() -> None:
     assert (first["parameters"], first["inference_size"]) == (143, 12)
     assert found["controls"][1]["inference_size"] == 9
     assert 1 <= first["inference_time"] <= 512
-    assert first["time_ratio"] <= 1 or first["inference_time"] == 1
+    ratios = first["time_ratios"]
+    assert first["time_ratio"] == ratios[first["inference_time"]]
+    assert [width for width, ratio in ratios.items() if ratio <= 1][-1:] in ([], [first["inference_time"]])
     before = copy.deepcopy(found["controls"])
     controls.choose(found, wanted)
     assert found["controls"] == before, "times are not taken again"
@@ -189,6 +192,25 @@ def test_comparisons_with_controls_are_paired() -> None:
     assert controls.report(table()) == ""
 
 
+def test_mixtures_are_compared_with_dense_layers_of_no_more_neurons() -> None:
+    noisy, switch = Cell("NoisyTopKMoE", 128, 8), Cell("SwitchMoE", 128, 8)
+    assert (noisy.inference_size, switch.inference_size) == (2 * 8 + 16, 8 + 16)
+    assert (Cell("FFF", 128, 8).inference_size, Cell("FF", 24).inference_size) == (4 + 8, 24)
+    ours, dense, narrow = [88.0, 87.0, 88.5], [89.0, 88.1, 89.4], [86.0, 85.0, 86.6]
+    found = table(
+        runs_of(noisy, ours), runs_of(switch, ours), runs_of(Cell("FFF", 128, 8), ours),
+        runs_of(Cell("FF", 33), narrow), runs_of(Cell("FF", 32), dense), runs_of(Cell("FF", 16), narrow),
+    )  # fmt: skip
+    made = controls.mixtures(found)
+    assert [(cell, of.training_width) for cell, of, _ in made] == [(noisy, 32), (switch, 16)]
+    assert made[0][2].difference == pytest.approx(-1.0)
+    ps = [stats.ttest_rel(ours, theirs).pvalue for theirs in (dense, narrow)]
+    assert [test.p for *_, test in made] == pytest.approx(list(stats.false_discovery_control(ps)))
+    told = controls.report(found).splitlines()
+    assert told[1].endswith("FF is ahead")
+    assert told[2].endswith("MoE is ahead")
+
+
 def test_stability() -> None:
     a, b = [88.0, 88.1, 87.9, 88.0, 88.05, 87.95], [80.0, 88.0, 70.0, 89.0, 84.0, 60.0]
     steady = runs_of(Cell("FFF", 128, 8), a)
@@ -201,9 +223,9 @@ def test_stability() -> None:
     assert rows["FFF"]["mean - worst"] == pytest.approx(0.1)
     assert rows["FFF"]["ETT_G std"] == pytest.approx(np.std(range(6), ddof=1))
     tests = {t["measure"]: t for t in stability.tests(found)}
-    # the late std differs the same way in all six, the spikes in none
+    # the late std differs the same way in all six, spikes and dead leaves in none
     ps = {"test accuracy": stats.ttest_rel(a, b).pvalue, "std of test accuracy": stats.levene(a, b).pvalue}
-    ps |= {"late std": 2 / 2**6, "spikes": 1.0}
+    ps |= {"late std": 2 / 2**6, "spikes": 1.0, "dead": 1.0}
     expected = dict(zip(ps, stats.false_discovery_control(list(ps.values())), strict=True))
     assert {name: test["p"] for name, test in tests.items()} == pytest.approx(expected)
     assert tests["test accuracy"]["FFF"] > tests["test accuracy"]["rival"]
@@ -308,18 +330,24 @@ def test_a_mistake_in_the_data_is_told_in_a_line(
     assert "\n" not in told
 
 
+def test_a_figure_that_has_no_place_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.png").mkdir()
+    assert main(["reproduce", "table1", "--json", str(tmp_path / "x.json")]) == 2
+    assert capsys.readouterr().err.strip().endswith("x.png: it is a folder")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--json", "/"], "--json /: name a file that ends in .json"),
-        (["--json", "/proc/no/x.json"], "--json /proc/no/x.json: "),
+        (["--json", "/proc/no/x.json"], "figure /proc/no/x.png: "),
         (["--training_widths", "12", "--leaf_widths", "8"], "12 hidden neurons are not a power of 2 of leaves of 8"),
         (["--data", "letters"], "invalid choice: 'letters'"),
         (["--controls"], "--protocol paper has FF and FFF alone"),
         (["--layers", "SwitchMoE"], "--protocol paper has FF and FFF alone"),
         (["--protocol", "best", "--layers", "FF", "--controls"], "--controls stand beside FFF: add it to --layers"),
-        (["--figure", "x.foo"], "--figure x.foo: name a file that ends in .png"),
-        (["--figure", "/proc/no/x.png"], "--figure /proc/no/x.png: "),
+        (["--figure", "x.foo"], "figure x.foo: name a file that ends in .png"),
+        (["--figure", "/proc/no/x.png"], "figure /proc/no/x.png: "),
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),
     ],
 )
