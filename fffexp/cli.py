@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _experiment(args: list[str]) -> int:
     # told before Lightning and torch are imported, which takes seconds
     from fffexp.experiment import Context, run
-    from fffexp.tracking import terminated_by_signal
+    from fffexp.signals import terminated_by_signal
 
     with terminated_by_signal():
         result = run(args, Context(fresh_process=True))
@@ -83,7 +83,7 @@ def _reproduce(args: list[str]) -> int:
     if args[1:2] == ["figure3"]:
         _use_huge_pages()
     from fffexp.reproduce.commands import main as reproduce
-    from fffexp.tracking import terminated_by_signal
+    from fffexp.signals import terminated_by_signal
 
     with terminated_by_signal():  # the processes that train end with this one
         return reproduce(args[1:])

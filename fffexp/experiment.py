@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -140,8 +141,9 @@ class ExperimentCLI(LightningCLI):
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
         if self.subcommand != "fit" and config.ckpt_path is None:
             raise UserError(f"ckpt_path is missing: give the checkpoint to {self.subcommand} by --ckpt_path")
-        if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-            raise UserError(f"ckpt_path: {config.ckpt_path} is not there; give the path of a checkpoint")
+        if config.ckpt_path is not None:
+            _check_checkpoint(Path(config.ckpt_path))
+        _check_learning_rate(config.model)
         self.resolved: Namespace = config
         # without what a rerun has anew: where it is tracked, which may hold a password
         self.resolved_yaml: str = parser.dump(Namespace({**config, "tracking_uri": None}), skip_none=True)
@@ -150,7 +152,7 @@ class ExperimentCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the checkpoint that selects on validation, and the callbacks of the context."""
-        self.checkpoint = ModelCheckpoint(
+        self.checkpoint = BestCheckpoint(
             monitor="val/accuracy", mode="max", save_last=True, save_on_train_epoch_end=True
         )
         extra: list[Callback] = [*self.context.callbacks]
@@ -178,7 +180,7 @@ class ExperimentCLI(LightningCLI):
             run.params(params)
             run.text(self.resolved_yaml, "config.yaml")
             self.trainer.logger = logger = tracking.RunLogger(run)
-            # a resumed run goes on in its folder, or Lightning would forget the best checkpoint so far
+            # a resumed run goes on in its folder
             resumed = kwargs.get("ckpt_path")
             self.checkpoint.dirpath = str(Path(resumed).parent if resumed else CHECKPOINTS / run.id)
             try:
@@ -225,6 +227,28 @@ class ExperimentCLI(LightningCLI):
         train, val = (precision.convert_input(x.to(device)) for x, _ in (datamodule.train_data, datamodule.val_data))
         with precision.forward_context():
             return dead_leaves(model, train) | measure(model.network, val, reference.to(device))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Goes on where the resumed checkpoint lies now; if its path has changed, Lightning forgets the best so far."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """With the paths of today.
+
+        Raises:
+            UserError: the best checkpoint does not lie beside the last.
+        """
+        folder = Path(self.dirpath or "")
+
+        def here(path: str) -> str:
+            return str(folder / Path(path).name) if path else path
+
+        paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = paths["best_model_path"]
+        if best and not Path(best).is_file():
+            raise UserError(f"ckpt_path: {best}, the best checkpoint of that run, is not there: put it back")
+        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath})
 
 
 def _interruptible(trainer: Trainer, model: ClassificationTask, data: ClassificationData, kwargs: Any) -> None:
@@ -319,6 +343,27 @@ def _check_yaml(args: Sequence[str]) -> None:
                 raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"ckpt_path: {path} is not there; give the path of a checkpoint")
+    try:
+        known = "pytorch-lightning_version" in torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # torch says it in many ways
+        known = False
+    if not known:
+        raise UserError(f"ckpt_path: {path} is no checkpoint that fffexp fit wrote")
+
+
+def _check_learning_rate(model: Namespace) -> None:
+    # what a one-cycle schedule does with an optimizer's own learning rate: nothing
+    lr, largest = _init_args(model.optimizer).get("lr"), _init_args(model.lr_scheduler).get("max_lr")
+    if None not in (lr, largest) and lr != largest:
+        name = _short(model.lr_scheduler)
+        raise InvalidConfigError(
+            f"model.optimizer.init_args.lr is {lr}, but {name} goes by its own max_lr, {largest}: give both the same"
+        )
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Tell mistakes in arguments from faults of the program."""
@@ -326,6 +371,8 @@ def user_errors() -> Iterator[None]:
         yield
     except ArgumentError as error:
         raise InvalidConfigError(one_line(str(error))) from error
+    except MisconfigurationException as error:
+        raise InvalidConfigError(" ".join(str(error).split())) from error
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise

@@ -15,6 +15,7 @@ from fffexp.callbacks.hardening import Hardening
 from fffexp.callbacks.routing import RoutingMonitor
 from fffexp.callbacks.speed import TrainingSpeed
 from fffexp.callbacks.stability import Stability
+from fffexp.errors import UserError
 from fffexp.layers import FeedforwardLayer
 from fffexp.models.mlp import MLP, LayerFactory
 from fffexp.regularization import weighted_losses
@@ -102,6 +103,8 @@ class ClassificationTask(LightningModule):
         for name, schedule in self.schedules.items():
             if isinstance(schedule, Adaptive) and not adapts:
                 raise ValueError(f"coefficients.{name}: {kind} has no choice entropy for an Adaptive schedule")
+            if not isinstance(schedule, Schedule) and not 0 <= schedule < float("inf"):
+                raise ValueError(f"coefficients.{name} is {schedule}; it must be finite and not negative")
             if name not in known:
                 raise ValueError(
                     f"coefficients.{name}: {kind} has no such regulariser; it has {', '.join(sorted(known)) or 'none'}"
@@ -120,12 +123,28 @@ class ClassificationTask(LightningModule):
         monitor = getattr(scheduler, "monitor", None)
         return [optimizer], [{"scheduler": scheduler, "interval": interval, "monitor": monitor}]
 
+    def on_train_start(self) -> None:
+        """Refuse to go on beyond what a resumed schedule of the learning rate was made for.
+
+        Raises:
+            UserError: there are more steps than that.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        for config in self.trainer.lr_scheduler_configs:
+            planned = getattr(config.scheduler, "total_steps", None)
+            if planned is not None and config.interval == "step" and planned < steps:
+                name = type(config.scheduler).__name__
+                raise UserError(f"{name} was begun for {planned} steps, not {steps}: resume with the epochs of before")
+
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> tuple[Any, str]:
         """The scheduler, for a training of so many steps, and whether it advances by the "step" or "epoch"."""
         assert self.lr_scheduler is not None
         given = getattr(self.lr_scheduler, "keywords", {})
         if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
-            scheduler = self.lr_scheduler(optimizer, total_steps=steps())  # type: ignore[call-arg] # seen above
+            total = steps()
+            if total < 1:
+                raise UserError("there is no step to train: give more data, trainer.max_epochs or batches of an epoch")
+            scheduler = self.lr_scheduler(optimizer, total_steps=total)  # type: ignore[call-arg] # seen above
             return scheduler, "step"
         return self.lr_scheduler(optimizer), "epoch"
 

@@ -229,17 +229,3 @@ class RunLogger(Logger):
     def finalize(self, status: str) -> None:
         """Write what is pending; the status is set when the run ends."""
         self.flush()
-
-
-@contextmanager
-def terminated_by_signal() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that runs are marked and the exit status is not 0."""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -67,6 +67,12 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         (["--config=nonesuch.yaml"], ["nonesuch.yaml"]),
         (["--test=perhaps"], ["test"]),
         (["--ckpt_path=nonesuch.ckpt"], ["nonesuch.ckpt"]),
+        ([f"--ckpt_path={__file__}"], [__file__, "no checkpoint"]),
+        (["--model.optimizer.lr=1"], ["optimizer.init_args.lr is 1", "max_lr"]),
+        (["--model.coefficients.importance=-5"], ["coefficients.importance is -5"]),
+        (["--trainer.devices=0"], ["devices"]),
+        (["--trainer.max_epochs=-3"], ["max_epochs"]),
+        (["--trainer.limit_train_batches=0"], ["no step to train"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
 )

@@ -13,7 +13,7 @@ from processes import CONFIGS, artifact, client, digits, enter, history, runs, w
 
 from fffexp.cli import main
 from fffexp.data import Digits
-from fffexp.errors import NonFiniteLossError
+from fffexp.errors import NonFiniteLossError, UserError
 from fffexp.experiment import Context, Result, run
 from fffexp.layers import FFF
 from fffexp.task import ClassificationTask
@@ -227,6 +227,26 @@ def test_a_finished_fit_can_be_trained_longer(workplace: Path) -> None:
     assert len(history(workplace, longer.run_id, "val/loss")) == 2
     assert longer.metrics["epochs_to_best"] == whole.metrics["epochs_to_best"]
     assert longer.metrics["val/accuracy"] == pytest.approx(whole.metrics["val/accuracy"])
+
+
+def test_a_fit_that_was_moved_keeps_its_best(workplace: Path) -> None:
+    args = ["--model.lr_scheduler=null", "--test=false"]
+    short = fit(*args, layer="ff", epochs=2)
+    moved = (Path("outputs/checkpoints") / short.run_id).rename(workplace / "moved")
+    spoilt = [*args, "--model.input_noise=1000", f"--ckpt_path={moved / 'last.ckpt'}"]
+    longer = fit(*spoilt, layer="ff", epochs=4)
+    assert longer.metrics["val/accuracy"] == short.metrics["val/accuracy"]
+    for best in moved.glob("epoch*"):
+        best.unlink()
+    with pytest.raises(UserError, match="the best checkpoint of that run, is not there"):
+        fit(*spoilt, layer="ff", epochs=6)
+
+
+def test_a_schedule_is_not_trained_beyond_its_end() -> None:
+    short = fit("--test=false", layer="ff", epochs=2)
+    last = Path("outputs/checkpoints") / short.run_id / "last.ckpt"
+    with pytest.raises(UserError, match="OneCycleLR was begun for"):
+        fit(f"--ckpt_path={last}", layer="ff", epochs=4)
 
 
 def test_a_non_finite_loss_fails_the_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from processes import artifact, client, digits, enter, history, runs, started, with_store
 
 from fffexp import tracking
+from fffexp.signals import terminated_by_signal
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +103,7 @@ def test_a_signal_in_the_middle_of_a_write_fails_the_run(
     ids: list[str] = []
 
     def write_on() -> None:
-        with tracking.terminated_by_signal(), tracking.run(*store, "interrupted", {}) as run:
+        with terminated_by_signal(), tracking.run(*store, "interrupted", {}) as run:
             ids.append(run.id)
             timer = threading.Timer(random.uniform(0, 0.03), os.kill, (os.getpid(), number))
             timer.start()

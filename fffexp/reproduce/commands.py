@@ -149,7 +149,9 @@ def _table3(found: argparse.Namespace) -> None:
 
 
 def _tree(text: str) -> tuple[int, int]:
-    depth, _, leaf_width = text.partition("x")
+    depth, by, leaf_width = text.partition("x")
+    if not by:
+        raise argparse.ArgumentTypeError(f"{text!r} is not DEPTHxLEAF, such as 4x32")
     return natural(depth), positive(leaf_width)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentError, auto_cli
 
 from fffexp.errors import UserError, one_line
+from fffexp.signals import terminated_by_signal
 
 if TYPE_CHECKING:
     from fffexp.study.spec import StudySpec
@@ -95,7 +96,7 @@ def _run(spec: "StudySpec", text: str, jobs: int, url: str, tracking_uri: str | 
     print(
         f"study {spec.name}: {spec.trials} trials, {jobs} jobs; Ctrl-C stops, `fffexp study resume {spec.name}` goes on"
     )
-    with tracking.terminated_by_signal():
+    with terminated_by_signal():
         result = StudyRunner(spec, text, url, uri, jobs).run()
     print(f"\n{table(result)}\n")
     print(f"took {result['wall_s']:.0f} s; written to {OUTPUTS / spec.name}: report.html, pareto.png, history.png")

@@ -251,11 +251,11 @@ def parse(text: str, folder: Path, source: str) -> StudySpec:
     try:
         content = yaml.safe_load(text)
         if not isinstance(content, dict):
-            raise UserError(f"study file {source} is not a mapping of keys to values")
+            raise UserError("it is not a mapping of keys to values")
         spec = StudySpec(**parser.instantiate(parser.parse_object(content)).as_dict(), folder=folder)
         spec.check()
     except yaml.YAMLError as error:
-        raise UserError(f"study file {source} is not YAML: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(f"study file {source} is not YAML: {' '.join(str(error).split())}") from error
     except ArgumentError as error:
         raise UserError(f"study file {source}: {one_line(str(error))}") from error
     except UserError as error:

@@ -121,7 +121,10 @@ def trials(summary: Summary) -> str:
     """
     if "seeds" not in summary:
         name = summary["study"]
-        raise UserError(f"the summary of {name} is of an earlier version: `fffexp study resume {name}` writes it again")
+        raise UserError(
+            f"the summary of {name} is of an earlier version and holds no single seeds: leave out --trials, or let "
+            f"`fffexp study resume {name}`, where it was run, write it again"
+        )
     # an accuracy that was not finite is null once it has been through JSON
     found = [(t, t["values"][0]) for t in summary["trials"] if t["values"] and t["values"][0] is not None]
     found.sort(key=lambda pair: -pair[1])

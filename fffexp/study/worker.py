@@ -23,11 +23,11 @@ from fffexp import tracking
 from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError
 from fffexp.experiment import Context, Result, run, total_sizes
 from fffexp.replicas import Replicas
+from fffexp.signals import terminated_by_signal
 from fffexp.study import store
 from fffexp.study.plan import chosen, finals_name, finals_work, search_work
 from fffexp.study.spec import StudySpec, parse
 from fffexp.study.summary import LATENCY
-from fffexp.tracking import terminated_by_signal
 
 POLL_S = 0.5
 
