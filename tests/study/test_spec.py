@@ -188,7 +188,7 @@ def test_what_is_not_yaml(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "just words", "[1, 2]"])
 def test_what_is_not_a_mapping(text: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"tiny\.yaml is not a mapping"):
+    with pytest.raises(UserError, match=r"tiny\.yaml: it is not a mapping"):
         load(tmp_path / "tiny.yaml")
 
 
