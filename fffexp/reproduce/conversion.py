@@ -16,7 +16,7 @@ from fffexp.bench.latency import wait_for_timing
 from fffexp.bench.limits import environment, training_device
 from fffexp.convert import convert_feedforward
 from fffexp.errors import UserError
-from fffexp.layers import FFF, FeedforwardLayer
+from fffexp.layers import FF, FFF, FeedforwardLayer
 from fffexp.replace import LayerFactory
 from fffexp.replicas import EVALUATION_ROWS, Replicas
 from fffexp.reproduce import table3
@@ -27,6 +27,7 @@ from fffexp.study.statistics import paired_tests, ratio
 # Images of the training part that the layers are distilled on.
 SAMPLE, BATCH = 8192, 128
 STEPS, LR = 2000, 1e-3
+CONSTANT = Cell("FF", 0)  # no neurons: its mean output is all that is left of a layer
 
 
 class Shape(NamedTuple):
@@ -86,19 +87,40 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
         (dense,) = replicas.train(*how[1:])
         (own,) = replicas.data
         assert dense.test_accuracy is not None
+        x, y = own.test_data
+        sample = own.train_data[0][:SAMPLE]
         new = [_run(table3.DENSE, seed, dense.test_accuracy)]
+        new.append(_run(CONSTANT, seed, _accuracy(without_neurons(replicas.task.network, sample), x, y)))
         for cell in dict.fromkeys(cell for shape in shapes for cell in (shape.tree, shape.control)):
             torch.manual_seed(seed)
             model, factory = copy.deepcopy(replicas.task.network).eval(), table3.layer_factory(cell)
             assert factory is not None
-            batches = own.train_data[0][:SAMPLE].split(BATCH)
-            made = convert_feedforward(model, batches, _pausing(factory), steps=STEPS, lr=LR)
-            accuracy = _accuracy(model, *own.test_data)
+            made = convert_feedforward(model, sample.split(BATCH), _pausing(factory), steps=STEPS, lr=LR)
+            accuracy = _accuracy(model, x, y)
             new.append(_run(cell, seed, accuracy, [each.error for each in made], [each.start for each in made]))
             print(f"seed {seed}  {_name(cell):22}{accuracy:8.2%} of {dense.test_accuracy:.2%}", flush=True)
         found["runs"] += new
         save(path, found)
     return found
+
+
+@torch.no_grad()
+def without_neurons(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy whose FF layers give the mean of their outputs on x, whatever they are given."""
+    model = copy.deepcopy(model).eval()
+    means: dict[nn.Linear, Tensor] = {}
+
+    def keep(linear: nn.Linear, _: object, output: Tensor) -> None:
+        means[linear] = output.flatten(0, -2).mean(0)
+
+    handles = [m.network[-1].register_forward_hook(keep) for m in model.modules() if isinstance(m, FF)]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    for linear, mean in means.items():
+        linear.weight.zero_()
+        linear.bias.copy_(mean)
+    return model
 
 
 def _pausing(factory: LayerFactory) -> LayerFactory:
@@ -136,24 +158,24 @@ def _of(found: Mapping[str, Any], cell: Cell, key: str = "test_accuracy") -> dic
 
 def report(found: Mapping[str, Any]) -> str:
     """A line for each converted layer, and whether trees are ahead of their controls."""
-    dense = _of(found, table3.DENSE)
+    dense, constant = _of(found, table3.DENSE), _of(found, CONSTANT)
     shapes = [Shape(*shape) for shape in found["shapes"]]
     lines = [
-        f"{'layers':22}{'width':>6}{'size':>6}{'accuracy':>10}{'of dense, %':>13}{'95% interval':>18}  error by block",
+        f"{'layers':22}{'width':>6}{'size':>6}{'accuracy':>10}{'of dense, %':>13}{'95% interval':>18}"
+        f"{'recovered, %':>14}{'95% interval':>18}  error by block",
         f"{'FF of 128, trained':22}{table3.WIDTH:6}{table3.WIDTH:6}{_mean_of(dense):10.2f}",
     ]
-    for shape in shapes:
-        for cell in (shape.tree, shape.control):
-            mine, errors = _of(found, cell), _of(found, cell, "errors")
-            seeds = sorted(mine)
-            kept = ratio([mine[seed] for seed in seeds], [dense[seed] for seed in seeds])
-            width = shape.leaf_width if cell == shape.tree else cell.training_width
-            size = shape.depth + shape.leaf_width
-            told = "" if kept is None else f"{100 * kept[0]:.1f}"
-            interval = "" if kept is None else "[{:.1f}, {:.1f}]".format(*(100 * bound for bound in kept[1]))
-            by_block = " ".join(f"{sum(part) / len(part):.3f}" for part in zip(*errors.values(), strict=True))
-            start = f"{_name(cell):22}{width:6}{size:6}{_mean_of(mine):10.2f}"
-            lines.append(f"{start}{told:>13}{interval:>18}  {by_block}")
+    sizes = {shape.tree: (shape.leaf_width, shape.depth + shape.leaf_width) for shape in shapes}
+    for cell in (CONSTANT, *(cell for shape in shapes for cell in (shape.tree, shape.control))):
+        mine, errors = _of(found, cell), _of(found, cell, "errors")
+        width, size = sizes.get(cell, (cell.training_width, cell.training_width))
+        seeds = sorted(mine)
+        kept = ratio([mine[seed] for seed in seeds], [dense[seed] for seed in seeds])
+        gain, whole = ([of[seed] - constant[seed] for seed in seeds] for of in (mine, dense))
+        recovered = None if cell == CONSTANT else ratio(gain, whole)
+        by_block = " ".join(f"{sum(part) / len(part):.3f}" for part in zip(*errors.values(), strict=True))
+        start = f"{_name(cell):22}{width:6}{size:6}{_mean_of(mine):10.2f}"
+        lines.append(f"{start}{table3.told(kept, 13, 18)}{table3.told(recovered, 14, 18)}  {by_block}".rstrip())
     tests = paired_tests([(_of(found, shape.tree), _of(found, shape.control)) for shape in shapes])
     lines.append("")
     for shape, test in zip(shapes, tests, strict=True):
@@ -163,8 +185,9 @@ def report(found: Mapping[str, Any]) -> str:
     lines.append(
         f"Test accuracy in percent, means of {len(dense)} seeds. width, size: neurons at inference,\n"
         "without and with those that decide. Each layer was distilled by itself to the dense layer's outputs; error:\n"
-        "mean squared difference over their variance, on images held out. of dense: by Fieller, paired by seed;\n"
-        "p: paired t-test, adjusted for all lines by Benjamini and Hochberg."
+        "mean squared difference over their variance, on images held out. FF of 0: each layer gives its mean output.\n"
+        "recovered: of what the dense layers add to that; both shares by Fieller, paired by seed. p: paired t-test,\n"
+        "adjusted for all lines by Benjamini and Hochberg."
     )
     return "\n".join(lines)
 
