@@ -1,8 +1,10 @@
 """Trained MLPs to trees: the layers begin from the dense weights and are distilled on sample data, one by one."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from fffexp.replace import MLP, LayerFactory, Replacement, Select, build, find_m
 from fffexp.schedules import Exponential
 
 BATCH_SIZE = 256
-HELD_OUT = 0.1  # of the batches
+HELD_OUT = 0.1  # of the rows
 # Rows that neurons are selected on.
 SELECTION_ROWS = 4096
 # Softer choices at first would undo what the nodes and leaves begin with.
@@ -22,6 +24,10 @@ CHOICE_SCALE = Exponential(10.0, 300.0)
 # The halves of a tree that is planted are even, and only have to stay so.
 BALANCE = {"importance": 0.01}
 RIDGE = 1e-3  # of the mean square of what is regressed on
+# Those that are known by name, what they are compared on, and the share of the variance that counts as a difference:
+# ReLU in the place of GELU is some percent, the two forms of GELU and a rounding to bfloat16 are next to nothing.
+ACTIVATIONS = (nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh(), nn.LeakyReLU(), nn.ELU(), nn.ReLU6())
+ACTIVATION_ROWS, ACTIVATION_ERROR = 1000, 1e-3
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,10 @@ def convert_feedforward(
         batches: inputs to run it on: a tensor, a tuple of arguments or a mapping of keywords each. All rows (tokens)
             are held in memory; those that `attention_mask` or `src_key_padding_mask` of a mapping leave out are not
             looked at; in nn.TransformerDecoderLayer, and in what is called decoder beside an encoder, it is those that
-            `decoder_attention_mask` or `tgt_key_padding_mask` leave out. The last tenth of the batches is held out.
-        layer_factory: (in_features, out_features) -> layer, with the model's activation.
+            `decoder_attention_mask` or `tgt_key_padding_mask` leave out. The last batches, about a tenth of the rows,
+            are held out.
+        layer_factory: (in_features, out_features) -> layer, with the model's activation; with another there is a
+            warning, for what the layer begins with does not fit.
         select: as in `replace_feedforward`.
         steps: of distillation, for each layer; 0 leaves the layers as initialised.
         lr: of AdamW, warmed up and down.
@@ -85,10 +93,14 @@ def convert_feedforward(
         A conversion for each MLP.
 
     Raises:
-        ValueError: there is no MLP, none that is selected, too little data, or a layer whose gradients are sparse.
+        ValueError: there is no MLP, none that is selected, data that is too little, not finite or no list of batches,
+            or a layer whose gradients are sparse.
     """
+    if isinstance(batches, Tensor | Mapping):
+        raise ValueError(f"batches is a {type(batches).__name__}: give a list of batches")
     mlps = find_mlps(model, select)
-    ready = []
+    ready: list[tuple[MLP, FeedforwardLayer, float, float]] = []
+    warned = False
     for mlp, (train, held_out) in zip(mlps, _watch(model, mlps, batches), strict=True):
         layer = build(mlp, layer_factory)
         if layer.sparse_gradients:
@@ -97,6 +109,9 @@ def convert_feedforward(
         layer.to(torch.promote_types(dtype, torch.float32))
         train, held_out = (_Rows(*(part.to(next(layer.parameters()).dtype) for part in of)) for of in (train, held_out))
         _initialise(layer, mlp, train)
+        if not warned and (told := _other_activation(layer, mlp, train)):
+            warnings.warn(told, stacklevel=2)
+            warned = True
         start = _error(layer, held_out)
         _distil(layer, train, steps, lr)
         ready.append((mlp, layer, start, _error(layer, held_out)))
@@ -133,20 +148,22 @@ def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[tu
 
 def _split(name: str, batches: list[_Rows]) -> tuple[_Rows, _Rows]:
     """What is trained on, and what is held out."""
+    name = name or "the MLP"
     if not batches:
-        raise ValueError(f"no data reached {name or 'the MLP'}: give batches that the model runs on")
-    last = max(1, round(HELD_OUT * len(batches)))
-    if len(batches) == 1:  # nothing but rows can be held out
-        (rows,) = batches
-        tenth = len(rows.inputs) // 10
-        train, held_out = rows.of(slice(tenth, None)), rows.of(slice(tenth))
-    else:
-        train, held_out = (
-            _Rows(*map(torch.cat, zip(*part, strict=True))) for part in (batches[:-last], batches[-last:])
+        raise ValueError(f"no data reached {name}: give batches that the model runs on")
+    rows = _Rows(*map(torch.cat, zip(*batches, strict=True)))
+    if not all(part.isfinite().all() for part in rows):
+        raise ValueError(
+            f"{name} is given or makes values that are not finite: leave out the batches that lead to them"
         )
-    if min(len(train.inputs), len(held_out.inputs)) < 2:
-        raise ValueError(f"{len(batches)} batches of {len(train.inputs)} rows are too little data: give more of it")
-    return train, held_out
+    count = len(rows.inputs)
+    tenth = round(HELD_OUT * count)
+    # of the last batch, of the last two, ...
+    ends = [end for end in accumulate(len(batch.inputs) for batch in reversed(batches)) if 2 <= end <= count - 2]
+    held_out = min(ends, key=lambda end: abs(end - tenth), default=tenth)  # one batch can only be cut
+    if not 2 <= held_out <= count - 2:
+        raise ValueError(f"{count} rows are too little data for {name}: give more of it")
+    return rows.of(slice(count - held_out)), rows.of(slice(count - held_out, None))
 
 
 def _kept(batch: Mapping[str, Any], decoder: bool) -> Tensor | None:
@@ -203,6 +220,29 @@ def _recording(model: nn.Module, mlps: list[MLP]) -> Iterator[list[list[tuple[Te
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+
+
+@torch.no_grad()
+def _other_activation(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> str | None:
+    """What to say if neurons of the MLP are taken to a layer with another activation."""
+    if not isinstance(layer, FF | FFF) or len(mlp.up) > 1:  # begins from its own initialisation
+        return None
+    own = layer.network[1] if isinstance(layer, FF) else layer.leaves.hidden[0]
+    some = rows.of(slice(None, None, 1 + len(rows.inputs) // ACTIVATION_ROWS))
+    w1, b1, w2, b2 = (part.to(some.inputs.dtype) for linear in (mlp.up[0], mlp.down) for part in linear.weights())
+
+    def error(activation: nn.Module) -> float:
+        outputs = activation(some.inputs @ w1.T + b1) @ w2.T + b2
+        return float((outputs - some.outputs).square().mean() / some.variance())
+
+    if error(own) < ACTIVATION_ERROR:
+        return None
+    nearest = min(ACTIVATIONS, key=error)
+    name = nearest if error(nearest) < ACTIVATION_ERROR else "another"
+    return (
+        f"the activation of {mlp.name or 'the MLP'} is {name}, that of its {type(layer).__name__} is {own}, for which"
+        " the MLP's neurons are a poor start: give layer_factory the same activation"
+    )
 
 
 @torch.no_grad()

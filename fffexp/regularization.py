@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fffexp.layers import FeedforwardLayer
+from fffexp.layers.base import probability
 from fffexp.schedules import Exponential, Schedule
 
 # that of configs/recipe/fff.yaml
@@ -33,9 +34,7 @@ def regularization_loss(model: nn.Module, coefficients: Mapping[str, float] | No
         ValueError: the model has no such layer, or none that knows a coefficient.
         RuntimeError: no layer made a training pass since the last call, or one more than one, or without gradients.
     """
-    layers = [module for module in model.modules() if isinstance(module, FeedforwardLayer)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer of fffexp")
+    layers = _layers(model)
     known = {name for layer in layers for name in layer.regularizers}
     if unknown := set(coefficients or ()) - known:
         told = ", ".join(sorted(known)) or "none"
@@ -55,7 +54,24 @@ def regularization_loss(model: nn.Module, coefficients: Mapping[str, float] | No
 
 
 def harden(model: nn.Module, progress: float, schedule: Schedule = CHOICE_SCALE) -> None:
-    """Set the choice scale of the trees in a model for this share of the training, in [0, 1]; call it every step."""
-    for module in model.modules():
-        if isinstance(module, FeedforwardLayer) and "choice_scale" in module.scheduled:
-            module.get_buffer("choice_scale").fill_(schedule(progress))
+    """Set the choice scale of the trees in a model; call it every step.
+
+    Args:
+        model: any module with layers of this package in it.
+        progress: share of the training that is done, in [0, 1].
+        schedule: of the choice scale.
+
+    Raises:
+        ValueError: progress is something else, or the model has no such layer.
+    """
+    scale = schedule(probability("progress", progress))
+    for layer in _layers(model):
+        if "choice_scale" in layer.scheduled:
+            layer.get_buffer("choice_scale").fill_(scale)
+
+
+def _layers(model: nn.Module) -> list[FeedforwardLayer]:
+    layers = [module for module in model.modules() if isinstance(module, FeedforwardLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer of fffexp")
+    return layers

@@ -76,7 +76,9 @@ def replace_feedforward(
     (Llama), pairs within an nn.Sequential, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, and the
     `intermediate` and `output` of BERT and its kin; a classification head of this form is one of them. That nothing
     else happens between a module's input and its output is made sure by running it on a few rows. Dropout within an
-    MLP goes with it: give the factory's layer its own; a dropout module behind it stays.
+    MLP goes with it: give the factory's layer its own; a dropout module behind it stays. The new layers can be trained
+    where the MLP was frozen, and share no weights with other modules where it did. An MLP of another form stays as it
+    is, without a word: look at the list that is returned.
 
     Args:
         model: the whole of it: what holds an nn.TransformerEncoder's layers has to know of them.
@@ -116,7 +118,7 @@ def find_mlps(model: nn.Module, select: Select | None) -> list[MLP]:
 
 def build(mlp: MLP, layer_factory: LayerFactory) -> FeedforwardLayer:
     """A layer for the place of the MLP."""
-    weight = mlp.down.module.weight
+    weight = mlp.up[0].module.weight  # what comes in is of its type; T5 in float16 keeps the other in float32
     assert isinstance(weight, Tensor)
     sizes = mlp.up[0].in_features, mlp.down.out_features
     layer = layer_factory(*sizes)

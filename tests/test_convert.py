@@ -2,11 +2,12 @@
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
+from transformers import BatchEncoding, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
 
 from fffexp import FF, FFF, NoisyTopKMoE, convert, convert_feedforward
 from fffexp.convert import _neurons, _Rows, _watch
@@ -195,12 +196,13 @@ def test_an_output_that_never_varies() -> None:
     assert torch.allclose(model(batches()[0]), made.old[2].bias.expand(500, 3), atol=0.1)
 
 
-def test_the_layer_has_the_type_of_the_weights() -> None:
+def test_the_layer_has_the_type_of_the_weights(recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Sequential(nn.Linear(D, D), trained())
     with torch.autocast("cpu", torch.bfloat16):
-        model = nn.Sequential(nn.Linear(D, D), trained_once())
         (made,) = convert_feedforward(model, batches(), partial(FFF, depth=1, leaf_width=2), steps=3)
     assert {p.dtype for p in made.new.parameters()} == {torch.float32}
     assert model(batches()[0]).dtype == torch.float32
+    assert not recwarn.list, "rounding is no other activation"
 
 
 def test_rows_that_come_often_do_not_fill_the_tree() -> None:
@@ -241,10 +243,84 @@ def test_what_cannot_begin_from_the_weights_is_distilled(factory: partial[FFF]) 
     assert made.error < 0.5 * made.start
 
 
+@pytest.mark.parametrize(
+    ("sizes", "held_out"),
+    [
+        ([40] * 10 + [1], 41), ([100] * 9 + [500], 500), ([1] * 30, 3), ([2] * 10, 2), ([400, 1], 40), ([200], 20),
+        ([500] * 9, 500), ([128] * 64, 6 * 128),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_about_a_tenth_is_held_out(sizes: list[int], held_out: int) -> None:
+    model = trained()
+    data = torch.randn(sum(sizes), D)
+    ((train, rest),) = _watch(model, find_mlps(model, None), list(data.split(sizes)))
+    assert len(rest.inputs) == held_out
+    assert torch.equal(torch.cat([train.inputs, rest.inputs]), data)
+
+
+GELU = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+def gelu_encoder() -> nn.Module:
+    block = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True)
+    return nn.TransformerEncoder(block, 2)
+
+
+@pytest.mark.parametrize("factory", [partial(FF, width=4), partial(FFF, depth=1, leaf_width=4)])
+def test_another_activation_is_told_once(factory: partial[FF]) -> None:
+    with pytest.warns(UserWarning, match=r"of layers\.0 is GELU\(.*none'\), that of its FFF? is ReLU\(\)") as told:
+        convert_feedforward(gelu_encoder(), torch.randn(10, 20, 8).split(2), factory, steps=0)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_activation_is_not_told(dtype: torch.dtype, recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(400, 8).to(dtype).split(40)
+    for activation in (nn.GELU, partial(nn.GELU, approximate="tanh")):
+        for factory in (partial(FF, width=4), partial(FFF, depth=1, leaf_width=4, dropout=0.5)):
+            model = copy.deepcopy(GELU).to(dtype)
+            convert_feedforward(model, data, partial(factory, activation=activation), steps=0)
+    # its experts begin from their own initialisation
+    convert_feedforward(
+        copy.deepcopy(GELU),
+        torch.randn(400, 8).split(40),
+        partial(NoisyTopKMoE, num_experts=2, expert_width=4),
+        steps=0,
+    )
+    assert not recwarn.list
+
+
+def test_an_activation_without_a_name() -> None:
+    class Square(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.relu().square()
+
+    model = nn.Sequential(nn.Linear(D, H), Square(), nn.Linear(H, 3))
+    with pytest.warns(UserWarning, match=r"of 0 is another, that of its FF is ReLU\(\)"):
+        convert_feedforward(model, batches(), partial(FF, width=4), steps=0)
+
+
+@pytest.mark.parametrize("batches", [torch.randn(40, 8), {"input": torch.randn(40, 8)}, BatchEncoding({"input": 0})])
+def test_one_batch_is_no_list_of_batches(batches: Any) -> None:
+    with pytest.raises(ValueError, match=f"batches is a {type(batches).__name__}: give a list of batches"):
+        convert_feedforward(copy.deepcopy(GELU), batches, partial(FF, width=4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_data_that_is_not_finite(value: float) -> None:
+    data = batches()
+    data[2][3, 0] = value
+    with pytest.raises(ValueError, match="0 is given or makes values that are not finite: leave out the batches"):
+        convert_feedforward(trained(), data, partial(FFF, depth=1, leaf_width=4))
+
+
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="no data reached 0"):
         convert_feedforward(trained(), [], partial(FF, width=4))
-    with pytest.raises(ValueError, match="too little data"):
-        convert_feedforward(trained(), [torch.randn(1, D)], partial(FF, width=4))
+    with pytest.raises(ValueError, match="11 rows are too little data for 0"):
+        convert_feedforward(trained(), [torch.randn(10, D), torch.randn(1, D)], partial(FF, width=4))
     with pytest.raises(ValueError, match="holds no MLP"):
         convert_feedforward(nn.Linear(2, 2), batches(), partial(FF, width=4))

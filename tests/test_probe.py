@@ -71,6 +71,28 @@ class Straight(nn.Module):
         return self.down(self.up(x))
 
 
+class Gated(nn.Module):
+    """Three linear layers; the product of two goes into the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(D, H), nn.Linear(D, H), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Plain(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
 class Squeezed(nn.Module):
     """A score for each token."""
 
@@ -155,6 +177,40 @@ def test_several_mlps_in_a_sequential() -> None:
     model = nn.Sequential(*pair, nn.ReLU(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 5))
     assert [each.name for each in replace_feedforward(model, TREE)] == ["0", "4"]
     assert model(torch.randn(3, D)).shape == (3, 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("std", "bias"), [(1e-6, 1.0), (0.0, 0.0), (0.002, 0.0), (0.1, 50.0), (0.1, -50.0)])
+@pytest.mark.parametrize("kind", [Plain, Gated])
+def test_an_mlp_is_one_whatever_its_weights_are(
+    kind: type[nn.Module], std: float, bias: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind()).to(dtype)
+    first = next(model[0].children())
+    nn.init.normal_(first.weight, std=std)  # where 1e-6 and 1: timm's SwiGLU
+    nn.init.constant_(first.bias, bias)
+    nn.init.zeros_(model[0].down.weight)
+    assert [each.name for each in replace_feedforward(model, TREE)] == ["0"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Mixing, Causal])
+def test_a_last_layer_of_zeros_hides_nothing(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(kind())
+    *_, last = model[0].children()
+    nn.init.zeros_(last.weight)  # no row of the output comes from another
+    with pytest.raises(ValueError, match="holds no MLP"):
+        replace_feedforward(model, TREE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_activation(dtype: torch.dtype) -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        with pytest.raises(ValueError, match="holds no MLP"):
+            replace_feedforward(nn.Sequential(Straight()).to(dtype), TREE)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,20 @@ def test_mistakes_in_the_loop() -> None:
         regularization_loss(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("progress", [2, -0.1, float("nan")])
+def test_progress_is_a_share_of_the_training(progress: float) -> None:
+    model = layers()
+    with pytest.raises(ValueError, match=r"progress is .*; it must be between 0 and 1"):
+        harden(model, progress)
+    assert model[0].choice_scale == 1
+
+
+def test_a_model_to_harden_has_layers() -> None:
+    harden(nn.Sequential(FF(6, 6, 5)), 0.5)  # one that has no choices is a layer too
+    with pytest.raises(ValueError, match="Linear has no layer of fffexp"):
+        harden(nn.Linear(2, 2), 0.5)
+
+
 def test_a_layer_that_was_left_out_is_no_mistake() -> None:
     model = layers().train()
     model[0](torch.randn(20, 6))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 import fffexp
-from fffexp.layers import FF, FFF, FeedforwardLayer
+from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
 from fffexp.replace import Replacement, replace_feedforward
 
 D, H = 16, 24  # features and hidden neurons of every model below
@@ -182,6 +183,22 @@ def test_mode_dtype_and_place_are_those_of_the_mlp() -> None:
     assert {p.dtype for p in first.new.parameters()} == {torch.float64}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factory", [TREE, partial(FF, width=H), partial(NoisyTopKMoE, num_experts=4, expert_width=3)])
+def test_the_type_is_that_of_what_comes_in(dtype: torch.dtype, factory: partial[FF], tmp_path: Path) -> None:
+    MODELS["t5"][0]().save_pretrained(tmp_path)
+    model = T5Model.from_pretrained(tmp_path, dtype=dtype)
+    kept = model.get_submodule("encoder.block.0.layer.1.DenseReluDense.wo").weight.dtype
+    assert kept == (torch.float32 if dtype == torch.float16 else dtype)
+    replaced = replace_feedforward(model, factory)
+    assert len(replaced) == 4
+    assert {p.dtype for each in replaced for p in each.new.parameters()} == {dtype}
+    for training in (True, False):
+        found = output(model.train(training), MODELS["t5"][1]())
+        assert found.dtype == dtype
+        assert found.isfinite().all()
+
+
 def test_an_mlp_in_two_places_is_replaced_in_both() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -212,11 +229,17 @@ def test_looking_for_mlps_leaves_no_trace() -> None:
     torch.manual_seed(3)
     model = MODELS["gpt2"][0]().train()
     before = torch.get_rng_state()
+    weights = {name: (p, p._version, p.clone()) for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match="select takes none"):
         replace_feedforward(model, TREE, select=lambda name, module: False)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(m.training for m in model.modules())
     assert not any(m._forward_hooks for m in model.modules())
+    for name, p in model.named_parameters():
+        own, version, value = weights[name]
+        assert p is own
+        assert p._version == version
+        assert torch.equal(p, value)
 
 
 def test_a_model_without_weights_is_told() -> None:

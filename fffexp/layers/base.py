@@ -128,7 +128,11 @@ class FeedforwardLayer(nn.Module, ABC):
 
     @abstractmethod
     def route(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (rows, k) index of the blocks that hard decisions use for each row."""
+        """(..., in_features) -> (rows, k) index of the blocks that hard decisions use for each row.
+
+        Raises:
+            ValueError: x is of another width.
+        """
 
     @abstractmethod
     def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
@@ -137,6 +141,12 @@ class FeedforwardLayer(nn.Module, ABC):
     @abstractmethod
     def weights_read(self, x: Tensor) -> int:
         """Distinct scalars of the weights that hard inference of x (rows, in_features) needs."""
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (rows, in_features)."""
+        if x.shape[-1] != self.in_features:  # else its elements might do for other rows
+            raise ValueError(f"x has {x.shape[-1]} features; this {type(self).__name__} takes {self.in_features}")
+        return x.reshape(-1, self.in_features)
 
     @property
     def parameter_count(self) -> int:

@@ -66,7 +66,7 @@ class GatedExperts(FeedforwardLayer):
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, k) experts of each row, without noise, best first."""
-        logits = decision_logits(x.reshape(-1, self.in_features), self.gate_weight, None)
+        logits = decision_logits(self._rows(x), self.gate_weight, None)
         return logits.topk(self.k, dim=1).indices
 
     def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:

@@ -56,7 +56,7 @@ class FF(FeedforwardLayer):
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) zeros: there is one block."""
-        return torch.zeros(x.shape[:-1].numel(), 1, dtype=torch.long, device=x.device)
+        return torch.zeros(len(self._rows(x)), 1, dtype=torch.long, device=x.device)
 
     def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) in float64."""

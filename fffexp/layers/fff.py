@@ -35,7 +35,7 @@ class FFF(FeedforwardLayer):
         leaf_width: hidden neurons of one leaf.
         region_leak: probability, per sample and node, that a training pass swaps the two children
             ("randomized child transposition", section 3).
-        activation: makes the activation module of the leaves.
+        activation: makes the activation module of the leaves, which has to be elementwise.
         dropout: probability of dropping a hidden activation of a leaf in training.
         sparse: trains the leaf that hard decisions choose and no other, at a cost that does not grow with depth, for
             trees that have hardened: "frozen" leaves the nodes as they are (h = infinity, section 4.3); "chosen_path"
@@ -181,7 +181,7 @@ class FFF(FeedforwardLayer):
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) leaf of each row."""
-        rows = x.reshape(-1, self.in_features).to(self.node_weight.dtype)
+        rows = self._rows(x).to(self.node_weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if self.inference_backend() != "eager":
                 return torch.ops.fffexp.route(rows, self.node_weight, self.node_bias).unsqueeze(1)

@@ -22,7 +22,7 @@ class Forest(nn.Module):
         depth: of each tree.
         leaf_width: hidden neurons of one leaf.
         master_width: hidden neurons of the master leaf; 0 for none.
-        activation: makes the activation module.
+        activation: makes the activation module, which has to be elementwise.
         detached_choices: as of FFF.
 
     Raises:

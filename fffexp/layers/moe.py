@@ -25,7 +25,7 @@ class NoisyTopKMoE(GatedExperts):
         num_experts: number of experts.
         expert_width: hidden neurons of one expert.
         k: experts evaluated for a sample.
-        activation: makes the activation module of the experts.
+        activation: makes the activation module of the experts, which has to be elementwise.
         dropout: probability of dropping a hidden activation in training.
 
     Raises:

@@ -22,7 +22,7 @@ class SwitchMoE(GatedExperts):
         out_features: size of the last dimension of the output.
         num_experts: number of experts.
         expert_width: hidden neurons of one expert.
-        activation: makes the activation module of the experts.
+        activation: makes the activation module of the experts, which has to be elementwise.
         dropout: probability of dropping a hidden activation in training.
 
     Raises:

@@ -72,6 +72,13 @@ def test_non_contiguous_input(case: Case, training: bool) -> None:
 
 
 @every_case
+def test_inputs_of_another_width_have_no_route(case: Case) -> None:
+    layer = case.make().eval()
+    with pytest.raises(ValueError, match=f"x has {2 * IN} features; this {case.layer.__name__} takes {IN}"):
+        layer.route(torch.randn(5, 2 * IN))
+
+
+@every_case
 @both_modes
 @pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
 def test_empty_batch(case: Case, training: bool, shape: tuple[int, ...]) -> None:
