@@ -24,10 +24,12 @@ CHOICE_SCALE = Exponential(10.0, 300.0)
 # The halves of a tree that is planted are even, and only have to stay so.
 BALANCE = {"importance": 0.01}
 RIDGE = 1e-3  # of the mean square of what is regressed on
-# Those that are known by name, what they are compared on, and the share of the variance that counts as a difference:
-# ReLU in the place of GELU is some percent, the two forms of GELU and a rounding to bfloat16 are next to nothing.
-ACTIVATIONS = (nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh(), nn.LeakyReLU(), nn.ELU(), nn.ReLU6())
-ACTIVATION_ROWS, ACTIVATION_ERROR = 1000, 1e-3
+# That a model's MLPs may have, beside the one of the layer that they are converted to.
+ACTIVATIONS = (nn.ReLU(), nn.GELU(), nn.SiLU(), nn.Tanh(), nn.LeakyReLU(), nn.ELU(), nn.ReLU6())
+# Another is told when it explains the outputs so many times better: rounding is common to all.
+BETTER = 10
+ALIKE = 1e-4  # of the variance: the two forms of GELU
+ACTIVATION_ROWS = 1000  # that they are compared on
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def convert_feedforward(
         batches: inputs to run it on: a tensor, a tuple of arguments or a mapping of keywords each. All rows (tokens)
             are held in memory; those that `attention_mask` or `src_key_padding_mask` of a mapping leave out are not
             looked at; in nn.TransformerDecoderLayer, and in what is called decoder beside an encoder, it is those that
-            `decoder_attention_mask` or `tgt_key_padding_mask` leave out. The last batches, about a tenth of the rows,
-            are held out.
+            `decoder_attention_mask` or `tgt_key_padding_mask` leave out. The last batches, as near
+            a tenth of the rows as whole batches allow, are held out.
         layer_factory: (in_features, out_features) -> layer, with the model's activation; with another there is a
             warning, for what the layer begins with does not fit.
         select: as in `replace_feedforward`.
@@ -235,13 +237,12 @@ def _other_activation(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> str | N
         outputs = activation(some.inputs @ w1.T + b1) @ w2.T + b2
         return float((outputs - some.outputs).square().mean() / some.variance())
 
-    if error(own) < ACTIVATION_ERROR:
-        return None
     nearest = min(ACTIVATIONS, key=error)
-    name = nearest if error(nearest) < ACTIVATION_ERROR else "another"
+    if error(own) < BETTER * max(error(nearest), ALIKE):
+        return None
     return (
-        f"the activation of {mlp.name or 'the MLP'} is {name}, that of its {type(layer).__name__} is {own}, for which"
-        " the MLP's neurons are a poor start: give layer_factory the same activation"
+        f"the activation of {mlp.name or 'the MLP'} is {nearest}, that of its {type(layer).__name__} is {own}, for"
+        f" which the MLP's neurons are a poor start: give the layer activation=nn.{type(nearest).__name__}"
     )
 
 

@@ -1,6 +1,7 @@
 """One experiment: from a config to a tracked, tested run."""
 
 import logging
+import re
 import resource
 import shutil
 import signal
@@ -77,7 +78,7 @@ class ExperimentCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], context: Context) -> None:
         self.context = context
-        self._wanted = args[0]
+        self._args, self._wanted = args, args[0]
         self.result: Result | None = None
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
@@ -143,7 +144,8 @@ class ExperimentCLI(LightningCLI):
             raise UserError(f"ckpt_path is missing: give the checkpoint to {self.subcommand} by --ckpt_path")
         if config.ckpt_path is not None:
             _check_checkpoint(Path(config.ckpt_path))
-        _check_learning_rate(config.model)
+        if self.subcommand == "fit":
+            _link_learning_rate(self._args, config.model)
         self.resolved: Namespace = config
         # without what a rerun has anew: where it is tracked, which may hold a password
         self.resolved_yaml: str = parser.dump(Namespace({**config, "tracking_uri": None}), skip_none=True)
@@ -236,7 +238,7 @@ class BestCheckpoint(ModelCheckpoint):
         """With the paths of today.
 
         Raises:
-            UserError: the best checkpoint does not lie beside the last.
+            UserError: the best checkpoint does not lie beside the one that is resumed.
         """
         folder = Path(self.dirpath or "")
 
@@ -246,7 +248,9 @@ class BestCheckpoint(ModelCheckpoint):
         paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
         best = paths["best_model_path"]
         if best and not Path(best).is_file():
-            raise UserError(f"ckpt_path: {best}, the best checkpoint of that run, is not there: put it back")
+            raise UserError(
+                f"ckpt_path: {best}, the best of that run, is not there: put it back, or resume from another"
+            )
         kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath})
 
@@ -348,20 +352,21 @@ def _check_checkpoint(path: Path) -> None:
         raise UserError(f"ckpt_path: {path} is not there; give the path of a checkpoint")
     try:
         known = "pytorch-lightning_version" in torch.load(path, map_location="meta", weights_only=True)
+    except OSError as error:
+        raise UserError(f"ckpt_path: {path}: {error.strerror}") from error
     except Exception:  # torch says it in many ways
         known = False
     if not known:
         raise UserError(f"ckpt_path: {path} is no checkpoint that fffexp fit wrote")
 
 
-def _check_learning_rate(model: Namespace) -> None:
-    # what a one-cycle schedule does with an optimizer's own learning rate: nothing
-    lr, largest = _init_args(model.optimizer).get("lr"), _init_args(model.lr_scheduler).get("max_lr")
-    if None not in (lr, largest) and lr != largest:
-        name = _short(model.lr_scheduler)
-        raise InvalidConfigError(
-            f"model.optimizer.init_args.lr is {lr}, but {name} goes by its own max_lr, {largest}: give both the same"
-        )
+def _link_learning_rate(args: Sequence[str], model: Namespace) -> None:
+    # a one-cycle schedule overrides the optimizer's: one that is given alone is meant for both
+    def given(name: str) -> bool:
+        return any(re.match(rf"--model\.{name}(=|$)", arg.replace(".init_args", "")) for arg in args)
+
+    if _short(model.lr_scheduler) == "OneCycleLR" and given("optimizer.lr") and not given("lr_scheduler.max_lr"):
+        model.lr_scheduler.init_args.max_lr = model.optimizer.init_args.lr
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class ClassificationTask(LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler, interval = self.scheduler(optimizer, lambda: int(self.trainer.estimated_stepping_batches))
+        scheduler, interval = self.scheduler(optimizer, lambda: self.trainer.estimated_stepping_batches)
         monitor = getattr(scheduler, "monitor", None)
         return [optimizer], [{"scheduler": scheduler, "interval": interval, "monitor": monitor}]
 
@@ -136,15 +136,16 @@ class ClassificationTask(LightningModule):
                 name = type(config.scheduler).__name__
                 raise UserError(f"{name} was begun for {planned} steps, not {steps}: resume with the epochs of before")
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> tuple[Any, str]:
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: Callable[[], float]) -> tuple[Any, str]:
         """The scheduler, for a training of so many steps, and whether it advances by the "step" or "epoch"."""
         assert self.lr_scheduler is not None
         given = getattr(self.lr_scheduler, "keywords", {})
         if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
             total = steps()
-            if total < 1:
-                raise UserError("there is no step to train: give more data, trainer.max_epochs or batches of an epoch")
-            scheduler = self.lr_scheduler(optimizer, total_steps=total)  # type: ignore[call-arg] # seen above
+            if not 1 <= total < float("inf"):
+                told = "no step to train" if total < 1 else "no end of the training"
+                raise UserError(f"there is {told}, which a schedule of the learning rate needs: see trainer.max_epochs")
+            scheduler = self.lr_scheduler(optimizer, total_steps=int(total))  # type: ignore[call-arg] # seen above
             return scheduler, "step"
         return self.lr_scheduler(optimizer), "epoch"
 

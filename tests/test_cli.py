@@ -68,7 +68,6 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         (["--test=perhaps"], ["test"]),
         (["--ckpt_path=nonesuch.ckpt"], ["nonesuch.ckpt"]),
         ([f"--ckpt_path={__file__}"], [__file__, "no checkpoint"]),
-        (["--model.optimizer.lr=1"], ["optimizer.init_args.lr is 1", "max_lr"]),
         (["--model.coefficients.importance=-5"], ["coefficients.importance is -5"]),
         (["--trainer.devices=0"], ["devices"]),
         (["--trainer.max_epochs=-3"], ["max_epochs"]),

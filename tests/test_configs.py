@@ -123,6 +123,7 @@ def test_an_optimizer_of_ones_own_takes_nothing_from_the_default(model: list[str
     assert result is not None
     assert (result.params["optimizer"], result.params["optimizer.lr"]) == ("SGD", 0.2)
     assert result.params["optimizer.weight_decay"] == 0, "AdamW's weight decay of 0.01 is not SGD's"
+    assert result.params.get("lr_scheduler.max_lr", 0.2) == 0.2, "a one-cycle schedule goes up to it"
 
 
 @pytest.mark.parametrize("data", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)

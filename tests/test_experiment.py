@@ -238,7 +238,7 @@ def test_a_fit_that_was_moved_keeps_its_best(workplace: Path) -> None:
     assert longer.metrics["val/accuracy"] == short.metrics["val/accuracy"]
     for best in moved.glob("epoch*"):
         best.unlink()
-    with pytest.raises(UserError, match="the best checkpoint of that run, is not there"):
+    with pytest.raises(UserError, match="the best of that run, is not there"):
         fit(*spoilt, layer="ff", epochs=6)
 
 

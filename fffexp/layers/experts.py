@@ -51,7 +51,7 @@ class GatedExperts(FeedforwardLayer):
 
     def dispatch(self, x: Tensor, expert_BK: Tensor, gates_BK: Tensor) -> Tensor:
         """(..., in), (B, K), (B, K) -> (..., out): each row through its own experts alone, summed by gate."""
-        rows = x.reshape(-1, self.in_features)
+        rows = self._rows(x)
         if self.training and self.dense_training:
             gates_BE = gates_BK.new_zeros(len(rows), self.num_experts).scatter(1, expert_BK, gates_BK)
             output = self.experts.mixture(rows, gates_BE)

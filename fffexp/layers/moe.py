@@ -54,7 +54,7 @@ class NoisyTopKMoE(GatedExperts):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        rows = x.reshape(-1, self.in_features)
+        rows = self._rows(x)
         clean = decision_logits(rows, self.gate_weight, None)
         logits = clean
         if self.training:

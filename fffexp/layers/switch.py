@@ -49,7 +49,7 @@ class SwitchMoE(GatedExperts):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        logits = decision_logits(x.reshape(-1, self.in_features), self.gate_weight, None)
+        logits = decision_logits(self._rows(x), self.gate_weight, None)
         top = logits.topk(1, dim=1)
         if self.training:
             self._record(gate.SwitchRouting(gates_BE=torch.softmax(logits, dim=1), expert_B=top.indices.squeeze(1)))

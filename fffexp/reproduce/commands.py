@@ -80,11 +80,11 @@ def main(args: list[str]) -> int:
     found = parser.parse_args(args)
     if found.json and found.json.suffix != ".json":
         raise UserError(f"--json {found.json}: name a file that ends in .json")
+    if "figure" in found:
+        beside = found.json.with_suffix(".png") if found.json else Path(f"outputs/{found.command}.png")
+        check_figure(found.figure or beside, "--figure" if found.figure or not found.json else "--json")
+        found.figure = found.figure or beside
     with hold(found.json):
-        if "figure" in found:
-            beside = found.json.with_suffix(".png") if found.json else Path(f"outputs/{found.command}.png")
-            found.figure = found.figure or beside
-            check_figure(found.figure)
         found.run(found)
     return 0
 

@@ -57,14 +57,16 @@ def _times(layer: FeedforwardLayer) -> dict[int, float]:
     # of mean 0, so that they spread over the leaves
     batches = list(torch.randn(32, BATCH_SIZE, layer.in_features))
     calls: dict[str, Callable[[torch.Tensor], object]] = {"layer": layer}
+    ways: dict[int, list[str]] = {}
     for width in WIDTHS:
         dense = FF(layer.in_features, layer.out_features, width).eval()
-        calls |= {f"{width} {name}": way for name, way in ({"linear": dense} | fast_ffs(dense)).items()}
+        named = {f"{width} {name}": way for name, way in ({"linear": dense} | fast_ffs(dense)).items()}
+        ways[width] = list(named)
+        calls |= named
     with exclusive_timing(), torch.inference_mode():
         seconds = interleaved(calls, batches, 1, "cpu", TIMING_S)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    own = medians.pop("layer")
-    return {width: min(m for name, m in medians.items() if name.split()[0] == str(width)) / own for width in WIDTHS}
+    return {width: min(medians[name] for name in names) / medians["layer"] for width, names in ways.items()}
 
 
 def cells(found: Mapping[str, Any], wanted: Sequence[Cell]) -> list[Cell]:

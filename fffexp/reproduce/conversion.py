@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     @property
     def control(self) -> Cell:
         """FF of its inference size."""
-        return Cell("FF", self.depth + self.leaf_width)
+        return Cell("FF", self.tree.inference_size)
 
     def check(self) -> None:
         """Raise UserError, before anything is trained, if the tree cannot be made or its control is no smaller."""
@@ -75,7 +75,7 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
     how = table3.training(table3.DENSE, data)
     distillation = {"images": SAMPLE, "batch": BATCH, "steps": STEPS, "lr": LR}
     setting: dict[str, Any] = {"conversion": "ViT", "data": data, "recipe": how.recipe(), "distillation": distillation}
-    setting["shapes"] = [list(shape) for shape in shapes]
+    setting |= {"shapes": [list(shape) for shape in shapes], "constant": True}  # an earlier version had no such model
     found = load(path, setting) or {**setting, "environments": [], "runs": []}
     have = {run["seed"] for run in found["runs"]}
     missing = [seed for seed in seeds if seed not in have]
@@ -165,16 +165,15 @@ def report(found: Mapping[str, Any]) -> str:
         f"{'recovered, %':>14}{'95% interval':>18}  error by block",
         f"{'FF of 128, trained':22}{table3.WIDTH:6}{table3.WIDTH:6}{_mean_of(dense):10.2f}",
     ]
-    sizes = {shape.tree: (shape.leaf_width, shape.depth + shape.leaf_width) for shape in shapes}
     for cell in (CONSTANT, *(cell for shape in shapes for cell in (shape.tree, shape.control))):
         mine, errors = _of(found, cell), _of(found, cell, "errors")
-        width, size = sizes.get(cell, (cell.training_width, cell.training_width))
         seeds = sorted(mine)
         kept = ratio([mine[seed] for seed in seeds], [dense[seed] for seed in seeds])
         gain, whole = ([of[seed] - constant[seed] for seed in seeds] for of in (mine, dense))
         recovered = None if cell == CONSTANT else ratio(gain, whole)
         by_block = " ".join(f"{sum(part) / len(part):.3f}" for part in zip(*errors.values(), strict=True))
-        start = f"{_name(cell):22}{width:6}{size:6}{_mean_of(mine):10.2f}"
+        width = cell.leaf_width or cell.training_width
+        start = f"{_name(cell):22}{width:6}{cell.inference_size:6}{_mean_of(mine):10.2f}"
         lines.append(f"{start}{table3.told(kept, 13, 18)}{table3.told(recovered, 14, 18)}  {by_block}".rstrip())
     tests = paired_tests([(_of(found, shape.tree), _of(found, shape.control)) for shape in shapes])
     lines.append("")

@@ -37,20 +37,22 @@ def hold(path: Path | None) -> Iterator[None]:
         lock.release()
 
 
-def check_figure(path: Path) -> None:
-    """Make sure, before anything is measured, that a figure can be drawn there.
+def check_figure(path: Path, option: str) -> None:
+    """Make sure, before anything is measured, that a figure can be drawn where this option wants it.
 
     Raises:
         UserError: it is no PNG, or its place cannot be written to.
     """
     if path.suffix != ".png":
-        raise UserError(f"figure {path}: name a file that ends in .png")
+        raise UserError(f"{option}: figure {path}: name a file that ends in .png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"figure {path}: {error.strerror}") from error
+        raise UserError(f"{option}: figure {path}: {error.strerror}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"figure {path}: {'it is a folder' if path.is_dir() else 'its folder cannot be written to'}")
+        raise UserError(
+            f"{option}: figure {path}: {'it is a folder' if path.is_dir() else 'its folder cannot be written to'}"
+        )
 
 
 def load(path: Path | None, kind: dict[str, Any]) -> dict[str, Any] | None:

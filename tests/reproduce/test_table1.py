@@ -340,14 +340,14 @@ def test_a_figure_that_has_no_place_is_told_before_training(tmp_path: Path, caps
     ("arguments", "message"),
     [
         (["--json", "/"], "--json /: name a file that ends in .json"),
-        (["--json", "/proc/no/x.json"], "figure /proc/no/x.png: "),
+        (["--json", "/proc/no/x.json"], "--json: figure /proc/no/x.png: "),
         (["--training_widths", "12", "--leaf_widths", "8"], "12 hidden neurons are not a power of 2 of leaves of 8"),
         (["--data", "letters"], "invalid choice: 'letters'"),
         (["--controls"], "--protocol paper has FF and FFF alone"),
         (["--layers", "SwitchMoE"], "--protocol paper has FF and FFF alone"),
         (["--protocol", "best", "--layers", "FF", "--controls"], "--controls stand beside FFF: add it to --layers"),
-        (["--figure", "x.foo"], "figure x.foo: name a file that ends in .png"),
-        (["--figure", "/proc/no/x.png"], "figure /proc/no/x.png: "),
+        (["--figure", "x.foo"], "--figure: figure x.foo: name a file that ends in .png"),
+        (["--figure", "/proc/no/x.png"], "--figure: figure /proc/no/x.png: "),
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),
     ],
 )

@@ -382,7 +382,10 @@ def test_seeds_that_train_at_once_fail_at_a_loss_that_is_not_finite(work: Callab
     [
         ("{", "is no summary of a study"),
         ('{"table": "table1"}', "is no summary of a study"),
-        ('{"study": "old", "trials": [], "finalists": []}', "`fffexp study resume old` writes it again"),
+        (
+            '{"study": "old", "trials": [], "finalists": []}',
+            "`fffexp study resume old`, where it was run, write it again",
+        ),
     ],
 )
 def test_files_that_show_cannot_list(
