@@ -83,10 +83,10 @@ def convert_feedforward(
         batches: inputs to run it on: a tensor, a tuple of arguments or a mapping of keywords each. All rows (tokens)
             are held in memory; those that `attention_mask` or `src_key_padding_mask` of a mapping leave out are not
             looked at; in nn.TransformerDecoderLayer, and in what is called decoder beside an encoder, it is those that
-            `decoder_attention_mask` or `tgt_key_padding_mask` leave out. The last batches, as near
-            a tenth of the rows as whole batches allow, are held out.
-        layer_factory: (in_features, out_features) -> layer, with the model's activation; with another there is a
-            warning, for what the layer begins with does not fit.
+            `decoder_attention_mask` or `tgt_key_padding_mask` leave out. The last batches, as near a tenth of the rows
+            as whole batches allow, are held out.
+        layer_factory: (in_features, out_features) -> layer, with the model's activation, or what the layer begins with
+            does not fit; there is a warning where the model's is one of torch's common ones.
         select: as in `replace_feedforward`.
         steps: of distillation, for each layer; 0 leaves the layers as initialised.
         lr: of AdamW, warmed up and down.

@@ -71,6 +71,7 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         (["--model.coefficients.importance=-5"], ["coefficients.importance is -5"]),
         (["--trainer.devices=0"], ["devices"]),
         (["--trainer.max_epochs=-3"], ["max_epochs"]),
+        (["--trainer.max_epochs=-1"], ["no end of the training", "max_epochs"]),
         (["--trainer.limit_train_batches=0"], ["no step to train"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -264,6 +266,26 @@ def test_gradient_checkpointing(name: str) -> None:
     output(model, given_embeddings)
     with pytest.raises(RuntimeError, match="use_reentrant"):
         fffexp.regularization_loss(model)
+
+
+@pytest.mark.parametrize("name", ["albert", "bart", "mixtral", "modernbert", "opt", "phi3"])
+def test_mlps_of_another_form_stay(name: str) -> None:
+    """Those that the README names."""
+    of_its_own = {
+        "bart": {
+            f"{part}_{size}": number
+            for part in ("encoder", "decoder")
+            for size, number in (("layers", 1), ("ffn_dim", H), ("attention_heads", 4))
+        }
+        | {"d_model": D},
+        "mixtral": SIZES | {"num_key_value_heads": 4, "num_local_experts": 2},
+        "modernbert": SIZES | {"cls_token_id": 0, "sep_token_id": 1},
+        "opt": SIZES | {"ffn_dim": H, "word_embed_proj_dim": D},
+        "phi3": SIZES | {"num_key_value_heads": 4},
+    }
+    model = AutoModel.from_config(AutoConfig.for_model(name, **TOKENS | of_its_own.get(name, SIZES)))
+    with pytest.raises(ValueError, match="holds no MLP of a known form"):
+        replace_feedforward(model, TREE)
 
 
 @pytest.mark.parametrize("sizes", [(D, D), (H, 5)])

@@ -106,7 +106,7 @@ class Worker:
             if not _finished(study, trial):
                 trial.set_user_attr("error", str(error))
             tell(state=TrialState.FAIL)
-        except BaseException:
+        except BaseException:  # Ctrl-C and SIGTERM too: it is told, and goes on
             # without an `error` of its own: its slot is filled again by whoever goes on
             tell(state=TrialState.FAIL)
             raise
