@@ -1,24 +1,19 @@
 """One experiment: from a config to a tracked, tested run."""
 
 import logging
-import re
 import resource
 import shutil
 import signal
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentError, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -27,16 +22,17 @@ import fffexp.data
 import fffexp.layers
 import fffexp.schedules  # noqa: F401, with these imported their class names need no module path
 from fffexp import tracking
+from fffexp.arguments import check_checkpoint, check_yaml, link_learning_rate, user_errors
 from fffexp.bench.latency import REFERENCE_WIDTH, measure
 from fffexp.callbacks.progress import EpochLines
 from fffexp.callbacks.routing import dead_leaves
 from fffexp.callbacks.speed import TrainingSpeed
 from fffexp.callbacks.stability import Stability
 from fffexp.data.base import ClassificationData
-from fffexp.errors import InvalidConfigError, UserError, one_line
+from fffexp.errors import UserError
 from fffexp.layers import FF
-from fffexp.layers.base import SIZES
 from fffexp.models.mlp import MLP
+from fffexp.params import backends, flat_params, short, total_sizes
 from fffexp.task import ClassificationTask
 
 CHECKPOINTS = Path("outputs/checkpoints")
@@ -143,9 +139,9 @@ class ExperimentCLI(LightningCLI):
         if self.subcommand != "fit" and config.ckpt_path is None:
             raise UserError(f"ckpt_path is missing: give the checkpoint to {self.subcommand} by --ckpt_path")
         if config.ckpt_path is not None:
-            _check_checkpoint(Path(config.ckpt_path))
+            check_checkpoint(Path(config.ckpt_path))
         if self.subcommand == "fit":
-            _link_learning_rate(self._args, config.model)
+            link_learning_rate(self._args, config.model)
         self.resolved: Namespace = config
         # without what a rerun has anew: where it is tracked, which may hold a password
         self.resolved_yaml: str = parser.dump(Namespace({**config, "tracking_uri": None}), skip_none=True)
@@ -269,50 +265,6 @@ def _interruptible(trainer: Trainer, model: ClassificationTask, data: Classifica
             signal.signal(signal.SIGINT, before)
 
 
-def flat_params(config: Namespace, model: ClassificationTask) -> dict[str, Any]:
-    """What is tracked of a config, under short flat names."""
-    settings = config.model
-    params: dict[str, Any] = {"layer": _short(settings.layer), "seed": config.seed_everything}
-    params |= {f"layer.{name}": _short(value) for name, value in _init_args(settings.layer).items()}
-    params |= {"network": type(model.network).__name__}
-    params |= {f"network.{name}": value for name, value in _init_args(settings.network).items()}
-    params |= total_sizes(model)
-    params |= {"data": _short(config.data), "data.batch_size": config.data.init_args.batch_size}
-    params |= {"optimizer": _short(settings.optimizer)}
-    params |= {"label_smoothing": settings.label_smoothing, "input_noise": settings.input_noise}
-    params |= {f"optimizer.{name}": value for name, value in _init_args(settings.optimizer).items()}
-    if settings.lr_scheduler is not None:
-        params["lr_scheduler"] = _short(settings.lr_scheduler)
-        params |= {f"lr_scheduler.{name}": value for name, value in _init_args(settings.lr_scheduler).items()}
-    for name, value in (settings.coefficients or {}).items():
-        arguments = ", ".join(f"{k}={v}" for k, v in _init_args(value).items())
-        params[f"coefficients.{name}"] = f"{_short(value)}({arguments})" if arguments else value
-    params |= {"max_epochs": config.trainer.max_epochs, "precision": config.trainer.precision or "32-true"}
-    params["threads"] = torch.get_num_threads()
-    return params
-
-
-def total_sizes(model: ClassificationTask) -> dict[str, int]:
-    """Sizes of all its feedforward layers together."""
-    total = Counter(dict.fromkeys(SIZES, 0))
-    for layer in model.layers.values():
-        total.update(layer.sizes())
-    return dict(total)
-
-
-def _init_args(value: Any) -> dict[str, Any]:
-    return dict(vars(value.get("init_args") or Namespace())) if isinstance(value, Namespace) else {}
-
-
-def _short(value: Any) -> Any:
-    return value.class_path.rsplit(".", 1)[-1] if isinstance(value, Namespace) and "class_path" in value else value
-
-
-def backends(model: ClassificationTask) -> str:
-    """Names of the backends of its layers."""
-    return ",".join(sorted({layer.inference_backend() for layer in model.layers.values()}))
-
-
 def run(args: Sequence[str], context: Context | None = None) -> Result | None:
     """Run a subcommand of LightningCLI, args[0]; a result if it was fit.
 
@@ -320,7 +272,7 @@ def run(args: Sequence[str], context: Context | None = None) -> Result | None:
         UserError: a mistake in the arguments, the configs or the data, in one line.
     """
     with user_errors():
-        _check_yaml(args)
+        check_yaml(args)
         return ExperimentCLI(args, context or Context()).result
 
 
@@ -331,68 +283,4 @@ def check(args: Sequence[str]) -> str:
         UserError: a mistake in them, in one line.
     """
     with user_errors():
-        return str(_short(ExperimentCLI(args, Context(quiet=True, dry=True)).resolved.model.layer))
-
-
-def _check_yaml(args: Sequence[str]) -> None:
-    # jsonargparse does not say which of several files it could not read
-    for flag, value in zip(args, [*args[1:], ""], strict=True):
-        path = Path(flag.removeprefix("--config=") if flag.startswith("--config=") else value)
-        if (flag == "--config" or flag.startswith("--config=")) and path.is_file():
-            try:
-                content = yaml.safe_load(path.read_text())
-                if not isinstance(content, dict):
-                    raise UserError(f"{path} is not a mapping of keys to values")
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _check_checkpoint(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"ckpt_path: {path} is not there; give the path of a checkpoint")
-    try:
-        known = "pytorch-lightning_version" in torch.load(path, map_location="meta", weights_only=True)
-    except OSError as error:
-        raise UserError(f"ckpt_path: {path}: {error.strerror}") from error
-    except Exception:  # torch says it in many ways
-        known = False
-    if not known:
-        raise UserError(f"ckpt_path: {path} is no checkpoint that fffexp fit wrote")
-
-
-def _link_learning_rate(args: Sequence[str], model: Namespace) -> None:
-    # a one-cycle schedule overrides the optimizer's: one that is given alone is meant for both
-    def given(name: str) -> bool:
-        return any(re.match(rf"--model\.{name}(=|$)", arg.replace(".init_args", "")) for arg in args)
-
-    if _short(model.lr_scheduler) == "OneCycleLR" and given("optimizer.lr") and not given("lr_scheduler.max_lr"):
-        model.lr_scheduler.init_args.max_lr = model.optimizer.init_args.lr
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Tell mistakes in arguments from faults of the program."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise InvalidConfigError(one_line(str(error))) from error
-    except MisconfigurationException as error:
-        raise InvalidConfigError(" ".join(str(error).split())) from error
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
-            raise
-        raise UserError(f"the checkpoint does not fit the config: {str(error).splitlines()[1].strip()}") from error
-    except ValueError as error:
-        if isinstance(error, UserError) or not _from_constructor(error):
-            raise
-        raise InvalidConfigError(one_line(str(error))) from error
-
-
-def _from_constructor(error: ValueError) -> bool:
-    # layers, schedules and the task check their arguments as they are made
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        if traceback.tb_frame.f_code.co_name == "instantiate_classes":
-            return True
-        traceback = traceback.tb_next
-    return False
+        return str(short(ExperimentCLI(args, Context(quiet=True, dry=True)).resolved.model.layer))

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from fffexp.arguments import user_errors
 from fffexp.bench.latency import wait_for_timing
 from fffexp.callbacks.hardening import apply_schedules
 from fffexp.callbacks.routing import BlockCounter, block_usage, dead_leaves
@@ -25,8 +26,9 @@ from fffexp.callbacks.stability import count_spikes, late_deviation
 from fffexp.data.base import ClassificationData, Rows
 from fffexp.data.batches import Batches
 from fffexp.errors import UserError
-from fffexp.experiment import Context, ExperimentCLI, flat_params, user_errors
+from fffexp.experiment import Context, ExperimentCLI
 from fffexp.layers.experts import GatedExperts
+from fffexp.params import flat_params
 from fffexp.schedules import Adaptive
 from fffexp.task import ClassificationTask
 

@@ -21,7 +21,8 @@ from optuna_integration import PyTorchLightningPruningCallback
 
 from fffexp import tracking
 from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError
-from fffexp.experiment import Context, Result, run, total_sizes
+from fffexp.experiment import Context, Result, run
+from fffexp.params import total_sizes
 from fffexp.replicas import Replicas
 from fffexp.signals import terminated_by_signal
 from fffexp.study import store
