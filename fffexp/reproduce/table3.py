@@ -28,6 +28,7 @@ WIDTH, EXPERT_WIDTH, FEATURES = 128, 16, 128
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 DENSE, NOTHING = Cell("FF", WIDTH), Cell("none", 0)
 BATCH_SIZE = 256
+TIMING_S = 60.0  # for all models, and for all layers: a few rounds of models of 70 ms do not order them
 BLOCKS = 4  # the paper's
 
 
@@ -136,7 +137,7 @@ def _medians(modules: Mapping[Cell, nn.Module], batches: torch.Tensor) -> dict[C
     named: dict[str, Callable[[torch.Tensor], object]] = {
         str(index): module for index, module in enumerate(modules.values())
     }
-    seconds = interleaved(named, list(batches), 1, "cpu")
+    seconds = interleaved(named, list(batches), 1, "cpu", TIMING_S)
     return {cell: statistics.median(seconds[name]) for cell, name in zip(modules, named, strict=True)}
 
 

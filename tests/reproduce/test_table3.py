@@ -65,6 +65,7 @@ def test_what_the_paper_prints_is_of_cifar10() -> None:
 def test_the_command_trains_and_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(table3, "TIMING_S", 0.1)
     path = tmp_path / "table3.json"
     command = ["reproduce", "table3", "--json", str(path)]
     assert main([*command, "--leaf_widths", "32", "--seeds", "1"]) == 0
