@@ -55,6 +55,8 @@ def main(args: list[str]) -> int:
     sub.add_argument("--leaf_widths", nargs="+", type=positive, default=[32, 16, 8, 4, 2, 1], metavar="N")
     told = "of the transformer (the paper's: 4); with fewer more is left to the feedforward layers"
     sub.add_argument("--blocks", type=positive, default=4, metavar="N", help=told)
+    told = "of a training (default: 15, those of configs/recipe/vit.yaml)"
+    sub.add_argument("--epochs", type=positive, metavar="N", help=told)
     _trainings(sub, seeds=3)
     sub.set_defaults(run=_table3)
     _json(sub)
@@ -144,7 +146,8 @@ def _table3(found: argparse.Namespace) -> None:
 
     wanted = table3.cells(found.leaf_widths)
     print(runs.HEADER, flush=True)
-    measured = table3.measure(found.data, found.blocks, wanted, range(found.seeds), found.jobs, found.json)
+    seeds = range(found.seeds)
+    measured = table3.measure(found.data, found.blocks, found.epochs, wanted, seeds, found.jobs, found.json)
     print(table3.report(measured))
 
 

@@ -44,8 +44,8 @@ def cells(leaf_widths: Sequence[int]) -> list[Cell]:
     return [DENSE, NOTHING, *trees, Cell("NoisyTopKMoE", WIDTH, EXPERT_WIDTH), *dense]
 
 
-def training(cell: Cell, data: str, blocks: int = BLOCKS) -> runs.Training:
-    """Of a cell."""
+def training(cell: Cell, data: str, blocks: int = BLOCKS, epochs: int | None = None) -> runs.Training:
+    """Of a cell; the epochs are the recipe's unless given."""
     pieces = ("model/one_cycle", "model/vit", "recipe/vit")
     args = [*DATA[data], *(f"--config={CONFIGS}/{piece}.yaml" for piece in pieces), *cell.layer_arguments()]
     args += [f"--model.network.init_args.{name}" for name in (f"patch_size={PATCHES[data]}", f"num_blocks={blocks}")]
@@ -53,17 +53,26 @@ def training(cell: Cell, data: str, blocks: int = BLOCKS) -> runs.Training:
         args.append(f"--config={CONFIGS}/recipe/vit_fff.yaml")
     if cell.layer == "NoisyTopKMoE":
         args.append("--model.coefficients.importance=0.1")
+    if epochs is not None:
+        args.append(f"--trainer.max_epochs={epochs}")
     return runs.Training(args, train_accuracy=False)
 
 
 def measure(
-    data: str, blocks: int, wanted: Sequence[Cell], seeds: Sequence[int], jobs: int, path: Path | None
+    data: str,
+    blocks: int,
+    epochs: int | None,
+    wanted: Sequence[Cell],
+    seeds: Sequence[int],
+    jobs: int,
+    path: Path | None,
 ) -> dict[str, Any]:
     """The table; what the file has is not trained again, and each seed is written when it is done.
 
     Args:
         data: a name of DATA.
         blocks: of the transformer.
+        epochs: of a training; those of the recipe if None.
         wanted: cells.
         seeds: of every cell.
         jobs: processes.
@@ -72,15 +81,14 @@ def measure(
     Raises:
         UserError: the file is of another measurement.
     """
-    found = runs.begin(
-        path, {"table": "table3", "data": data, "blocks": blocks}, lambda cell: training(cell, data, blocks)
-    )
+    setting = {"table": "table3", "data": data, "blocks": blocks, "epochs": epochs}
+    found = runs.begin(path, setting, lambda cell: training(cell, data, blocks, epochs))
     found.setdefault("speeds", [])
     have = {Cell.of(speed) for speed in found["speeds"]}
     if not have.issuperset(wanted):
         found["speeds"] = _speeds(data, blocks, [*wanted, *have.difference(wanted)])  # all in turn, to be compared
         save(path, found)
-    how = {cell: training(cell, data, blocks) for cell in wanted}
+    how = {cell: training(cell, data, blocks, epochs) for cell in wanted}
     runs.complete(found, how, seeds, jobs, path, lambda cell: in_paper(cell, data, blocks), together=False)
     return found
 

@@ -22,8 +22,9 @@ def test_every_tree_has_its_controls() -> None:
 
 @pytest.mark.parametrize("cell", table3.cells([8, 1]), ids=lambda cell: f"{cell.layer}-{cell.training_width}")
 def test_the_network_is_that_of_the_cell(cell: Cell) -> None:
-    args = table3.training(cell, "fashion_mnist", blocks=2).args
+    args = table3.training(cell, "fashion_mnist", blocks=2, epochs=3).args
     experiment = ExperimentCLI(["fit", *args], Context(quiet=True, dry=True))
+    assert experiment.trainer.max_epochs == 3
     task = experiment.model
     layers = list(task.layers.values())
     assert len(layers) == (0 if cell == NOTHING else 2)
@@ -85,6 +86,7 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
     assert "6.2%" in line
     monkeypatch.setattr(runs, "train", None)  # nothing is left to train
     assert main([*command, "--seeds", "1"]) == 0
+    assert main([*command, "--seeds", "1", "--epochs", "30"]) == 2, "of another length"
     assert json.loads(path.read_text())["speeds"] == found["speeds"], "times are not taken again"
 
 
