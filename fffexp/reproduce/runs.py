@@ -190,7 +190,7 @@ def collapsed(runs: Sequence[Mapping[str, Any]]) -> int:
 
 
 HEADER = (
-    f"{'layer':13}{'w':>5}{'leaf':>5}{'reading':>8}{'metric':>7}{'paper':>7}{'best':>8}{'mean':>8}"
+    f"{'layer':13}{'w':>5}{'leaf':>5}{'reading':>8}{'metric':>7}{'paper':>7}{'best':>8}{'diff':>7}{'mean':>8}"
     f"{'95% interval':>18}{'std':>7}{'worst':>8}{'n':>4}{'used':>8}{'collapsed':>10}  verdict"
 )
 
@@ -198,8 +198,8 @@ HEADER = (
 LEGEND = (
     "Percent, with hard decisions. M_A: best training accuracy; G_A: test accuracy of the weights that were best on\n"
     "validation; ETT_M, ETT_G: epochs to those, in best and worst of the runs with the best and the worst of them;\n"
-    "paper: the best of its runs; used: leaves or experts in use, least to most over the runs; collapsed: runs that\n"
-    "use fewer than half of them, or one alone. better: the interval of the mean lies above the paper's best;\n"
+    "paper: the best of its runs, diff: best less that; used: leaves or experts in use, least to most over the runs;\n"
+    "collapsed: runs that use fewer than half, or one alone. better: the interval of the mean lies above the paper's;\n"
     "reproduced: the best run reaches it; still rising: most runs had their best training accuracy in the last tenth\n"
     "of the epochs that they had."
 )
@@ -212,7 +212,8 @@ def line(row: Mapping[str, Any]) -> str:
     paper = "" if r["paper"] is None else f"{r['paper']:.1f}"
     std = "" if r["std"] is None else f"{r['std']:.2f}"
     start = f"{r['layer']:13}{r['training_width']:5}{r['leaf_width'] or '':>5}{r['reduction'] or '':>8}{r['metric']:>7}"
-    numbers = f"{paper:>7}{r['best']:8.2f}{r['mean']:8.2f}{interval:>18}{std:>7}{r['worst']:8.2f}{r['n']:4}"
+    diff = "" if r["paper"] is None else f"{r['best'] - r['paper']:+.2f}"
+    numbers = f"{paper:>7}{r['best']:8.2f}{diff:>7}{r['mean']:8.2f}{interval:>18}{std:>7}{r['worst']:8.2f}{r['n']:4}"
     used = [blocks for blocks in r["used_leaves"] if blocks is not None]
     spread = "" if not used else str(min(used)) if min(used) == max(used) else f"{min(used)}-{max(used)}"
     return f"{start}{numbers}{spread:>8}{r['collapsed']:10}  {verdict(r)}".rstrip()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fffexp.errors import UserError
-from fffexp.study.statistics import paired_difference
+from fffexp.study.statistics import Paired, paired_tests
 from fffexp.study.summary import Summary, Trial, answer, finalist_trials, latency_ms
 
 COLUMNS = 120
@@ -116,6 +116,8 @@ def show(summary: Summary, max_latency_ms: float | None = None) -> str:
 def trials(summary: Summary) -> str:
     """Every trial of the search, the best first: its validation accuracy, and the difference to the layer's best.
 
+    Paired t-tests, adjusted for all lines: many trials make large differences by chance.
+
     Raises:
         UserError: the summary does not hold the accuracies of single seeds.
     """
@@ -131,23 +133,40 @@ def trials(summary: Summary) -> str:
     best = {trial["params"]["layer"]: trial for trial, _ in reversed(found)}
     wide = max((len(describe(trial)) for trial, _ in found), default=0)
     head = f"{'trial':>5}  {'layer':12}  {'hyperparameters':{wide}}  {'val acc':>7}"
-    lines = [f"{head}  to the best of its layer, paired"]
-    for trial, accuracy in found:
-        layer = trial["params"]["layer"]
-        start = f"{trial['number']:5}  {layer:12}  {describe(trial):{wide}}  {100 * accuracy:7.2f}"
-        lines.append(f"{start}  {_difference(trial, best[layer], summary['seeds'])}".rstrip())
+    lines = [f"{head}  {'to the best of its layer':24}{'p':>10}"]
+    differences = _to_the_best([trial for trial, _ in found], best, summary["seeds"])
+    for (trial, accuracy), difference in zip(found, differences, strict=True):
+        start = f"{trial['number']:5}  {trial['params']['layer']:12}  {describe(trial):{wide}}  {100 * accuracy:7.2f}"
+        lines.append(f"{start}  {difference}".rstrip())
     seeds = ", ".join(map(str, summary["seeds"]))
-    lines += ["", f"In percent, mean over seeds {seeds}; brackets are 95% t intervals of the difference."]
+    lines += [
+        "",
+        f"In percent, mean over seeds {seeds}; differences are paired by seed, brackets are their 95% t intervals.",
+        "p: paired t-test, adjusted for all lines by Benjamini and Hochberg.",
+    ]
     return "\n".join(lines)
 
 
-def _difference(trial: Trial, best: Trial, seeds: Sequence[int]) -> str:
-    a, b = trial["val_accuracies"], best["val_accuracies"]
-    if trial is best or not len(a) == len(b) == len(seeds):  # trials of an earlier version have none by seed
-        return ""
-    mean, interval, _ = paired_difference(dict(zip(seeds, a, strict=True)), dict(zip(seeds, b, strict=True)))
-    bounds = "" if interval is None else f" [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
-    return f"{100 * mean:+.2f}{bounds}"
+def _to_the_best(trials: Sequence[Trial], best: Mapping[str, Trial], seeds: Sequence[int]) -> list[str]:
+    """Difference, interval and p of each trial; "" of the best and of trials of an earlier version."""
+    pairs = [(trial, best[trial["params"]["layer"]]) for trial in trials]
+    compared = [
+        (a, b) for a, b in pairs if a is not b and len(a["val_accuracies"]) == len(b["val_accuracies"]) == len(seeds)
+    ]
+
+    def by_seed(trial: Trial) -> dict[int, float]:
+        return dict(zip(seeds, trial["val_accuracies"], strict=True))
+
+    tests = paired_tests([(by_seed(a), by_seed(b)) for a, b in compared])
+    told = {a["number"]: _told(test) for (a, _), test in zip(compared, tests, strict=True)}
+    return [told.get(trial["number"], "") for trial in trials]
+
+
+def _told(test: Paired) -> str:
+    if test.interval is None or test.p is None:
+        return f"{100 * test.difference:+.2f}"
+    low, high = test.interval
+    return f"{f'{100 * test.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]':24}{test.p:10.1e}"
 
 
 def describe(trial: Trial) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from fffexp.errors import UserError
 from fffexp.study import figures
@@ -21,7 +22,7 @@ from fffexp.study.summary import (
     latency_ms,
     pareto_front,
 )
-from fffexp.study.text import label, show, table
+from fffexp.study.text import label, show, table, trials
 
 PNG = b"\x89PNG\r\n\x1a\n"
 T_2 = 4.302653  # 97.5% quantile of Student's t, 2 degrees of freedom
@@ -121,6 +122,21 @@ def test_statistics_and_ties(tiny: Summary) -> None:
     assert (failed["mean"], failed["ci95"], failed["test_mean"], failed["test_ci95"]) == (None,) * 4
     # FF [0.885, 0.935], FFF 0.955 ± 0.0124 = [0.943, 0.967], MoE [0.945, 0.995]
     assert [t["ties"] for t in tiny["trials"]] == [[3], [], [], [0]]
+
+
+def test_differences_of_trials_are_tested_all_together() -> None:
+    accuracies = {0: [0.90, 0.91, 0.92], 1: [0.89, 0.90, 0.905], 2: [0.88, 0.90, 0.85], 3: [0.80, 0.81, 0.82]}
+    layers = {0: "FF", 1: "FF", 2: "FF", 3: "FFF"}
+    made = [
+        {"number": n, "params": {"layer": layers[n], "width": n}, "values": [sum(a) / 3], "val_accuracies": a}
+        for n, a in accuracies.items()
+    ]
+    told = trials({"seeds": [5, 6, 7], "trials": made}).splitlines()  # type: ignore[typeddict-item]
+    ps = [stats.ttest_rel(accuracies[n], accuracies[0]).pvalue for n in (1, 2)]
+    adjusted = [f"{p:.1e}" for p in stats.false_discovery_control(ps)]
+    assert [line.split()[-1] for line in told[2:4]] == adjusted != [f"{p:.1e}" for p in ps]
+    assert "-1.17 [" in told[2]
+    assert [len(told[line].split()) for line in (1, 4)] == [4, 4], "the best of a layer has nothing to be compared with"
 
 
 def test_without_intervals_nothing_is_tied() -> None:
