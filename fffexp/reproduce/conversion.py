@@ -19,7 +19,7 @@ from fffexp.errors import UserError
 from fffexp.layers import FF, FFF, FeedforwardLayer
 from fffexp.replace import LayerFactory
 from fffexp.replicas import EVALUATION_ROWS, Replicas
-from fffexp.reproduce import table3
+from fffexp.reproduce import runs, table3
 from fffexp.reproduce.cells import Cell
 from fffexp.reproduce.results import load, save
 from fffexp.study.statistics import paired_tests, ratio
@@ -178,9 +178,7 @@ def report(found: Mapping[str, Any]) -> str:
     tests = paired_tests([(_of(found, shape.tree), _of(found, shape.control)) for shape in shapes])
     lines.append("")
     for shape, test in zip(shapes, tests, strict=True):
-        interval = "" if test.interval is None else "[{:+.2f}, {:+.2f}]".format(*(100 * x for x in test.interval))
-        p = "" if test.p is None else f"  p {test.p:.1e}"
-        lines.append(f"{_name(shape.tree)} - {_name(shape.control)}: {100 * test.difference:+.2f} {interval}{p}")
+        lines.append(f"{_name(shape.tree)} - {_name(shape.control)}: {runs.difference(test)}")
     lines.append(
         f"Test accuracy in percent, means of {len(dense)} seeds. width, size: neurons at inference,\n"
         "without and with those that decide. Each layer was distilled by itself to the dense layer's outputs; error:\n"

@@ -17,7 +17,7 @@ from fffexp.bench.limits import environment, training_device
 from fffexp.errors import UserError
 from fffexp.reproduce.cells import ORDER, Cell
 from fffexp.reproduce.results import load, save
-from fffexp.study.statistics import above, mean_interval
+from fffexp.study.statistics import Paired, above, mean_interval
 
 # Metric, the key of a run, its factor (accuracies in percent), and the key by which runs are better or worse: the paper
 # tells the epochs of the best run, not the fewest.
@@ -217,6 +217,12 @@ def line(row: Mapping[str, Any]) -> str:
     used = [blocks for blocks in r["used_leaves"] if blocks is not None]
     spread = "" if not used else str(min(used)) if min(used) == max(used) else f"{min(used)}-{max(used)}"
     return f"{start}{numbers}{spread:>8}{r['collapsed']:10}  {verdict(r)}".rstrip()
+
+
+def difference(test: Paired) -> str:
+    """Of two accuracies in points, its interval and p."""
+    interval = "" if test.interval is None else " [{:+.2f}, {:+.2f}]".format(*(100 * x for x in test.interval))
+    return f"{100 * test.difference:+.2f}{interval}" + ("" if test.p is None else f"  p {test.p:.1e}")
 
 
 def verdict(row: Mapping[str, Any]) -> str:

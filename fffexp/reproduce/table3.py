@@ -22,7 +22,7 @@ from fffexp.reproduce import runs
 from fffexp.reproduce.cells import CONFIGS, DATA, PATCHES, Cell, K
 from fffexp.reproduce.paper import printed3
 from fffexp.reproduce.results import save
-from fffexp.study.statistics import Interval, ratio
+from fffexp.study.statistics import Interval, Paired, paired_tests, ratio
 
 WIDTH, EXPERT_WIDTH, FEATURES = 128, 16, 128
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -32,15 +32,20 @@ TIMING_S = 60.0  # for all models, and for all layers: a few rounds of models of
 BLOCKS = 4  # the paper's
 
 
+def controls(tree: Cell) -> tuple[Cell, Cell, Cell]:
+    """FF of its size at inference, FF of its leaf width, and none."""
+    return Cell("FF", tree.inference_size), Cell("FF", tree.leaf_width or 0), NOTHING
+
+
 def cells(leaf_widths: Sequence[int]) -> list[Cell]:
-    """FF, none, and for each leaf width an FFF, with FF of its width and of its size at inference; a MoE.
+    """FF, none, for each leaf width an FFF with its controls, and a MoE.
 
     Raises:
         UserError: a leaf width that 128 neurons do not make a power of 2 of.
     """
     trees = [Cell("FFF", WIDTH, leaf_width) for leaf_width in sorted(leaf_widths, reverse=True)]
-    narrow = {width for tree in trees for width in (tree.leaf_width or 0, (tree.leaf_width or 0) + (tree.depth or 0))}
-    dense = [Cell("FF", width) for width in sorted(narrow - {WIDTH}, reverse=True)]
+    narrow = {control for tree in trees for control in controls(tree)} - {DENSE, NOTHING}
+    dense = sorted(narrow, key=lambda cell: -cell.training_width)
     return [DENSE, NOTHING, *trees, Cell("NoisyTopKMoE", WIDTH, EXPERT_WIDTH), *dense]
 
 
@@ -166,6 +171,16 @@ def kept(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
+def comparisons(found: Mapping[str, Any]) -> list[tuple[Cell, Cell, Paired]]:
+    """Test accuracy of each FFF less that of each of its controls that there is, paired by seed."""
+    present = runs.cells(found)
+    pairs = [
+        (tree, control) for tree in present if tree.layer == "FFF" for control in controls(tree) if control in present
+    ]
+    tests = paired_tests([(_accuracies(found, tree), _accuracies(found, control)) for tree, control in pairs])
+    return [(*pair, test) for pair, test in zip(pairs, tests, strict=True)]
+
+
 def _accuracies(found: Mapping[str, Any], cell: Cell) -> dict[int, float]:
     return {run["seed"]: run["test_accuracy"] for run in runs.of(found, cell)}
 
@@ -191,7 +206,17 @@ def report(found: Mapping[str, Any]) -> str:
         f"layer on the tokens of {BATCH_SIZE} images and of the model ({found['blocks']} blocks, the last with one\n"
         "row an image), one thread."
     )
-    return "\n\n".join(["\n".join([runs.HEADER, *rows, runs.LEGEND]), "\n".join(lines)])
+    tested = [
+        f"FFF with leaves of {tree.leaf_width} - {control.layer}"
+        + (f" of {control.training_width}" if control != NOTHING else "")
+        + f": {runs.difference(test)}  ({test.seeds} seeds)"
+        for tree, control, test in comparisons(found)
+        if test.p is not None
+    ]
+    if tested:
+        tested.append("Test accuracy in points, paired by seed. p: paired t-test, adjusted for these lines.")
+    parts = ([runs.HEADER, *rows, runs.LEGEND], lines, tested)
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def told(found: tuple[float, Interval] | None, width: int, interval_width: int) -> str:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from fffexp.cli import main
 from fffexp.experiment import Context, ExperimentCLI
@@ -52,6 +53,27 @@ def test_what_is_kept() -> None:
     assert (dense["ratio"][0], dense["recovered"][0]) == (1, 1)
     flat = [run | {"test_accuracy": 0.9} for run in made]
     assert all(each["recovered"] is None for each in table3.kept({"runs": flat})), "no gap to recover"
+
+
+def test_trees_are_compared_with_their_controls() -> None:
+    tree = Cell("FFF", 128, 8)
+    accuracies = {
+        tree: [0.89, 0.90, 0.91], Cell("FF", 12): [0.88, 0.895, 0.90], NOTHING: [0.8, 0.82], DENSE: [0.9, 0.9, 0.9],
+    }  # fmt: skip
+    made = [
+        asdict(cell) | {"seed": seed, "test_accuracy": value}
+        for cell, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    found = {control: test for _, control, test in table3.comparisons({"runs": made})}
+    assert {control: test.seeds for control, test in found.items()} == {Cell("FF", 12): 3, NOTHING: 2}, "no FF of 8"
+    assert found[Cell("FF", 12)].difference == pytest.approx((0.01 + 0.005 + 0.01) / 3)
+    alone = [
+        stats.ttest_rel(accuracies[tree][:n], accuracies[of]).pvalue for of, n in ((Cell("FF", 12), 3), (NOTHING, 2))
+    ]
+    assert [found[of].p for of in (Cell("FF", 12), NOTHING)] == pytest.approx(
+        list(stats.false_discovery_control(alone))
+    )
 
 
 def test_what_the_paper_prints_is_of_cifar10() -> None:
