@@ -18,7 +18,7 @@ from fffexp.study.statistics import Interval, Paired, paired_tests
 KINDS = ("width", "parameters", "inference_size", "inference_time")
 BATCH_SIZE = 256
 TIMING_S = 10.0  # for all widths, beside one FFF
-TOLERANCE = 1.15  # times that are equal: medians of layers this small differ by as much from run to run
+TOLERANCE = 1.15  # times that are equal: medians of layers this small differ by a tenth from run to run
 # Candidates for equal time: as fine as timings can tell apart.
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 
