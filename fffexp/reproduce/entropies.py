@@ -146,7 +146,11 @@ def report(found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any], path: Path) -> None:
     """Entropies over the epochs; for figure 6 also the classes by leaf of each layer."""
     curves = [
-        (f"{training['name']} {layer}".removesuffix("layer"), entropies, training["classes_by_leaf"][layer])
+        (
+            f"{training['name']} {layer}".removesuffix("layer").rstrip(" ."),
+            entropies,
+            training["classes_by_leaf"][layer],
+        )
         for training in found["trainings"]
         for layer, entropies in training["entropies"].items()
     ]
