@@ -54,7 +54,7 @@ def choose(found: dict[str, Any], wanted: Sequence[Cell]) -> None:
 
 
 def equal_in_time(time_ratios: Mapping[int, float]) -> int:
-    """The widest FF that takes no more than 1.15 of the time, of ratios by width; the narrowest if there is none."""
+    """The widest FF whose time is equal or less, of ratios by width; the narrowest if there is none."""
     return max((width for width, ratio in time_ratios.items() if ratio <= TOLERANCE), default=min(time_ratios))
 
 
@@ -129,8 +129,8 @@ def _trees(found: Mapping[str, Any]) -> str:
         return ""
     head = f"{'w':>5}{'leaf':>5}  {'FF of':40}{'width':>5}{'time':>6}{'FFF - FF':>9}{'95% interval':>18}{'p':>10}"
     note = (
-        f"Test accuracy in points, paired by seed. Time: of the widest FF that takes no more than {TOLERANCE} of it,\n"
-        f"computed in the faster of two ways, over that of the FFF, a batch of {BATCH_SIZE} on one thread.\n"
+        "Test accuracy in points, paired by seed. Time: of the widest FF that takes no more than "
+        f"{TOLERANCE} of the FFF's,\nover the FFF's, in the faster of two ways, a batch of {BATCH_SIZE} on one thread.\n"
         "p: paired t-test, adjusted for all lines by Benjamini and Hochberg."
     )
     return "\n".join([head, *lines, note])

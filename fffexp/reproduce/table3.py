@@ -172,12 +172,16 @@ def kept(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def comparisons(found: Mapping[str, Any]) -> list[tuple[Cell, Cell, Paired]]:
-    """Test accuracy of each FFF less that of each of its controls that there is, paired by seed."""
-    present = runs.cells(found)
+    """Test accuracy of each FFF less that of each of its controls with a seed in common, paired by seed."""
+    of = {cell: _accuracies(found, cell) for cell in runs.cells(found)}
     pairs = [
-        (tree, control) for tree in present if tree.layer == "FFF" for control in controls(tree) if control in present
+        (tree, control)
+        for tree in of
+        if tree.layer == "FFF"
+        for control in dict.fromkeys(controls(tree))
+        if of[tree].keys() & of.get(control, {}).keys()
     ]
-    tests = paired_tests([(_accuracies(found, tree), _accuracies(found, control)) for tree, control in pairs])
+    tests = paired_tests([(of[tree], of[control]) for tree, control in pairs])
     return [(*pair, test) for pair, test in zip(pairs, tests, strict=True)]
 
 

@@ -142,7 +142,8 @@ def trials(summary: Summary) -> str:
     lines += [
         "",
         f"In percent, mean over seeds {seeds}; differences are paired by seed, brackets are their 95% t intervals.",
-        "p: paired t-test, adjusted for all lines by Benjamini and Hochberg.",
+        "p: paired t-test, adjusted for all lines by Benjamini and Hochberg; small by chance too, for the best is the",
+        "best of these trials.",
     ]
     return "\n".join(lines)
 
@@ -150,9 +151,7 @@ def trials(summary: Summary) -> str:
 def _to_the_best(trials: Sequence[Trial], best: Mapping[str, Trial], seeds: Sequence[int]) -> list[str]:
     """Difference, interval and p of each trial; "" of the best and of trials of an earlier version."""
     pairs = [(trial, best[trial["params"]["layer"]]) for trial in trials]
-    compared = [
-        (a, b) for a, b in pairs if a is not b and len(a["val_accuracies"]) == len(b["val_accuracies"]) == len(seeds)
-    ]
+    compared = [(a, b) for a, b in pairs if a is not b and _complete(a, seeds) and _complete(b, seeds)]
 
     def by_seed(trial: Trial) -> dict[int, float]:
         return dict(zip(seeds, trial["val_accuracies"], strict=True))
@@ -160,6 +159,12 @@ def _to_the_best(trials: Sequence[Trial], best: Mapping[str, Trial], seeds: Sequ
     tests = paired_tests([(by_seed(a), by_seed(b)) for a, b in compared])
     told = {a["number"]: _told(test) for (a, _), test in zip(compared, tests, strict=True)}
     return [told.get(trial["number"], "") for trial in trials]
+
+
+def _complete(trial: Trial, seeds: Sequence[int]) -> bool:
+    """Whether it has a finite accuracy by each seed; one that was not finite is null once it has been through JSON."""
+    values = trial["val_accuracies"]
+    return len(values) == len(seeds) and all(value is not None and math.isfinite(value) for value in values)
 
 
 def _told(test: Paired) -> str:
