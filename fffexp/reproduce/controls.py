@@ -129,8 +129,8 @@ def _trees(found: Mapping[str, Any]) -> str:
         return ""
     head = f"{'w':>5}{'leaf':>5}  {'FF of':40}{'width':>5}{'time':>6}{'FFF - FF':>9}{'95% interval':>18}{'p':>10}"
     note = (
-        "Test accuracy in points, paired by seed. Time: of the widest FF that takes no more than "
-        f"{TOLERANCE} of the FFF's,\nover the FFF's, in the faster of two ways, a batch of {BATCH_SIZE} on one thread.\n"
+        f"Test accuracy in points, paired by seed. Time: of the widest FF that takes no more than {TOLERANCE} of the\n"
+        f"FFF's time, over it, computed in the faster of two ways, a batch of {BATCH_SIZE} on one thread.\n"
         "p: paired t-test, adjusted for all lines by Benjamini and Hochberg."
     )
     return "\n".join([head, *lines, note])
