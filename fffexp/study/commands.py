@@ -56,13 +56,14 @@ def resume(name: str, jobs: int = 1, storage: str | None = None, tracking_uri: s
     _run(spec, attrs["text"], jobs, url, tracking_uri)
 
 
-def show(name: str, max_latency_ms: float | None = None, trials: bool = False) -> None:
+def show(name: str, max_latency_ms: float | None = None, trials: bool = False, against: int | None = None) -> None:
     """Print the best finalist within a latency budget, beside the best FF; or all trials of the search.
 
     Args:
         name: of the study, or a summary.json.
         max_latency_ms: largest latency of a batch of 256, in milliseconds.
         trials: print every trial, the best first, and how far it is from the best.
+        against: number of the trial to print the differences to instead.
     """
     from fffexp.study import text
 
@@ -71,6 +72,8 @@ def show(name: str, max_latency_ms: float | None = None, trials: bool = False) -
         raise UserError(f"{path} is not there: run the study first, from this folder (fffexp study run FILE)")
     if trials and max_latency_ms is not None:
         raise UserError("--trials lists the search, which --max_latency_ms does not choose from: leave one out")
+    if against is not None and not trials:
+        raise UserError("--against is for the list of trials: add --trials true")
     try:
         summary = json.loads(path.read_text())
         known = summary.keys() >= {"study", "trials", "finalists"}
@@ -78,7 +81,7 @@ def show(name: str, max_latency_ms: float | None = None, trials: bool = False) -
         known = False
     if not known:
         raise UserError(f"{path} is no summary of a study: give a study's name, or the summary.json of one")
-    print(text.trials(summary) if trials else text.show(summary, max_latency_ms))
+    print(text.trials(summary, against) if trials else text.show(summary, max_latency_ms))
 
 
 def _storage_url(given: str | None) -> str:

@@ -363,6 +363,9 @@ def test_seeds_that_train_at_once(
     assert told.splitlines()[1].split()[0] == str(summary["best"])
     assert len(told.splitlines()) == 1 + 4 + 4
     assert main(["study", "show", "tiny", "--trials", "true", "--max_latency_ms", "1"]) == 2
+    assert main(["study", "show", "tiny", "--trials", "true", "--against", "0"]) == 0
+    assert "to trial 0" in capsys.readouterr().out
+    assert main(["study", "show", "tiny", "--against", "0"]) == 2
 
 
 def test_seeds_that_train_at_once_fail_at_a_loss_that_is_not_finite(work: Callable[..., Summary]) -> None:

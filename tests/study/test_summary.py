@@ -141,6 +141,25 @@ def test_differences_of_trials_are_tested_all_together() -> None:
     assert compared == {"0": False, "1": True, "2": True, "3": False, "4": False}, "the best, and what is not finite"
 
 
+def test_differences_to_a_trial_of_ones_choice() -> None:
+    accuracies = {0: [0.80, 0.81, 0.82], 1: [0.89, 0.90, 0.905], 2: [0.88, 0.90, 0.85], 3: [0.1, None, 0.1]}
+    means = [0.81, 0.9, 0.88, 0.1]
+    made = [
+        {"number": n, "params": {"layer": "F" * (n + 1)}, "values": [means[n]], "val_accuracies": a}
+        for n, a in accuracies.items()
+    ]
+    summary = cast(Summary, {"seeds": [5, 6, 7], "trials": made})
+    told = trials(summary, against=0).splitlines()
+    ps = stats.false_discovery_control([stats.ttest_rel(accuracies[n], accuracies[0]).pvalue for n in (1, 2)])
+    assert [line.split()[0] for line in told[1:5]] == ["1", "2", "0", "3"]
+    assert [line.split()[-1] for line in told[1:5]] == [*(f"{p:.1e}" for p in ps), "81.00", "10.00"]
+    assert "to trial 0" in told[0]
+    assert "by chance" not in "\n".join(told)
+    for number in (3, 7):  # not finite by each seed, and none
+        with pytest.raises(UserError, match=rf"--against {number}: .*; there are 0, 1, 2$"):
+            trials(summary, against=number)
+
+
 def test_without_intervals_nothing_is_tied() -> None:
     same = summary_of([trial(i, {"layer": "FF", "width": 8}, [0.9, 0.1], [0.9], latency=[0.1]) for i in range(2)])
     assert [(t["mean"], t["ci95"], t["ties"]) for t in same["trials"]] == [(0.9, None, [])] * 2
