@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fffexp.reproduce import conversion, entropies, runs, table1, table2, table3
-from fffexp.study import text
+from fffexp.study import listing
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = (ROOT / "docs/findings.md").read_text()
@@ -35,7 +35,7 @@ def test_every_line_is_printed_by_the_command_above_it(command: str, block: str)
         printed = entropies.report(found).splitlines()
     else:
         against = int(words[words.index("--against") + 1]) if "--against" in words else None
-        printed = text.trials(found, against).splitlines()
+        printed = listing.trials(found, against).splitlines()
     lines = block.splitlines()
     assert lines
     assert [line for line in lines if line not in printed] == []

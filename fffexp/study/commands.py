@@ -63,9 +63,9 @@ def show(name: str, max_latency_ms: float | None = None, trials: bool = False, a
         name: of the study, or a summary.json.
         max_latency_ms: largest latency of a batch of 256, in milliseconds.
         trials: print every trial, the best first, and how far it is from the best.
-        against: number of the trial to print the differences to instead.
+        against: number of the trial, of whatever layer, to print the differences to instead.
     """
-    from fffexp.study import text
+    from fffexp.study import listing, text
 
     path = Path(name) if name.endswith(".json") else Path("outputs/studies") / name / "summary.json"
     if not path.is_file():
@@ -81,7 +81,7 @@ def show(name: str, max_latency_ms: float | None = None, trials: bool = False, a
         known = False
     if not known:
         raise UserError(f"{path} is no summary of a study: give a study's name, or the summary.json of one")
-    print(text.trials(summary, against) if trials else text.show(summary, max_latency_ms))
+    print(listing.trials(summary, against) if trials else text.show(summary, max_latency_ms))
 
 
 def _storage_url(given: str | None) -> str:

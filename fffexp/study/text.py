@@ -5,8 +5,6 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fffexp.errors import UserError
-from fffexp.study.statistics import Paired, paired_tests
 from fffexp.study.summary import Summary, Trial, answer, finalist_trials, latency_ms
 
 COLUMNS = 120
@@ -111,82 +109,6 @@ def show(summary: Summary, max_latency_ms: float | None = None) -> str:
         ]
     lines += ["", "Brackets are 95% t intervals over fresh seeds."]
     return "\n".join(lines)
-
-
-def trials(summary: Summary, against: int | None = None) -> str:
-    """Every trial of the search, the best first: its validation accuracy, and the difference to another.
-
-    Paired t-tests, adjusted for all lines: many trials make large differences by chance.
-
-    Args:
-        summary: of a study.
-        against: number of the trial that the others are compared with; each with the best of its layer if None.
-
-    Raises:
-        UserError: the summary does not hold the accuracies of single seeds, or of that trial.
-    """
-    if "seeds" not in summary:
-        name = summary["study"]
-        raise UserError(
-            f"the summary of {name} is of an earlier version and holds no single seeds: leave out --trials, or let "
-            f"`fffexp study resume {name}`, where it was run, write it again"
-        )
-    # an accuracy that was not finite is null once it has been through JSON
-    found = [(t, t["values"][0]) for t in summary["trials"] if t["values"] and t["values"][0] is not None]
-    found.sort(key=lambda pair: -pair[1])
-    pairs = _pairs([trial for trial, _ in found], summary["seeds"], against)
-    wide = max((len(describe(trial)) for trial, _ in found), default=0)
-    head = f"{'trial':>5}  {'layer':12}  {'hyperparameters':{wide}}  {'val acc':>7}"
-    title = "to the best of its layer" if against is None else f"to trial {against}"
-    lines = [f"{head}  {title:24}{'p':>10}"]
-    for (trial, accuracy), difference in zip(found, _differences(pairs, summary["seeds"]), strict=True):
-        start = f"{trial['number']:5}  {trial['params']['layer']:12}  {describe(trial):{wide}}  {100 * accuracy:7.2f}"
-        lines.append(f"{start}  {difference}".rstrip())
-    seeds = ", ".join(map(str, summary["seeds"]))
-    lines += [
-        "",
-        f"In percent, mean over seeds {seeds}; differences are paired by seed, brackets are their 95% t intervals.",
-        "p: paired t-test, adjusted for all lines by Benjamini and Hochberg"
-        + ("; small by chance too, for the best is the\nbest of these trials." if against is None else "."),
-    ]
-    return "\n".join(lines)
-
-
-def _pairs(found: Sequence[Trial], seeds: Sequence[int], against: int | None) -> list[tuple[Trial, Trial]]:
-    """Each trial, the best first, and the one that it is compared with."""
-    if against is None:
-        best = {trial["params"]["layer"]: trial for trial in reversed(found)}
-        return [(trial, best[trial["params"]["layer"]]) for trial in found]
-    complete = {trial["number"]: trial for trial in found if _complete(trial, seeds)}
-    if against not in complete:
-        known = ", ".join(map(str, sorted(complete))) or "none"
-        raise UserError(f"--against {against}: no such trial with an accuracy by each seed; there are {known}")
-    return [(trial, complete[against]) for trial in found]
-
-
-def _differences(pairs: Sequence[tuple[Trial, Trial]], seeds: Sequence[int]) -> list[str]:
-    """Difference, interval and p; "" of a trial to itself and of trials of an earlier version."""
-    compared = [(a, b) for a, b in pairs if a is not b and _complete(a, seeds) and _complete(b, seeds)]
-
-    def by_seed(trial: Trial) -> dict[int, float]:
-        return dict(zip(seeds, trial["val_accuracies"], strict=True))
-
-    tests = paired_tests([(by_seed(a), by_seed(b)) for a, b in compared])
-    told = {a["number"]: _told(test) for (a, _), test in zip(compared, tests, strict=True)}
-    return [told.get(trial["number"], "") for trial, _ in pairs]
-
-
-def _complete(trial: Trial, seeds: Sequence[int]) -> bool:
-    """Whether it has a finite accuracy by each seed; one that was not finite is null once it has been through JSON."""
-    values = trial["val_accuracies"]
-    return len(values) == len(seeds) and all(value is not None and math.isfinite(value) for value in values)
-
-
-def _told(test: Paired) -> str:
-    if test.interval is None or test.p is None:
-        return f"{100 * test.difference:+.2f}"
-    low, high = test.interval
-    return f"{f'{100 * test.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]':24}{test.p:10.1e}"
 
 
 def describe(trial: Trial) -> str:

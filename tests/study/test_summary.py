@@ -11,6 +11,7 @@ from scipy import stats
 
 from fffexp.errors import UserError
 from fffexp.study import figures
+from fffexp.study.listing import trials
 from fffexp.study.report import write
 from fffexp.study.summary import (
     LATENCY,
@@ -22,7 +23,7 @@ from fffexp.study.summary import (
     latency_ms,
     pareto_front,
 )
-from fffexp.study.text import label, show, table, trials
+from fffexp.study.text import label, show, table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 T_2 = 4.302653  # 97.5% quantile of Student's t, 2 degrees of freedom
@@ -145,7 +146,12 @@ def test_differences_to_a_trial_of_ones_choice() -> None:
     accuracies = {0: [0.80, 0.81, 0.82], 1: [0.89, 0.90, 0.905], 2: [0.88, 0.90, 0.85], 3: [0.1, None, 0.1]}
     means = [0.81, 0.9, 0.88, 0.1]
     made = [
-        {"number": n, "params": {"layer": "F" * (n + 1)}, "values": [means[n]], "val_accuracies": a}
+        {
+            "number": n,
+            "params": {"layer": "FF" if n < 2 else "FFF", "lr": 0.1, "width": n},
+            "values": [means[n]],
+            "val_accuracies": a,
+        }
         for n, a in accuracies.items()
     ]
     summary = cast(Summary, {"seeds": [5, 6, 7], "trials": made})
@@ -154,7 +160,20 @@ def test_differences_to_a_trial_of_ones_choice() -> None:
     assert [line.split()[0] for line in told[1:5]] == ["1", "2", "0", "3"]
     assert [line.split()[-1] for line in told[1:5]] == [*(f"{p:.1e}" for p in ps), "81.00", "10.00"]
     assert "to trial 0" in told[0]
+    # of the same layer what differs, of another all
+    assert [[word for word in line.split() if "=" in word] for line in told[1:6]] == [
+        ["width=1"],
+        ["lr=0.1", "width=2"],
+        [],
+        ["lr=0.1", "width=3"],
+        ["lr=0.1", "width=0"],
+    ]
+    assert told[5].startswith("trial 0: ")
     assert "by chance" not in "\n".join(told)
+    assert [line for line in trials(summary).splitlines() if "every" in line] == [
+        "every FF: lr=0.1",
+        "every FFF: lr=0.1",
+    ]
     for number in (3, 7):  # not finite by each seed, and none
         with pytest.raises(UserError, match=rf"--against {number}: .*; there are 0, 1, 2$"):
             trials(summary, against=number)
