@@ -25,7 +25,7 @@ def probe_rows(features: int, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def run(module: nn.Module, *inputs: Tensor, training: bool = False) -> tuple[Tensor, list[Event]] | None:
+def run(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> tuple[Tensor, list[Event]] | None:
     """Its output and the events within, without dropout and with `_weights`; None if it does not take such inputs.
 
     Args:
@@ -48,7 +48,7 @@ def run(module: nn.Module, *inputs: Tensor, training: bool = False) -> tuple[Ten
             if isinstance(m, nn.Dropout):
                 m.eval()
         try:
-            output = functional_call(module, _weights(module), tuple(x.clone() for x in inputs))
+            output = functional_call(module, _weights(module), tuple(None if x is None else x.clone() for x in inputs))
         except Exception:  # whatever a module of another kind raises
             return None
         finally:

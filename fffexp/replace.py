@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from fffexp.probe import bends, bent, by_row, elementwise, probe_rows, run, same
 
 LayerFactory = Callable[[int, int], FeedforwardLayer]
 Select = Callable[[str, nn.Module], bool]
+# By what names a block of OPT, BART and their kin holds a linear layer, an activation and a linear layer.
+HELD = ("fc1", "activation_fn", "fc2")
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,11 @@ def replace_feedforward(
     """Put a layer in the place of each MLP of a model, which is changed.
 
     Known are: modules of two linear layers with an activation between them (timm, GPT-2, FF), gated ones of three
-    (Llama), pairs within an nn.Sequential, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, and the
-    `intermediate` and `output` of BERT and its kin; a classification head of this form is one of them. That nothing
-    else happens between a module's input and its output is made sure by running it on a few rows. Dropout within an
-    MLP goes with it: give the factory's layer its own; a dropout module behind it stays. The new layers can be trained
+    (Llama), pairs within an nn.Sequential, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, the
+    `intermediate` and `output` of BERT and its kin, and the linear layers that a block of OPT, BART and their kin holds
+    itself; a classification head of this form is one of them. That nothing else happens between an MLP's input and its
+    output is made sure by running it on a few rows. Dropout within an MLP goes with it: give the factory's layer its
+    own; a dropout module behind it stays. The new layers can be trained
     where the MLP was frozen, and share no weights with other modules where it did. An MLP of another form stays as it
     is, without a word: look at the list that is returned.
 
@@ -154,6 +158,8 @@ def _mlps(model: nn.Module) -> Iterator[MLP]:
         elif mlp := _of_its_own(name, module, model):
             taken.update(module.modules())
             yield mlp
+        else:
+            yield from _within_block(name, module)
 
 
 def _linear(module: nn.Module) -> Linear | None:
@@ -240,6 +246,29 @@ def _of_bert(name: str, block: nn.Module) -> Iterator[MLP]:
         old = nn.ModuleList([intermediate, down.module])
         block.intermediate, output.dense = layer, nn.Identity()
         return old
+
+    yield MLP(name, block, [up], down, put)
+
+
+def _within_block(name: str, block: nn.Module) -> Iterator[MLP]:
+    """Linear layers that a block calls one after the other, with an activation between them."""
+    parts = [part for key in HELD if isinstance(part := getattr(block, key, None), nn.Module)]
+    up, down = (_linear(parts[0]), _linear(parts[2])) if len(parts) == len(HELD) else (None, None)
+    if not up or not down or up.out_features != down.in_features:
+        return
+    found = run(block, probe_rows(up.in_features, up.weights()[0]), None)  # None for the mask that most encoders want
+    ran = [event for event in found[1] if event.module in parts] if found else []
+    if [event.module for event in ran] != parts or not all(same(a.made, b.given) for a, b in pairwise(ran)):
+        return
+    if not elementwise(parts[1]) or not bends(parts[1]):
+        return
+
+    def put(layer: FeedforwardLayer) -> nn.Module:
+        for key, module in zip(HELD, [layer, nn.Identity(), nn.Identity()], strict=True):
+            setattr(block, key, module)
+        if hasattr(block, "activation_dropout"):  # by a function, which would drop the layer's outputs
+            setattr(block, "activation_dropout", 0.0)  # noqa: B010 # no attribute of every module
+        return nn.ModuleList([up.module, down.module])
 
     yield MLP(name, block, [up], down, put)
 
