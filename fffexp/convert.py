@@ -227,7 +227,7 @@ def _recording(model: nn.Module, mlps: list[MLP]) -> Iterator[list[list[tuple[Te
 @torch.no_grad()
 def _other_activation(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> str | None:
     """What to say if neurons of the MLP are taken to a layer with another activation."""
-    if not isinstance(layer, FF | FFF) or len(mlp.up) > 1:  # begins from its own initialisation
+    if not isinstance(layer, FF | FFF) or mlp.gated:  # begins from its own initialisation
         return None
     own = layer.network[1] if isinstance(layer, FF) else layer.leaves.hidden[0]
     some = rows.of(slice(None, None, 1 + len(rows.inputs) // ACTIVATION_ROWS))
@@ -250,8 +250,7 @@ def _other_activation(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> str | N
 def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
     layer.eval()
     weight, bias = (part.to(rows.inputs.dtype) for part in mlp.up[0].weights())
-    gated = len(mlp.up) > 1  # a gated neuron is no neuron of ours
-    if isinstance(layer, FF) and not gated:
+    if isinstance(layer, FF) and not mlp.gated:  # a gated neuron is no neuron of ours
         w1, b1, w2, b2 = layer.network.parameters()
         some = rows.sample()
         hidden = layer.network[1](some.inputs @ weight.T + bias)
@@ -262,7 +261,7 @@ def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
         b2.copy_(output_bias)
     elif isinstance(layer, FFF):
         leaf_B, leaves = _plant(layer, rows), layer.leaves
-        for leaf in range(layer.blocks if not gated else 0):
+        for leaf in range(layer.blocks if not mlp.gated else 0):
             mine = leaf_B == leaf
             some = (rows.of(mine) if mine.any() else rows).sample()
             hidden = leaves.hidden(some.inputs @ weight.T + bias)

@@ -54,13 +54,18 @@ class Linear(NamedTuple):
 
 
 class MLP(NamedTuple):
-    """Linear layers that are an MLP, one up and one down, or two up whose product goes down (gated)."""
+    """Linear layers that are an MLP, one up and one down, or gated: two up, or one of twice the width, and one down."""
 
     name: str
     module: nn.Module  # what is judged by `select`
     up: list[Linear]
     down: Linear
     put: Callable[[FeedforwardLayer], nn.Module]  # does it, and returns what was there
+
+    @property
+    def gated(self) -> bool:
+        """Whether it is a product that goes down."""
+        return len(self.up) > 1 or self.up[0].out_features != self.down.in_features
 
     def sizes(self) -> dict[str, int]:
         """As of a layer, by the names of `FeedforwardLayer.sizes`."""
@@ -76,13 +81,13 @@ def replace_feedforward(
     """Put a layer in the place of each MLP of a model, which is changed.
 
     Known are: modules of two linear layers with an activation between them (timm, GPT-2, FF), gated ones of three
-    (Llama), pairs within an nn.Sequential, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, the
-    `intermediate` and `output` of BERT and its kin, and the linear layers that a block of OPT, BART and their kin holds
-    itself; a classification head of this form is one of them. That nothing else happens between an MLP's input and its
-    output is made sure by running it on a few rows. Dropout within an MLP goes with it: give the factory's layer its
-    own; a dropout module behind it stays. The new layers can be trained
-    where the MLP was frozen, and share no weights with other modules where it did. An MLP of another form stays as it
-    is, without a word: look at the list that is returned.
+    (Llama; Phi-3, with two in one), pairs within an nn.Sequential, nn.TransformerEncoderLayer and
+    nn.TransformerDecoderLayer, the `intermediate` and `output` of BERT and its kin, and the linear layers that a block
+    of OPT, BART and their kin holds itself; a classification head of this form is one of them. That nothing else
+    happens between an MLP's input and its output is made sure by running it on a few rows. Dropout within an MLP goes
+    with it: give the factory's layer its own; a dropout module behind it stays. The new layers can be trained where the
+    MLP was frozen, and share no weights with other modules where it did. An MLP of another form stays as it is, without
+    a word: look at the list that is returned.
 
     Args:
         model: the whole of it: what holds an nn.TransformerEncoder's layers has to know of them.
@@ -300,7 +305,8 @@ def _of_its_own(name: str, module: nn.Module, model: nn.Module) -> MLP | None:
     behind = [event.module for event in events[ran[-1] + 1 :]]
     in_training = run(module, x, training=True)
     if (
-        any((u.in_features, u.out_features) != (up[0].in_features, down.in_features) for u in up)
+        any(u.in_features != up[0].in_features for u in up)
+        or [u.out_features for u in up] not in ([down.in_features] * len(up), [2 * down.in_features])
         or not all(same(event.given, x) for event in ups)
         or not same(last.made, output)
         or not bent(last.given)

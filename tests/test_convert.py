@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BatchEncoding, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    Phi3Config,
+    Phi3Model,
+    T5Config,
+    T5Model,
+)
 
 from fffexp import FF, FFF, NoisyTopKMoE, convert, convert_feedforward
 from fffexp.convert import _neurons, _Rows, _watch
@@ -232,14 +242,15 @@ def test_without_gradients_around_it() -> None:
 @pytest.mark.parametrize(
     "factory", [partial(FFF, depth=2, leaf_width=8), partial(NoisyTopKMoE, num_experts=4, expert_width=8)]
 )
-def test_what_cannot_begin_from_the_weights_is_distilled(factory: partial[FFF]) -> None:
+@pytest.mark.parametrize(("model", "config"), [(LlamaModel, LlamaConfig), (Phi3Model, Phi3Config)])
+def test_what_cannot_begin_from_the_weights_is_distilled(
+    factory: partial[FFF], model: type[nn.Module], config: type[LlamaConfig | Phi3Config]
+) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24
-    )
-    model = LlamaModel(config).eval()
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "pad_token_id": 0}
+    made_of = model(config(**sizes, num_attention_heads=4, num_key_value_heads=4)).eval()
     data = [{"input_ids": torch.randint(50, (4, 6))} for _ in range(50)]
-    (made,) = convert_feedforward(copy.deepcopy(model), data, factory, steps=200, lr=1e-2)
+    (made,) = convert_feedforward(made_of, data, factory, steps=200, lr=1e-2)
     assert made.error < 0.5 * made.start
 
 

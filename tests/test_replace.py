@@ -19,8 +19,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaModel,
+    ModernBertConfig,
+    ModernBertModel,
     OPTConfig,
     OPTModel,
+    Phi3Config,
+    Phi3Model,
     T5Config,
     T5Model,
     ViTConfig,
@@ -83,6 +87,10 @@ MODELS: dict[str, tuple[Make, Given, Make | None, int]] = {
     ),
     "opt": (lambda: OPTModel(OPTConfig(ffn_dim=H, word_embed_proj_dim=D, **SIZES, **TOKENS)), tokens, nn.ReLU, 2),
     "llama": (lambda: LlamaModel(LlamaConfig(**SIZES, **TOKENS)), tokens, None, 2),
+    "modernbert": (
+        lambda: ModernBertModel(ModernBertConfig(**SIZES, **TOKENS, cls_token_id=0, sep_token_id=1)), tokens, None, 2,
+    ),
+    "phi3": (lambda: Phi3Model(Phi3Config(**SIZES, **TOKENS, num_key_value_heads=4)), tokens, None, 2),
     "sequential": (
         lambda: nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Dropout(0.1), nn.Linear(H, D), nn.LayerNorm(D)),
         lambda: {"input": x()["x"]}, nn.ReLU, 1,
@@ -171,6 +179,7 @@ def test_sizes_before_and_after() -> None:
     assert [e.name for e in llama] == ["layers.0.mlp", "layers.1.mlp"]
     assert llama[0].before["parameters"] == 3 * D * H
     assert llama[0].before["flops_per_sample"] == 6 * D * H
+    assert replace_feedforward(MODELS["phi3"][0](), TREE)[0].before == llama[0].before
 
 
 def test_what_is_behind_the_mlp_stays() -> None:
@@ -282,16 +291,20 @@ def test_gradient_checkpointing(name: str) -> None:
         fffexp.regularization_loss(model)
 
 
-@pytest.mark.parametrize("name", ["albert", "mixtral", "modernbert", "phi3"])
-def test_mlps_of_another_form_stay(name: str) -> None:
-    """Those that the README names."""
-    of_its_own = {
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    {
         "albert": SIZES,
+        "bloom": {"hidden_size": D, "n_layer": 1, "n_head": 4},
+        "led": BART | {"d_model": D, "attention_window": 4},
         "mixtral": SIZES | {"num_key_value_heads": 4, "num_local_experts": 2},
-        "modernbert": SIZES | {"cls_token_id": 0, "sep_token_id": 1},
-        "phi3": SIZES | {"num_key_value_heads": 4},
-    }
-    model = AutoModel.from_config(AutoConfig.for_model(name, **TOKENS | of_its_own[name]))
+        "mpt": {"d_model": D, "n_layers": 1, "n_heads": 4},
+        "xlnet": {"d_model": D, "n_layer": 1, "n_head": 4, "d_inner": H},
+    }.items(),
+)
+def test_mlps_of_another_form_stay(name: str, sizes: dict[str, int]) -> None:
+    """Those that the README names."""
+    model = AutoModel.from_config(AutoConfig.for_model(name, **TOKENS | sizes))
     with pytest.raises(ValueError, match="holds no MLP of a known form"):
         replace_feedforward(model, TREE)
 
