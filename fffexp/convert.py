@@ -75,8 +75,10 @@ def convert_feedforward(
 
     A tree's nodes split the inputs in halves along what tells most about the outputs; a leaf takes those neurons of
     the MLP that explain most of the outputs of its part, and output weights that are fitted to them. All is then
-    trained to give the MLP's outputs, with choices that harden. An FF takes neurons in the same way. Other layers begin
-    from their own initialisation, and in the place of gated MLPs so do leaves and FF.
+    trained to give the MLP's outputs, with choices that harden. An FF takes neurons in the same way. In the place of a
+    gated MLP, whose neurons are of another kind, leaves and FF keep their own hidden weights and get output weights in
+    the same way. Other layers begin from their own initialisation. There is a warning where the error is no less than
+    that of a constant.
 
     Args:
         model: in the state to be kept; its layers are replaced when all are ready.
@@ -116,7 +118,11 @@ def convert_feedforward(
             warned = True
         start = _error(layer, held_out)
         _distil(layer, train, steps, lr)
-        ready.append((mlp, layer, start, _error(layer, held_out)))
+        error = _error(layer, held_out)
+        if steps and error >= 1:
+            told = f"the layer in the place of {mlp.name or 'the MLP'} has an error of {error:.3g}, a constant has 1"
+            warnings.warn(f"{told}: give more steps, or another layer", stacklevel=2)
+        ready.append((mlp, layer, start, error))
         layer.to(dtype).train(mode)
     return [Conversion(**vars(put(mlp, layer)), start=start, error=error) for mlp, layer, start, error in ready]
 
@@ -250,9 +256,11 @@ def _other_activation(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> str | N
 def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
     layer.eval()
     weight, bias = (part.to(rows.inputs.dtype) for part in mlp.up[0].weights())
-    if isinstance(layer, FF) and not mlp.gated:  # a gated neuron is no neuron of ours
+    if isinstance(layer, FF):
         w1, b1, w2, b2 = layer.network.parameters()
         some = rows.sample()
+        if mlp.gated:  # whose neurons are none of ours, which then are where they begin
+            weight, bias = w1.clone(), b1.clone()
         hidden = layer.network[1](some.inputs @ weight.T + bias)
         chosen, output_weight, output_bias = _neurons(hidden, some, layer.width)
         w1[: len(chosen)], b1[: len(chosen)] = weight[chosen], bias[chosen]
@@ -261,9 +269,11 @@ def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
         b2.copy_(output_bias)
     elif isinstance(layer, FFF):
         leaf_B, leaves = _plant(layer, rows), layer.leaves
-        for leaf in range(layer.blocks if not mlp.gated else 0):
+        for leaf in range(layer.blocks):
             mine = leaf_B == leaf
             some = (rows.of(mine) if mine.any() else rows).sample()
+            if mlp.gated:
+                weight, bias = leaves.hidden_weight[leaf].clone(), leaves.hidden_bias[leaf].clone()
             hidden = leaves.hidden(some.inputs @ weight.T + bias)
             chosen, output_weight, output_bias = _neurons(hidden, some, layer.leaf_width)
             leaves.hidden_weight[leaf, : len(chosen)] = weight[chosen]

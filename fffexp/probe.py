@@ -1,6 +1,6 @@
 """What a module of somebody else's does, seen by running it on a few rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,15 +24,25 @@ def probe_rows(features: int, like: Tensor) -> Tensor:
     return x
 
 
-@torch.no_grad()
-def run(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> tuple[Tensor, list[Event]] | None:
+def run(module: nn.Module, *inputs: Tensor, training: bool = False) -> tuple[Tensor, list[Event]] | None:
     """Its output and the events within, without dropout and with `_weights`; None if it does not take such inputs.
 
     Args:
         module: anything; it is left as it was.
         inputs: positional arguments.
-        training: in training mode, but for its dropout modules.
+        training: in training mode, but for its dropout modules, and with other random numbers.
     """
+    output, events = _run(module, inputs, training)
+    return (output, events) if isinstance(output, Tensor) else None
+
+
+def events(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> list[Event]:
+    """Those of `run`, whatever the output is; none if it does not take such inputs."""
+    return _run(module, inputs, training)[1]
+
+
+@torch.no_grad()
+def _run(module: nn.Module, inputs: Sequence[Tensor | None], training: bool) -> tuple[Any, list[Event]]:
     events: list[Event] = []
 
     def note(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -43,6 +53,7 @@ def run(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> tu
     leaves = [m for m in module.modules() if not list(m.children())]
     handles = [m.register_forward_hook(note, with_kwargs=True) for m in leaves]
     with _as_it_was(module):
+        torch.manual_seed(int(training))
         module.train(training)
         for m in leaves:
             if isinstance(m, nn.Dropout):
@@ -50,11 +61,11 @@ def run(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> tu
         try:
             output = functional_call(module, _weights(module), tuple(None if x is None else x.clone() for x in inputs))
         except Exception:  # whatever a module of another kind raises
-            return None
+            return None, []
         finally:
             for handle in handles:
                 handle.remove()
-    return (output, events) if isinstance(output, Tensor) else None
+    return output, events
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, signature
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 
 from fffexp.layers import FF, FeedforwardLayer
 from fffexp.layers.base import SIZES
-from fffexp.probe import bends, bent, by_row, elementwise, probe_rows, run, same
+from fffexp.probe import bends, bent, by_row, elementwise, events, probe_rows, run, same
 
 LayerFactory = Callable[[int, int], FeedforwardLayer]
 Select = Callable[[str, nn.Module], bool]
 # By what names a block of OPT, BART and their kin holds a linear layer, an activation and a linear layer.
 HELD = ("fc1", "activation_fn", "fc2")
+# and the probability at which a function, no module, drops the hidden values
+DROPPED = "activation_dropout"
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def replace_feedforward(
     (Llama; Phi-3, with two in one), pairs within an nn.Sequential, nn.TransformerEncoderLayer and
     nn.TransformerDecoderLayer, the `intermediate` and `output` of BERT and its kin, and the linear layers that a block
     of OPT, BART and their kin holds itself; a classification head of this form is one of them. That nothing else
-    happens between an MLP's input and its output is made sure by running it on a few rows. Dropout within an MLP goes
+    happens between an MLP's input and its output is made sure by running it on a few rows (but not that a block uses
+    hidden values of its MLP for nothing else). Dropout within an MLP goes
     with it: give the factory's layer its own; a dropout module behind it stays. The new layers can be trained where the
     MLP was frozen, and share no weights with other modules where it did. An MLP of another form stays as it is, without
     a word: look at the list that is returned.
@@ -261,21 +265,45 @@ def _within_block(name: str, block: nn.Module) -> Iterator[MLP]:
     up, down = (_linear(parts[0]), _linear(parts[2])) if len(parts) == len(HELD) else (None, None)
     if not up or not down or up.out_features != down.in_features:
         return
-    found = run(block, probe_rows(up.in_features, up.weights()[0]), None)  # None for the mask that most encoders want
-    ran = [event for event in found[1] if event.module in parts] if found else []
-    if [event.module for event in ran] != parts or not all(same(a.made, b.given) for a, b in pairwise(ran)):
-        return
-    if not elementwise(parts[1]) or not bends(parts[1]):
+    if not elementwise(parts[1]) or not bends(parts[1]) or not _in_a_row(block, parts, up):
         return
 
     def put(layer: FeedforwardLayer) -> nn.Module:
         for key, module in zip(HELD, [layer, nn.Identity(), nn.Identity()], strict=True):
             setattr(block, key, module)
-        if hasattr(block, "activation_dropout"):  # by a function, which would drop the layer's outputs
-            setattr(block, "activation_dropout", 0.0)  # noqa: B010 # no attribute of every module
+        if hasattr(block, DROPPED):
+            setattr(block, DROPPED, 0.0)
         return nn.ModuleList([up.module, down.module])
 
     yield MLP(name, block, [up], down, put)
+
+
+def _in_a_row(block: nn.Module, parts: list[nn.Module], up: Linear) -> bool:
+    """Whether the parts run once, each on what the one before made; in training too, but for dropout of DROPPED."""
+    x = probe_rows(up.in_features, up.weights()[0])
+    masks = [None] * (len(_required(block)) - 1)  # most encoders want one
+    dropped = getattr(block, DROPPED, 0.0)
+    if not isinstance(dropped, float | int):  # a module
+        return False
+    for training in (False, True):
+        if dropped:
+            setattr(block, DROPPED, 0.0)
+        try:
+            ran = events(block, x, *masks, training=training)
+        finally:
+            if dropped:
+                setattr(block, DROPPED, dropped)
+        at = [index for index, event in enumerate(ran) if event.module in parts]
+        row = ran[at[0] : at[0] + len(parts)] if len(at) == len(parts) else []
+        if [event.module for event in row] != parts or not all(same(a.made, b.given) for a, b in pairwise(row)):
+            return False
+    return True
+
+
+def _required(block: nn.Module) -> list[Parameter]:
+    """Positional arguments that it does not do without."""
+    positional = Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD
+    return [p for p in signature(block.forward).parameters.values() if p.kind in positional and p.default is p.empty]
 
 
 def _only(module: nn.Module, linears: list[Linear]) -> bool:

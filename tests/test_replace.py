@@ -15,8 +15,10 @@ from transformers import (
     BartModel,
     BertConfig,
     BertModel,
+    BigBirdPegasusConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LEDConfig,
     LlamaConfig,
     LlamaModel,
     ModernBertConfig,
@@ -296,7 +298,6 @@ def test_gradient_checkpointing(name: str) -> None:
     {
         "albert": SIZES,
         "bloom": {"hidden_size": D, "n_layer": 1, "n_head": 4},
-        "led": BART | {"d_model": D, "attention_window": 4},
         "mixtral": SIZES | {"num_key_value_heads": 4, "num_local_experts": 2},
         "mpt": {"d_model": D, "n_layers": 1, "n_heads": 4},
         "xlnet": {"d_model": D, "n_layer": 1, "n_head": 4, "d_inner": H},
@@ -309,6 +310,13 @@ def test_mlps_of_another_form_stay(name: str, sizes: dict[str, int]) -> None:
         replace_feedforward(model, TREE)
 
 
+def test_a_block_that_cannot_be_run_alone_stays() -> None:
+    """Those that the README names: sequences of an encoder with windows or blocks are of certain lengths."""
+    for config in (LEDConfig(attention_window=4, d_model=D, **BART), BigBirdPegasusConfig(d_model=D, **BART)):
+        found = replace_feedforward(AutoModel.from_config(config), TREE)
+        assert [each.name for each in found] == ["decoder.layers.0"]
+
+
 class Held(nn.Module):
     """A block that holds its linear layers itself; `between` is what else it does."""
 
@@ -317,8 +325,15 @@ class Held(nn.Module):
         self.norm, self.fc1, self.fc2 = nn.LayerNorm(D), nn.Linear(D, H), nn.Linear(H, D)
         self.activation_fn, self.between = activation, between
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return x + self.fc2(self.between(self.activation_fn(self.fc1(self.norm(x)))))
+    def forward(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, cache: None = None) -> tuple[Tensor]:
+        return (x + self.fc2(self.between(self.activation_fn(self.fc1(self.norm(x))))),)
+
+
+class InTraining(nn.Module):
+    """Dropout by a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +341,8 @@ class Held(nn.Module):
     [
         (lambda x: x, nn.SiLU(), True),
         (lambda x: x + 1, nn.SiLU(), False),
+        (nn.Dropout(0.1), nn.SiLU(), False),  # would drop the layer's outputs
+        (InTraining(), nn.SiLU(), False),
         (lambda x: x, nn.Identity(), False),
         (lambda x: x, nn.Softmax(-1), False),
     ],
@@ -343,7 +360,24 @@ def test_a_block_that_holds_its_linear_layers(
     x = torch.linspace(-1, 1, 2 * 6 * D).view(2, 6, D)
     block = model[0].eval()
     assert isinstance(block, Held)
-    assert torch.equal(block(x, None), x + replaced.new(block.norm(x)))
+    assert torch.equal(block(x, None, None)[0], x + replaced.new(block.norm(x)))
+
+
+class Noisy(nn.Module):
+    """Mean and deviation of what goes down, which is no gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 2 * H), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.up(x).chunk(2, -1)
+        return self.down(mean + torch.randn_like(mean) * deviation)
+
+
+def test_a_module_that_draws_random_numbers_stays() -> None:
+    with pytest.raises(ValueError, match="holds no MLP of a known form"):
+        replace_feedforward(nn.ModuleList([Noisy()]), TREE)
 
 
 def test_no_dropout_is_left_behind_the_layer() -> None:

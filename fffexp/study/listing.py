@@ -62,7 +62,9 @@ def trials(summary: Summary, against: int | None = None) -> str:
 
 
 def _own(params: dict[str, Any], common: dict[str, Any]) -> str:
-    return settings({n: v for n, v in params.items() if n != "layer" and (n, v) not in common.items()})
+    """What is not in common; `-` for what it does not have."""
+    names = [n for n in {**common, **params} if n != "layer"]
+    return settings({n: params.get(n, "-") for n in names if n not in params or (n, params[n]) not in common.items()})
 
 
 def _shared(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
