@@ -77,8 +77,8 @@ def convert_feedforward(
     the MLP that explain most of the outputs of its part, and output weights that are fitted to them. All is then
     trained to give the MLP's outputs, with choices that harden. An FF takes neurons in the same way. In the place of a
     gated MLP, whose neurons are of another kind, leaves and FF keep their own hidden weights and get output weights in
-    the same way. Other layers begin from their own initialisation. There is a warning where the error is no less than
-    that of a constant.
+    the same way. Other layers begin from their own initialisation. There is a warning where after the
+    steps the error is no less than that of a constant.
 
     Args:
         model: in the state to be kept; its layers are replaced when all are ready.
@@ -119,7 +119,7 @@ def convert_feedforward(
         start = _error(layer, held_out)
         _distil(layer, train, steps, lr)
         error = _error(layer, held_out)
-        if steps and error >= 1:
+        if steps and not error < 1:  # or not a number
             told = f"the layer in the place of {mlp.name or 'the MLP'} has an error of {error:.3g}, a constant has 1"
             warnings.warn(f"{told}: give more steps, or another layer", stacklevel=2)
         ready.append((mlp, layer, start, error))
@@ -233,7 +233,7 @@ def _recording(model: nn.Module, mlps: list[MLP]) -> Iterator[list[list[tuple[Te
 @torch.no_grad()
 def _other_activation(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> str | None:
     """What to say if neurons of the MLP are taken to a layer with another activation."""
-    if not isinstance(layer, FF | FFF) or mlp.gated:  # begins from its own initialisation
+    if not isinstance(layer, FF | FFF) or mlp.gated:  # takes none of its neurons
         return None
     own = layer.network[1] if isinstance(layer, FF) else layer.leaves.hidden[0]
     some = rows.of(slice(None, None, 1 + len(rows.inputs) // ACTIVATION_ROWS))
@@ -259,8 +259,8 @@ def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
     if isinstance(layer, FF):
         w1, b1, w2, b2 = layer.network.parameters()
         some = rows.sample()
-        if mlp.gated:  # whose neurons are none of ours, which then are where they begin
-            weight, bias = w1.clone(), b1.clone()
+        if mlp.gated:  # its neurons are products: ours stay as initialised, and what they put out is fitted
+            weight, bias = w1, b1
         hidden = layer.network[1](some.inputs @ weight.T + bias)
         chosen, output_weight, output_bias = _neurons(hidden, some, layer.width)
         w1[: len(chosen)], b1[: len(chosen)] = weight[chosen], bias[chosen]
@@ -273,7 +273,7 @@ def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
             mine = leaf_B == leaf
             some = (rows.of(mine) if mine.any() else rows).sample()
             if mlp.gated:
-                weight, bias = leaves.hidden_weight[leaf].clone(), leaves.hidden_bias[leaf].clone()
+                weight, bias = leaves.hidden_weight[leaf], leaves.hidden_bias[leaf]
             hidden = leaves.hidden(some.inputs @ weight.T + bias)
             chosen, output_weight, output_bias = _neurons(hidden, some, layer.leaf_width)
             leaves.hidden_weight[leaf, : len(chosen)] = weight[chosen]

@@ -36,7 +36,7 @@ def run(module: nn.Module, *inputs: Tensor, training: bool = False) -> tuple[Ten
     return (output, events) if isinstance(output, Tensor) else None
 
 
-def events(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> list[Event]:
+def events_of(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> list[Event]:
     """Those of `run`, whatever the output is; none if it does not take such inputs."""
     return _run(module, inputs, training)[1]
 
@@ -82,7 +82,7 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Modes, buffers and random numbers are put back."""
+    """Modes, buffers and random numbers (of CPU and CUDA) are put back."""
     modes = {m: m.training for m in module.modules()}
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with torch.random.fork_rng():

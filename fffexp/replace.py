@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fffexp.layers import FF, FeedforwardLayer
 from fffexp.layers.base import SIZES
-from fffexp.probe import bends, bent, by_row, elementwise, events, probe_rows, run, same
+from fffexp.probe import bends, bent, by_row, elementwise, events_of, probe_rows, run, same
 
 LayerFactory = Callable[[int, int], FeedforwardLayer]
 Select = Callable[[str, nn.Module], bool]
@@ -246,7 +246,8 @@ def _of_bert(name: str, block: nn.Module) -> Iterator[MLP]:
     first = run(intermediate, x)
     if not first or not _only(intermediate, [up]) or not same(first[1][0].given, x) or not bent(first[0]):
         return
-    second = run(output, first[0], x[..., :1].expand(2, 3, down.out_features))
+    # Swin V2 adds the residual elsewhere
+    second = run(output, first[0], x[..., :1].expand(2, 3, down.out_features)) or run(output, first[0])
     event = next((event for event in second[1] if event.module is down.module), None) if second else None
     if not event or not same(event.given, first[0]) or not by_row(intermediate, x, first[0]):
         return
@@ -281,18 +282,18 @@ def _within_block(name: str, block: nn.Module) -> Iterator[MLP]:
 def _in_a_row(block: nn.Module, parts: list[nn.Module], up: Linear) -> bool:
     """Whether the parts run once, each on what the one before made; in training too, but for dropout of DROPPED."""
     x = probe_rows(up.in_features, up.weights()[0])
-    masks = [None] * (len(_required(block)) - 1)  # most encoders want one
+    masks = [None] * (_required(block) - 1)  # most encoders want one
     dropped = getattr(block, DROPPED, 0.0)
-    if not isinstance(dropped, float | int):  # a module
+    if not isinstance(dropped, float | int):  # a module, in whose place no number can be put
         return False
-    for training in (False, True):
+    try:
         if dropped:
             setattr(block, DROPPED, 0.0)
-        try:
-            ran = events(block, x, *masks, training=training)
-        finally:
-            if dropped:
-                setattr(block, DROPPED, dropped)
+        both = [events_of(block, x, *masks, training=training) for training in (False, True)]
+    finally:
+        if dropped:
+            setattr(block, DROPPED, dropped)
+    for ran in both:
         at = [index for index, event in enumerate(ran) if event.module in parts]
         row = ran[at[0] : at[0] + len(parts)] if len(at) == len(parts) else []
         if [event.module for event in row] != parts or not all(same(a.made, b.given) for a, b in pairwise(row)):
@@ -300,10 +301,10 @@ def _in_a_row(block: nn.Module, parts: list[nn.Module], up: Linear) -> bool:
     return True
 
 
-def _required(block: nn.Module) -> list[Parameter]:
-    """Positional arguments that it does not do without."""
+def _required(block: nn.Module) -> int:
+    """How many positional arguments it does not do without."""
     positional = Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD
-    return [p for p in signature(block.forward).parameters.values() if p.kind in positional and p.default is p.empty]
+    return sum(p.kind in positional and p.default is p.empty for p in signature(block.forward).parameters.values())
 
 
 def _only(module: nn.Module, linears: list[Linear]) -> bool:

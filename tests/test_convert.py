@@ -259,6 +259,11 @@ def test_what_cannot_begin_from_the_weights_is_distilled() -> None:
     assert made.error < 0.5 * made.start
 
 
+def test_an_error_that_is_no_number_is_told() -> None:
+    with pytest.warns(UserWarning, match="place of .* has an error of nan, a constant has 1"):
+        convert_feedforward(trained(), batches(), partial(FFF, depth=1, leaf_width=4), steps=50, lr=1e30)
+
+
 def gated(model: type[nn.Module], config: type[LlamaConfig | Phi3Config]) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "pad_token_id": 0}

@@ -27,6 +27,8 @@ from transformers import (
     OPTModel,
     Phi3Config,
     Phi3Model,
+    Swinv2Config,
+    Swinv2Model,
     T5Config,
     T5Model,
     ViTConfig,
@@ -317,8 +319,17 @@ def test_a_block_that_cannot_be_run_alone_stays() -> None:
         assert [each.name for each in found] == ["decoder.layers.0"]
 
 
+def test_swin_v2_adds_its_residual_outside() -> None:
+    config = Swinv2Config(image_size=8, patch_size=2, embed_dim=D, depths=[1], num_heads=[2], window_size=2)
+    found = replace_feedforward(Swinv2Model(config), TREE)
+    block = "encoder.layers.0.blocks.0"
+    assert [each.name for each in found] == [block, f"{block}.attention.self.continuous_position_bias_mlp.0"]
+
+
 class Held(nn.Module):
-    """A block that holds its linear layers itself; `between` is what else it does."""
+    """A block that holds its linear layers itself; `between` is what else it does, in training with `dropout`."""
+
+    dropout = 0.0
 
     def __init__(self, between: Callable[[Tensor], Tensor], activation: nn.Module) -> None:
         super().__init__()
@@ -326,14 +337,14 @@ class Held(nn.Module):
         self.activation_fn, self.between = activation, between
 
     def forward(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, cache: None = None) -> tuple[Tensor]:
-        return (x + self.fc2(self.between(self.activation_fn(self.fc1(self.norm(x))))),)
+        hidden = self.between(self.activation_fn(self.fc1(self.norm(x))))
+        return (x + self.fc2(nn.functional.dropout(hidden, self.dropout, self.training)),)
 
 
-class InTraining(nn.Module):
-    """Dropout by a function."""
+class Dropping(Held):
+    """By a function, at what is not known to be a probability."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, 0.5, self.training)
+    dropout = 0.5
 
 
 @pytest.mark.parametrize(
@@ -342,7 +353,6 @@ class InTraining(nn.Module):
         (lambda x: x, nn.SiLU(), True),
         (lambda x: x + 1, nn.SiLU(), False),
         (nn.Dropout(0.1), nn.SiLU(), False),  # would drop the layer's outputs
-        (InTraining(), nn.SiLU(), False),
         (lambda x: x, nn.Identity(), False),
         (lambda x: x, nn.Softmax(-1), False),
     ],
@@ -380,10 +390,17 @@ def test_a_module_that_draws_random_numbers_stays() -> None:
         replace_feedforward(nn.ModuleList([Noisy()]), TREE)
 
 
+def test_dropout_by_a_function_would_drop_the_layers_outputs() -> None:
+    with pytest.raises(ValueError, match="holds no MLP of a known form"):
+        replace_feedforward(nn.ModuleList([Dropping(lambda x: x, nn.SiLU())]), TREE)
+
+
 def test_no_dropout_is_left_behind_the_layer() -> None:
     model = BartModel(BartConfig(d_model=D, activation_dropout=0.9, dropout=0.0, **BART, **TOKENS)).train()
-    for each in replace_feedforward(model, partial(FF, width=H)):
-        assert isinstance(each.new, FF)
+    (decoder,) = replace_feedforward(model, partial(FF, width=H), lambda name, _: name == "decoder.layers.0")
+    assert decoder.name == "decoder.layers.0"
+    assert model.encoder.layers[0].activation_dropout == 0.9, "looked at and left"
+    replace_feedforward(model, partial(FF, width=H))
     given = tokens() | {"decoder_input_ids": tokens()["input_ids"]}
     assert torch.equal(output(model, given), output(model, given))
 
