@@ -45,7 +45,9 @@ class ClassesByLeaf(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count, by hooks."""
         assert isinstance(pl_module, ClassificationTask)
-        x, y = (part.to(pl_module.device) for part in trainer.datamodule.val_data)  # type: ignore[attr-defined] # by fit
+        batches = trainer.val_dataloaders
+        assert batches is not None
+        x, y = (torch.cat(part).to(pl_module.device) for part in zip(*batches, strict=True))
         classes = int(y.max()) + 1
         leaves: dict[str, Tensor] = {}
 
