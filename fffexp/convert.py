@@ -77,8 +77,8 @@ def convert_feedforward(
     the MLP that explain most of the outputs of its part, and output weights that are fitted to them. All is then
     trained to give the MLP's outputs, with choices that harden. An FF takes neurons in the same way. In the place of a
     gated MLP, whose neurons are of another kind, leaves and FF keep their own hidden weights and get output weights in
-    the same way. Other layers begin from their own initialisation. There is a warning where after the
-    steps the error is no less than that of a constant.
+    the same way. Other layers begin from their own initialisation. There is a warning where after the steps the error
+    is no less than that of a constant.
 
     Args:
         model: in the state to be kept; its layers are replaced when all are ready.

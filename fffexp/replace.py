@@ -88,10 +88,10 @@ def replace_feedforward(
     nn.TransformerDecoderLayer, the `intermediate` and `output` of BERT and its kin, and the linear layers that a block
     of OPT, BART and their kin holds itself; a classification head of this form is one of them. That nothing else
     happens between an MLP's input and its output is made sure by running it on a few rows (but not that a block uses
-    hidden values of its MLP for nothing else). Dropout within an MLP goes
-    with it: give the factory's layer its own; a dropout module behind it stays. The new layers can be trained where the
-    MLP was frozen, and share no weights with other modules where it did. An MLP of another form stays as it is, without
-    a word: look at the list that is returned.
+    hidden values of its MLP for nothing else). Dropout within an MLP goes with it: give the factory's layer its own; a
+    dropout module behind it stays. The new layers can be trained where the MLP was frozen, and share no weights with
+    other modules where it did. An MLP of another form stays as it is, without a word: look at the list that is
+    returned.
 
     Args:
         model: the whole of it: what holds an nn.TransformerEncoder's layers has to know of them.

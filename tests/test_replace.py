@@ -393,6 +393,10 @@ def test_a_module_that_draws_random_numbers_stays() -> None:
 def test_dropout_by_a_function_would_drop_the_layers_outputs() -> None:
     with pytest.raises(ValueError, match="holds no MLP of a known form"):
         replace_feedforward(nn.ModuleList([Dropping(lambda x: x, nn.SiLU())]), TREE)
+    block = Held(lambda x: x, nn.SiLU())
+    block.activation_dropout = nn.Dropout(0.1)  # no number, which could be set to 0
+    with pytest.raises(ValueError, match="holds no MLP of a known form"):
+        replace_feedforward(nn.ModuleList([block]), TREE)
 
 
 def test_no_dropout_is_left_behind_the_layer() -> None:

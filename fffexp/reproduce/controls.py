@@ -54,7 +54,7 @@ def choose(found: dict[str, Any], wanted: Sequence[Cell]) -> None:
 
 
 def equal_in_time(time_ratios: Mapping[int, float]) -> int:
-    """The widest FF whose time is equal or less, of ratios by width; the narrowest if there is none."""
+    """The widest FF at no more than TOLERANCE, of ratios to the FFF's time by width; the narrowest without one."""
     return max((width for width, ratio in time_ratios.items() if ratio <= TOLERANCE), default=min(time_ratios))
 
 

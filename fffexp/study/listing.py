@@ -14,7 +14,7 @@ def trials(summary: Summary, against: int | None = None) -> str:
     """Every trial of the search, the best first: its validation accuracy, and the difference to another.
 
     Paired t-tests, adjusted for all lines: many trials make large differences by chance. What all trials of a layer
-    have in common is told once, or of a trial given for comparison, what differs from it.
+    have in common is told once; with `against`, trials of that trial's layer tell what differs from it.
 
     Args:
         summary: of a study.
