@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fffexp import FFF, harden, regularization_loss, replace_feedforward
+from fffexp import FFF, anneal, auxiliary_loss, replace_feedforward
 
 
 class Sentences(Dataset[dict[str, Tensor]]):
@@ -48,7 +48,7 @@ class TreeTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
         if model.training:  # of a model that takes its own share of a batch, as this does, the Trainer adds up parts
-            loss = loss + regularization_loss(model) / self.args.gradient_accumulation_steps
+            loss = loss + auxiliary_loss(model) / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
 
@@ -56,7 +56,7 @@ class Harden(TrainerCallback):
     """Hardens the trees step by step."""
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        harden(more["model"], state.global_step / state.max_steps)
+        anneal(more["model"], state.global_step / state.max_steps)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from fffexp import FFF, harden, regularization_loss, replace_feedforward
+from fffexp import FFF, anneal, auxiliary_loss, replace_feedforward
 
 
 class Digits(lightning.LightningModule):
@@ -33,9 +33,9 @@ class Digits(lightning.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        harden(self, self.global_step / self.trainer.estimated_stepping_batches)
+        anneal(self, self.global_step / self.trainer.estimated_stepping_batches)
         images, labels = batch
-        return nn.functional.cross_entropy(self.network(images), labels) + regularization_loss(self)
+        return nn.functional.cross_entropy(self.network(images), labels) + auxiliary_loss(self)
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fffexp import FFF, harden, regularization_loss, replace_feedforward
+from fffexp import FFF, anneal, auxiliary_loss, replace_feedforward
 
 EPOCHS, BATCH_SIZE = 30, 128
 
@@ -30,11 +30,11 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=EPOCHS)
     for epoch in range(EPOCHS):
         model.train()
-        harden(model, epoch / EPOCHS)
+        anneal(model, epoch / EPOCHS)
         for rows in train[torch.randperm(len(train))].split(BATCH_SIZE):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
-            (loss + regularization_loss(model)).backward()
+            (loss + auxiliary_loss(model)).backward()
             optimizer.step()
         schedule.step()
 

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fffexp.convert import convert_feedforward
+    from fffexp.adapt.distil import convert_feedforward
+    from fffexp.adapt.replace import replace_feedforward
     from fffexp.data import IDX, Digits, FashionMNIST, Hub
     from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE
-    from fffexp.optim import RowAdamW
-    from fffexp.regularization import harden, regularization_loss
-    from fffexp.replace import replace_feedforward
-    from fffexp.task import ClassificationTask
+    from fffexp.training.classification import ClassificationTask
+    from fffexp.training.losses import anneal, auxiliary_loss
+    from fffexp.training.optim import LazyAdamW
 
 __all__ = [
     "FF",
@@ -21,23 +21,23 @@ __all__ = [
     "FeedforwardLayer",
     "Forest",
     "Hub",
+    "LazyAdamW",
     "NoisyTopKMoE",
-    "RowAdamW",
     "SwitchMoE",
+    "anneal",
+    "auxiliary_loss",
     "convert_feedforward",
-    "harden",
-    "regularization_loss",
     "replace_feedforward",
 ]
 
 _HOMES = {
-    "fffexp.convert": ("convert_feedforward",),
+    "fffexp.adapt.distil": ("convert_feedforward",),
     "fffexp.data": ("Digits", "FashionMNIST", "Hub", "IDX"),
     "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE"),
-    "fffexp.optim": ("RowAdamW",),
-    "fffexp.regularization": ("harden", "regularization_loss"),
-    "fffexp.replace": ("replace_feedforward",),
-    "fffexp.task": ("ClassificationTask",),
+    "fffexp.training.optim": ("LazyAdamW",),
+    "fffexp.training.losses": ("anneal", "auxiliary_loss"),
+    "fffexp.adapt.replace": ("replace_feedforward",),
+    "fffexp.training.classification": ("ClassificationTask",),
 }
 
 

@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _experiment(args: list[str]) -> int:
     # told before Lightning and torch are imported, which takes seconds
-    from fffexp.experiment import Context, run
-    from fffexp.signals import terminated_by_signal
+    from fffexp.errors import terminated_by_signal
+    from fffexp.training.experiment import Context, run
 
     with terminated_by_signal():
         result = run(args, Context(fresh_process=True))
@@ -82,8 +82,8 @@ def _bench(args: list[str]) -> int:
 def _reproduce(args: list[str]) -> int:
     if args[1:2] == ["figure3"]:
         _use_huge_pages()
-    from fffexp.reproduce.commands import main as reproduce
-    from fffexp.signals import terminated_by_signal
+    from fffexp.errors import terminated_by_signal
+    from fffexp.paper.commands import main as reproduce
 
     with terminated_by_signal():  # the processes that train end with this one
         return reproduce(args[1:])

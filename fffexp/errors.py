@@ -1,6 +1,9 @@
-"""Errors that are told to the user in one line, without a traceback."""
+"""Errors that reach the user as one line without a traceback, and SIGTERM as an exception."""
 
 import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -37,3 +40,17 @@ def one_line(message: str) -> str:
     causes = [line for line in lines if line and not _NOISE.match(line)]
     # what is left of the last cause names the type that was wanted
     return f"{'.'.join(keys)}: {'; '.join(causes)}" if keys else "; ".join(causes)
+
+
+@contextmanager
+def terminated_by_signal() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that runs are marked and the exit status is not 0."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

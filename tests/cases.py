@@ -78,8 +78,8 @@ def routing_tensors(layer: FeedforwardLayer) -> dict[str, Tensor]:
 def loss_of(layer: FeedforwardLayer, output: Tensor) -> Tensor:
     """A loss that every regulariser takes part in."""
     loss = output.float().square().sum()
-    for regularizer in layer.regularizers.values():
-        loss = loss + regularizer(layer.routing)
+    for aux_loss in layer.aux_losses.values():
+        loss = loss + aux_loss(layer.routing)
     return loss
 
 
@@ -105,9 +105,9 @@ CASES = (
     Case(FFF, {"depth": 3, "leaf_width": 5}, (40, 47, 5, 8, 521, 136)),
     Case(FFF, {"depth": 0, "leaf_width": 7}, (7, 7, 7, 7, 81, 140)),
     # 2 * 5*6 + 5 experts * (6*3 + 3 + 3*4 + 4); 2 * (5*6 + 2*3*10)
-    Case(NoisyTopKMoE, {"num_experts": 5, "expert_width": 3, "k": 2}, (15, 20, 6, 11, 245, 180)),
+    Case(NoisyTopKMoE, {"num_experts": 5, "expert_width": 3, "top_k": 2}, (15, 20, 6, 11, 245, 180)),
     # 2 * 3*6 + 3 experts * (6*2 + 2 + 2*4 + 4); 2 * (3*6 + 3*2*10)
-    Case(NoisyTopKMoE, {"num_experts": 3, "expert_width": 2, "k": 3}, (6, 9, 6, 9, 114, 156)),
+    Case(NoisyTopKMoE, {"num_experts": 3, "expert_width": 2, "top_k": 3}, (6, 9, 6, 9, 114, 156)),
     # 5*6 + 5 experts * (6*3 + 3 + 3*4 + 4); 2 * (5*6 + 3*10)
     Case(SwitchMoE, {"num_experts": 5, "expert_width": 3}, (15, 20, 3, 8, 215, 120)),
 )
@@ -127,10 +127,10 @@ DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Cal
     NoisyTopKMoE: (
         st.integers(1, 6).flatmap(
             lambda experts: st.fixed_dictionaries(
-                {"num_experts": st.just(experts), "expert_width": st.integers(1, 5), "k": st.integers(1, experts)}
+                {"num_experts": st.just(experts), "expert_width": st.integers(1, 5), "top_k": st.integers(1, experts)}
             )
         ),
-        lambda i, o, num_experts, expert_width, k: (
+        lambda i, o, num_experts, expert_width, top_k: (
             num_experts * (2 * i + expert_width * (i + 1) + (expert_width + 1) * o)
         ),
     ),

@@ -18,7 +18,7 @@ import yaml
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from fffexp.bench import latency
+from fffexp import timing
 
 # threads that wait for each other make tiny layers ten times slower on a busy machine
 torch.set_num_threads(1)
@@ -115,8 +115,8 @@ def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
     for name in ONE_THREAD:
         patch.setenv(name, "1")
     # the fewest rounds: what is timed here does not matter
-    patch.setattr(latency, "WARM_UP_S", 0.0)
-    patch.setattr(latency, "ROUNDS_S", 0.0)
+    patch.setattr(timing, "WARM_UP_S", 0.0)
+    patch.setattr(timing, "ROUNDS_S", 0.0)
 
 
 def client(folder: Path) -> MlflowClient:

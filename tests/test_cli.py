@@ -59,8 +59,8 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         (["--model.layer.depth=-1"], ["depth", "-1"]),
         (["--model.layer.depth=40"], ["depth", "GiB"]),
         (["--model.layer.leaf_width=0"], ["leaf_width"]),
-        (["--model.coefficients.harden=0.1"], ["coefficients.harden", "hardening_mean"]),
-        (["--model.coefficients.choice_scale.init_args.start=-1"], ["exponential schedule", "-1"]),
+        (["--model.aux_weights.harden=0.1"], ["aux_weights.harden", "hardening_mean"]),
+        (["--model.aux_weights.inverse_temperature.init_args.start=-1"], ["exponential schedule", "-1"]),
         (["--model.label_smoothing=2"], ["label_smoothing"]),
         (["--model.optimizer=Nonesuch"], ["optimizer", "Nonesuch"]),
         (["--model.lr_scheduler.init_args.max_lrr=1"], ["max_lrr"]),
@@ -68,7 +68,7 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         (["--test=perhaps"], ["test"]),
         (["--ckpt_path=nonesuch.ckpt"], ["nonesuch.ckpt"]),
         ([f"--ckpt_path={__file__}"], [__file__, "no checkpoint"]),
-        (["--model.coefficients.importance=-5"], ["coefficients.importance is -5"]),
+        (["--model.aux_weights.importance=-5"], ["aux_weights.importance is -5"]),
         (["--trainer.devices=0"], ["devices"]),
         (["--trainer.max_epochs=-3"], ["max_epochs"]),
         (["--trainer.max_epochs=-1"], ["no end of the training", "max_epochs"]),
@@ -84,9 +84,9 @@ def test_a_mistake_is_told_in_one_line(args: list[str], named: list[str], mistak
 
 
 def test_experts(mistake: Callable[..., str]) -> None:
-    base = [*digits()[:-1], "--model.coefficients=null"]
-    assert "Switch gate" in mistake(*base, *MOE, "--model.layer.k=1")
-    assert "k is 5 but there are 4 experts" in mistake(*base, *MOE, "--model.layer.k=5")
+    base = [*digits()[:-1], "--model.aux_weights=null"]
+    assert "Switch gate" in mistake(*base, *MOE, "--model.layer.top_k=1")
+    assert "top_k is 5 but there are 4 experts" in mistake(*base, *MOE, "--model.layer.top_k=5")
 
 
 def test_config_files(mistake: Callable[..., str], tmp_path: Path) -> None:

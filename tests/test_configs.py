@@ -11,8 +11,8 @@ import pytest
 import yaml
 from processes import CONFIGS, ROOT, artifact, enter, runs, with_store
 
-from fffexp.experiment import Context, check, run
 from fffexp.study.spec import load
+from fffexp.training.experiment import Context, check, run
 
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
 LAYERS = sorted((CONFIGS / "layer").glob("*.yaml"))
@@ -106,8 +106,8 @@ def test_recipes_go_on_top(recipe: Path) -> None:
         assert result.params["optimizer.lr"] == told["optimizer"]["init_args"]["lr"]
         if told["optimizer"].get("class_path") == "torch.optim.SGD":
             assert result.params["optimizer.weight_decay"] == 0, "plain SGD as the paper prints it"
-    for name in told.get("coefficients", {}):
-        assert f"coefficients.{name}" in result.params
+    for name in told.get("aux_weights", {}):
+        assert f"aux_weights.{name}" in result.params
 
 
 def test_the_default_optimizer_will_do_without_a_model_config() -> None:

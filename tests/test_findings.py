@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fffexp.reproduce import conversion, entropies, runs, table1, table2, table3
-from fffexp.study import listing
+from fffexp.paper import conversion, entropies, runs, table1, table2, table3
+from fffexp.report import listing
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = (ROOT / "docs/findings.md").read_text()

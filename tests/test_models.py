@@ -7,7 +7,7 @@ import torch
 
 from fffexp.layers import FF, FFF
 from fffexp.models import MLP, ViT
-from fffexp.task import ClassificationTask
+from fffexp.training.classification import ClassificationTask
 
 IMAGE = (1, 8, 12)
 TREE = partial(FFF, depth=2, leaf_width=3)

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from processes import artifact, client, digits, enter, history, runs, started, with_store
 
 from fffexp import tracking
-from fffexp.signals import terminated_by_signal
+from fffexp.errors import terminated_by_signal
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from processes import ROOT, digits, enter, user_environment, with_store
 
-from fffexp.experiment import Context, run
+from fffexp.training.experiment import Context, run
 
 LIMIT_S = 120
 pytestmark = pytest.mark.slow

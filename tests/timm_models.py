@@ -18,7 +18,7 @@ import timm
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
-from fffexp import FF, FFF, regularization_loss, replace_feedforward
+from fffexp import FF, FFF, auxiliary_loss, replace_feedforward
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 MODELS = {
@@ -37,7 +37,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = make().train()
         replaced = replace_feedforward(model, partial(FFF, depth=2, leaf_width=8))
-        (model(images).square().mean() + regularization_loss(model)).backward()
+        (model(images).square().mean() + auxiliary_loss(model)).backward()
         trained = all(
             p.grad is not None and p.grad.isfinite().all() for each in replaced for p in each.new.parameters()
         )

@@ -14,8 +14,9 @@ import torch
 from fffexp.bench import inference, model, training
 from fffexp.bench.arguments import Parser, natural, positive
 from fffexp.bench.contenders import LAYERS, Point
-from fffexp.bench.limits import environment, measure_limits
+from fffexp.bench.machine import measure_limits
 from fffexp.bench.records import Record, header, row, write
+from fffexp.environment import environment
 from fffexp.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -43,7 +44,7 @@ def main(args: list[str]) -> int:
         sub.add_argument(option, type=positive, default=default)
     found = parser.parse_args(args)
     if found.command == "fit":
-        from fffexp.bench.fit import fit
+        from fffexp.bench.overhead import fit
 
         fit(found.epochs, found.rounds, found.threads)
     elif found.command == "model":
@@ -62,7 +63,7 @@ def _arguments(sub: argparse.ArgumentParser, batches: tuple[int, ...], depths: t
     sub.add_argument("--out_features", type=positive, default=768, metavar="N")
     sub.add_argument("--batch_sizes", type=positive, default=list(batches), **several)
     sub.add_argument("--threads", type=positive, default=[1], **several)
-    sub.add_argument("--k", type=positive, default=k, metavar="N", help="experts of a sample")
+    sub.add_argument("--top_k", type=positive, default=k, metavar="N", help="experts of a sample")
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--dtype", choices=list(DTYPES), default="float32")
     sub.add_argument("--backend", choices=["auto", "native", "triton", "eager"], default="auto")
@@ -84,7 +85,7 @@ def _models(found: argparse.Namespace) -> None:
 
 def _point(found: argparse.Namespace, depth: int) -> Point:
     sizes = (found.in_features, found.out_features, depth, found.leaf_width)
-    return Point(*sizes, found.k, DTYPES[found.dtype], found.device, found.backend)
+    return Point(*sizes, found.top_k, DTYPES[found.dtype], found.device, found.backend)
 
 
 def _check(found: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ class Point:
     out_features: int
     depth: int
     leaf_width: int
-    k: int
+    top_k: int
     dtype: torch.dtype
     device: str
     backend: str
@@ -81,7 +81,7 @@ def make(names: Sequence[str], point: Point, peers: bool) -> list[Contender]:
                     raise UserError(f"--layers: {name!r} is not one of {', '.join(LAYERS)}")
                 if name != "FF":
                     layer.backend = p.backend
-                contenders.append(Contender(name, layer.inference_backend(), layer, layer, layer.reference))
+                contenders.append(Contender(name, layer.inference_backend(), layer, layer, layer.forward_reference))
     except ValueError as error:
         raise UserError(f"depth {p.depth}: {error}") from error
     if peers and p.depth > 0:  # at depth 0 the reference package crashes
@@ -104,7 +104,7 @@ def _ff(p: Point, width: int, fff: FFF) -> FF:
 
 def _moe(p: Point, experts: int, fff: FFF) -> NoisyTopKMoE:
     with torch.device("meta"):
-        layer = NoisyTopKMoE(p.in_features, p.out_features, experts, p.leaf_width, k=min(p.k, experts))
+        layer = NoisyTopKMoE(p.in_features, p.out_features, experts, p.leaf_width, top_k=min(p.top_k, experts))
     layer.experts = fff.leaves
     # at its zero initialisation a gate sends every sample to the same expert
     scale = p.in_features**-0.5
@@ -145,7 +145,7 @@ def _peer(p: Point, fff: FFF) -> Contender:
 
     def truth(x: Tensor) -> Tensor:
         # it leaves the output bias out at inference
-        return fff.reference(x) - leaves.output_bias[fff.route(x)[:, 0]].double()
+        return fff.forward_reference(x) - leaves.output_bias[fff.route(x)[:, 0]].double()
 
     try:
         release = version(PEER)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from fffexp.bench.contenders import PEER, Contender, Point, fast_ffs, inputs, make
-from fffexp.bench.latency import exclusive_timing
-from fffexp.bench.limits import Limits, last_level_cache_bytes
+from fffexp.bench.machine import Limits, last_level_cache_bytes
 from fffexp.bench.records import Record, of_one
 from fffexp.layers import FF
+from fffexp.timing import exclusive_timing
 
 # Seconds for the rounds of one point, and how many there are of them at least and at most.
 POINT_S = 2.0
@@ -79,7 +79,7 @@ def _measure(
 
 def rotating(contenders: Sequence[Contender], point: Point, batch_size: int) -> list[Tensor]:
     """Batches whose weights, of each sparse layer, do not fit the caches together, or are the whole layer."""
-    sparse = {id(c.layer): c.layer for c in contenders if c.layer.blocks > 1}.values()
+    sparse = {id(c.layer): c.layer for c in contenders if c.layer.num_experts > 1}.values()
     size = batch_size * point.in_features * point.dtype.itemsize
     most = max(8, MAX_INPUT_BYTES // size)
     count = 8
@@ -88,7 +88,7 @@ def rotating(contenders: Sequence[Contender], point: Point, batch_size: int) -> 
         enough = True
         for layer in sparse:
             touched = layer.weights_read(torch.cat(batches)) * point.dtype.itemsize
-            share = visited_share(layer.route, batches, layer.blocks)
+            share = visited_share(layer.route, batches, layer.num_experts)
             enough &= touched > CACHES * last_level_cache_bytes() or share >= WHOLE
         if enough or count >= most:
             return batches
@@ -150,7 +150,7 @@ def _record(
         bytes=size,
         limit_s=max(flops / limits.gemm_flops_per_s, size / limits.read_bytes_per_s),
         max_abs_error=error,
-        visited_share=visited_share(layer.route, batches, layer.blocks),
+        visited_share=visited_share(layer.route, batches, layer.num_experts),
         peak_bytes=_peak(contender.module, batches[0], point.device),
     )
 
@@ -169,7 +169,7 @@ def describe(contender: Contender, point: Point, batch_size: int, threads: int) 
         "depth": None if moe or dense else point.depth,
         "leaf_width": None if dense else point.leaf_width,
         "num_experts": blocks if moe else None,
-        "k": min(point.k, blocks) if moe else None,
+        "top_k": min(point.top_k, blocks) if moe else None,
         "batch_size": batch_size,
         "threads": threads,
         "dtype": str(point.dtype).removeprefix("torch."),

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fffexp.bench.contenders import Point, make
 from fffexp.bench.inference import interleaved
-from fffexp.bench.latency import exclusive_timing
 from fffexp.layers import FeedforwardLayer
 from fffexp.models.transformer import TransformerBlock
+from fffexp.timing import exclusive_timing
 
 TOKENS = 128
 HEADS = 12

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fffexp.bench.limits import Limits
+from fffexp.bench.machine import Limits
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Record:
     depth: int | None
     leaf_width: int | None
     num_experts: int | None
-    k: int | None
+    top_k: int | None
     batch_size: int
     threads: int
     dtype: str

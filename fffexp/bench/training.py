@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fffexp.bench.contenders import PEER, TOLERANCES, Contender, Point, inputs, make
 from fffexp.bench.inference import describe, percentiles, visited_share
-from fffexp.bench.latency import exclusive_timing
-from fffexp.bench.limits import Limits, synchronize
+from fffexp.bench.machine import Limits, synchronize
 from fffexp.bench.records import Record
 from fffexp.layers import FFF, FeedforwardLayer
+from fffexp.timing import exclusive_timing
 
-SPARSE: tuple[Literal["frozen", "chosen_path"], ...] = ("frozen", "chosen_path")
+SPARSE: tuple[Literal["chosen_leaf", "chosen_path"], ...] = ("chosen_leaf", "chosen_path")
 POINT_S = 3.0
 MIN_ROUNDS, MAX_ROUNDS = 5, 51
 CHECKED_ROWS = 8
@@ -74,10 +74,10 @@ def _sparse(contenders: Sequence[Contender], point: Point) -> list[Contender]:
     for layer in (c.layer for c in contenders if isinstance(c.layer, FFF) and c.name == "FFF"):
         for mode in SPARSE:
             with torch.device("meta"):
-                twin = FFF(point.in_features, point.out_features, point.depth, point.leaf_width, sparse=mode)
+                twin = FFF(point.in_features, point.out_features, point.depth, point.leaf_width, trained=mode)
             twin.leaves, twin.node_weight, twin.node_bias = layer.leaves, layer.node_weight, layer.node_bias
-            twin.choice_scale = layer.choice_scale
-            twins.append(Contender(f"FFF {mode}", "sparse", twin, twin, twin.reference))
+            twin.inverse_temperature = layer.inverse_temperature
+            twins.append(Contender(f"FFF {mode}", "sparse", twin, twin, twin.forward_reference))
     return twins
 
 
@@ -129,7 +129,9 @@ def _record(
     passes = 4 if moe else 2
     if sparse:
         nodes = 2 * point.depth * point.in_features
-        passes = 1 if isinstance(layer, FFF) and layer.sparse == "frozen" else 3  # routing, logits, their gradients
+        passes = (
+            1 if isinstance(layer, FFF) and layer.trained == "chosen_leaf" else 3
+        )  # routing, logits, their gradients
     flops = batch_size * (2 * dense + 2 * width * point.out_features + passes * nodes)
     weights = layer.weights_read(batches[0]) if sparse or moe else layer.parameter_count
     scalars = 3 * weights + 2 * batch_size * (point.in_features + point.out_features)
@@ -148,7 +150,7 @@ def _record(
         bytes=size,
         limit_s=max(flops / limits.gemm_flops_per_s, size / limits.read_bytes_per_s),
         max_abs_error=error,
-        visited_share=visited_share(layer.route, batches, layer.blocks) if sparse or moe else 1.0,
+        visited_share=visited_share(layer.route, batches, layer.num_experts) if sparse or moe else 1.0,
         speedup_over_ff=over("FF"),
         speedup_over_moe=over("NoisyTopKMoE") if name == "FFF" else None,
         speedup_over_peer=over(PEER) if name == "FFF" else None,
@@ -168,19 +170,19 @@ def _check(contender: Contender, x: Tensor) -> float:
     layer, rows, asked = contender.layer, x[:CHECKED_ROWS], contender.layer.backend
     if layer.parameter_count > CHECKED_SCALARS:
         rows = x[:1]
-    soft: Literal["soft", "hard"] = "soft" if layer.hardens else "hard"
+    soft: Literal["soft", "hard"] = "soft" if layer.has_soft_mode else "hard"
     module: Callable[[Tensor], Tensor] = contender.module
     assert isinstance(module, nn.Module)
     if contender.name == PEER or layer.sparse_gradients:
         module.train()
         soft = "soft" if contender.name == PEER else "hard"
     else:
-        layer.decisions = "soft"
+        layer.routing_mode = "soft"
         layer.eval()  # the noise of a gate is not compared
-        if not layer.hardens:
+        if not layer.has_soft_mode:
             layer.backend = "eager"  # what trains, where inference has another
     output = module(rows)
-    truth = layer.reference(rows, soft)
+    truth = layer.forward_reference(rows, soft)
     error = float((output.double() - truth).abs().max().detach())
     allowed = TOLERANCES[x.dtype] * max(1.0, float(truth.abs().max().detach()))
     if not error <= allowed:
@@ -193,13 +195,13 @@ def _check(contender: Contender, x: Tensor) -> float:
             )
             for y in (output, truth)
         )
-        chosen = isinstance(layer, FFF) and layer.sparse == "chosen_path"
+        chosen = isinstance(layer, FFF) and layer.trained == "chosen_path"
         for (parameter, _), a, b in zip(layer.named_parameters(), found, wanted, strict=True):
             if not b.numel() or (chosen and parameter.startswith("node")):  # hard decisions have no gradient
                 continue
             bound = 10 * TOLERANCES[x.dtype] * max(1.0, float(b.abs().max()))
             if not float((a.to_dense().double() - b.double()).abs().max()) <= bound:
                 raise RuntimeError(f"{contender.name} has a wrong gradient in training: not timed")
-    layer.decisions, layer.backend = "auto", asked
+    layer.routing_mode, layer.backend = "auto", asked
     layer.train()
     return error

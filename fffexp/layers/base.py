@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-Decisions = Literal["auto", "soft", "hard"]
-Regularizer = Callable[[Any], Tensor]
+RoutingMode = Literal["auto", "soft", "hard"]
+AuxiliaryLoss = Callable[[Any], Tensor]
 SIZES = ("training_width", "training_size", "inference_width", "inference_size", "parameters", "flops_per_sample")
 
 
@@ -23,17 +23,17 @@ class FeedforwardLayer(nn.Module, ABC):
     "auto" takes the fastest that serves.
     """
 
-    hardens: ClassVar[bool] = False  # whether soft and hard decisions differ
-    regularizers: Mapping[str, Regularizer] = MappingProxyType({})  # losses, functions of `routing`
-    recommended: Mapping[str, float] = MappingProxyType({})  # their coefficients by the recipes of configs/recipe/
-    metrics: Mapping[str, Regularizer] = MappingProxyType({})  # tracked quantities, functions of `routing`
-    scheduled: ClassVar[frozenset[str]] = frozenset()  # buffers that a schedule may set
+    has_soft_mode: ClassVar[bool] = False  # whether soft and hard decisions differ
+    aux_losses: Mapping[str, AuxiliaryLoss] = MappingProxyType({})  # losses, functions of `routing`
+    default_aux_weights: Mapping[str, float] = MappingProxyType({})  # by the recipes of configs/recipe/
+    metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({})  # tracked quantities, functions of `routing`
+    annealed_buffers: ClassVar[frozenset[str]] = frozenset()  # buffers that a schedule may set
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = positive("in_features", in_features)
         self.out_features = positive("out_features", out_features)
-        self.decisions: Decisions = "auto"
+        self.routing_mode: RoutingMode = "auto"
         self.backend = "auto"
         self._routing: Any = None
         self._ran_twice = False
@@ -73,7 +73,7 @@ class FeedforwardLayer(nn.Module, ABC):
     @property
     def hard(self) -> bool:
         """Whether the next pass uses hard decisions."""
-        decisions = self.decisions
+        decisions = self.routing_mode
         if decisions == "auto":
             return not self.training
         if decisions not in ("soft", "hard"):
@@ -98,7 +98,7 @@ class FeedforwardLayer(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def blocks(self) -> int:
+    def num_experts(self) -> int:
         """Number of leaves or experts; 1 for a dense layer."""
 
     @property
@@ -135,7 +135,7 @@ class FeedforwardLayer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+    def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
 
     @abstractmethod
@@ -184,7 +184,7 @@ def check_fits(scalars: int, mend: str) -> None:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Decisions, gates, entropies and losses are computed in this precision."""
+    """RoutingMode, gates, entropies and losses are computed in this precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -26,7 +26,7 @@ class GatedExperts(FeedforwardLayer):
         out_features: int,
         num_experts: int,
         expert_width: int,
-        k: int,
+        top_k: int,
         activation: Callable[[], nn.Module],
         dropout: float,
     ) -> None:
@@ -34,11 +34,11 @@ class GatedExperts(FeedforwardLayer):
         # training passes evaluate all experts, those that are not chosen with a gate of 0: for narrow layers the faster
         # way to the same result, and the one that torch.vmap takes as it is
         self.dense_training = False
-        self.num_experts = positive("num_experts", num_experts)
+        positive("num_experts", num_experts)
         self.expert_width = positive("expert_width", expert_width)
-        self.k = positive("k", k)
-        if k > num_experts:
-            raise ValueError(f"k is {k} but there are {num_experts} experts: lower k or raise num_experts")
+        self.top_k = positive("top_k", top_k)
+        if top_k > num_experts:
+            raise ValueError(f"top_k is {top_k} but there are {num_experts} experts: lower top_k or raise num_experts")
         probability("dropout", dropout)
         per_expert = self.gate_products * in_features + expert_width * (in_features + out_features + 1) + out_features
         check_fits(num_experts * per_expert, "lower num_experts or expert_width")
@@ -67,16 +67,16 @@ class GatedExperts(FeedforwardLayer):
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, k) experts of each row, without noise, best first."""
         logits = decision_logits(self._rows(x), self.gate_weight, None)
-        return logits.topk(self.k, dim=1).indices
+        return logits.topk(self.top_k, dim=1).indices
 
-    def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+    def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
         logits_BE, rows = x.double() @ self.gate_weight.double().T, []
         for row, logits in zip(x.double(), logits_BE, strict=True):
-            top = logits.topk(self.k)
+            top = logits.topk(self.top_k)
             blocks = self.experts.exact(top.indices.tolist())
             gates = self.gates(top.values[None], logits[None])[0]
-            rows.append(naive.weighted(row, range(self.k), gates, blocks, self.experts.hidden))
+            rows.append(naive.weighted(row, range(self.top_k), gates, blocks, self.experts.hidden))
         return torch.stack(rows)
 
     def weights_read(self, x: Tensor) -> int:
@@ -84,9 +84,9 @@ class GatedExperts(FeedforwardLayer):
         return self.gate_weight.numel() + len(self.route(x).unique()) * self.experts.scalars
 
     @property
-    def blocks(self) -> int:
-        """Experts."""
-        return self.num_experts
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.gate_weight)
 
     @property
     def training_width(self) -> int:
@@ -101,7 +101,7 @@ class GatedExperts(FeedforwardLayer):
     @property
     def inference_width(self) -> int:
         """K * e."""
-        return self.k * self.expert_width
+        return self.top_k * self.expert_width
 
     @property
     def inference_size(self) -> int:

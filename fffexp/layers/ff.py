@@ -58,7 +58,7 @@ class FF(FeedforwardLayer):
         """(..., in_features) -> (rows, 1) zeros: there is one block."""
         return torch.zeros(len(self._rows(x)), 1, dtype=torch.long, device=x.device)
 
-    def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+    def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) in float64."""
         w1, b1, w2, b2 = (parameter.double() for parameter in self.network.parameters())
         hidden: Tensor = self.network[1](x.double() @ w1.T + b1)
@@ -69,7 +69,7 @@ class FF(FeedforwardLayer):
         return self.parameter_count
 
     @property
-    def blocks(self) -> int:
+    def num_experts(self) -> int:
         """One."""
         return 1
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fffexp.kernels import eager, naive, operators, soft
 from fffexp.kernels import sparse as sparse_kernels
 from fffexp.layers.base import (
+    AuxiliaryLoss,
     FeedforwardLayer,
-    Regularizer,
     at_least_float32,
     check_fits,
     decision_logits,
@@ -37,34 +37,34 @@ class FFF(FeedforwardLayer):
             ("randomized child transposition", section 3).
         activation: makes the activation module of the leaves, which has to be elementwise.
         dropout: probability of dropping a hidden activation of a leaf in training.
-        sparse: trains the leaf that hard decisions choose and no other, at a cost that does not grow with depth, for
-            trees that have hardened: "frozen" leaves the nodes as they are (h = infinity, section 4.3); "chosen_path"
-            multiplies the output by p / stopgrad(p), p the product of the choices on the path, which moves the nodes
-            by a biased estimate: the other leaves' outputs have no say. Gradients are sparse tensors: use RowAdamW or
-            SGD without momentum. There are no regularisers in this mode and `routing` stays None, for they look at all
-            leaves.
-        detached_choices: the layers before this one get no gradient through the choices, for deep models: of a choice
-            that has hardened it is nearly always 0 and else huge.
+        trained: "all" leaves, or only the leaf that hard routing chooses, at a cost that does not grow with depth, for
+            trees that have hardened: "chosen_leaf" leaves the nodes as they are (h = infinity, section 4.3);
+            "chosen_path" multiplies the output by p / stopgrad(p), p the product of the choices on the path, which
+            moves the nodes by a biased estimate: the other leaves' outputs have no say. Gradients are sparse tensors:
+            use LazyAdamW or SGD without momentum. There are no auxiliary losses in these modes and `routing` stays
+            None, for they look at all leaves.
+        detach_router_input: the layers before this one get no gradient through the routing, for deep models: once
+            routing has hardened, that gradient is almost always zero, and huge near a boundary.
 
     Raises:
-        ValueError: depth below 0, a size below 1, an unknown sparse mode, one together with region_leak, or weights
-            that do not fit in memory.
+        ValueError: depth below 0, a size below 1, an unknown value of trained, a chosen leaf together with region_leak,
+            or weights that do not fit in memory.
     """
 
-    hardens: ClassVar[bool] = True
-    regularizers: Mapping[str, Regularizer] = MappingProxyType(
+    has_soft_mode: ClassVar[bool] = True
+    aux_losses: Mapping[str, AuxiliaryLoss] = MappingProxyType(
         {
             "hardening_mean": tree.hardening_mean,
             "hardening_sum": tree.hardening_sum,
-            "balance": tree.balance,
+            "load_balance": tree.balance,
             "importance": tree.leaf_importance,
         }
     )
-    recommended: Mapping[str, float] = MappingProxyType({"importance": 0.1})
-    metrics: Mapping[str, Regularizer] = MappingProxyType({"entropy": tree.hardening_mean})
-    scheduled: ClassVar[frozenset[str]] = frozenset({"choice_scale"})
+    default_aux_weights: Mapping[str, float] = MappingProxyType({"importance": 0.1})
+    metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({"entropy": tree.hardening_mean})
+    annealed_buffers: ClassVar[frozenset[str]] = frozenset({"inverse_temperature"})
 
-    choice_scale: Tensor
+    inverse_temperature: Tensor
 
     def __init__(
         self,
@@ -75,23 +75,25 @@ class FFF(FeedforwardLayer):
         region_leak: float = 0.0,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout: float = 0.0,
-        sparse: Literal["frozen", "chosen_path"] | None = None,
-        detached_choices: bool = False,
+        trained: Literal["all", "chosen_leaf", "chosen_path"] = "all",
+        detach_router_input: bool = False,
     ) -> None:
         super().__init__(in_features, out_features)
-        if sparse not in (None, "frozen", "chosen_path"):
-            raise ValueError(f"sparse is {sparse!r}; it must be 'frozen', 'chosen_path' or None")
-        if sparse and region_leak:
-            raise ValueError(f"region_leak is {region_leak} but sparse is {sparse!r}: one leaf is trained, none leaks")
-        self.sparse = sparse
-        if sparse:
-            self.regularizers, self.metrics = {}, {}
+        if trained not in ("all", "chosen_leaf", "chosen_path"):
+            raise ValueError(f"trained is {trained!r}; it must be 'all', 'chosen_leaf' or 'chosen_path'")
+        if trained != "all" and region_leak:
+            raise ValueError(
+                f"region_leak is {region_leak} but trained is {trained!r}: one leaf is trained, none leaks"
+            )
+        self.trained = trained
+        if trained != "all":
+            self.aux_losses, self.metrics = {}, {}
         if depth < 0:
             raise ValueError(f"depth is {depth}; it must be at least 0")
         self.depth = depth
         self.leaf_width = positive("leaf_width", leaf_width)
         self.region_leak = probability("region_leak", region_leak)
-        self.detached_choices = detached_choices
+        self.detach_router_input = detach_router_input
         probability("dropout", dropout)
         per_leaf = in_features + 1 + leaf_width * (in_features + out_features + 1) + out_features
         check_fits(2**depth * per_leaf, f"lower depth (it is {depth}) or leaf_width (it is {leaf_width})")
@@ -100,13 +102,13 @@ class FFF(FeedforwardLayer):
         for parameter in (self.node_weight, self.node_bias):
             nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5)
         # a factor on the node logits (inverse temperature); a buffer, so that soft evaluation survives saving
-        self.register_buffer("choice_scale", torch.ones(()))
+        self.register_buffer("inverse_temperature", torch.ones(()))
         self.leaves = BlockMLP(in_features, out_features, 2**depth, leaf_width, activation, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if self.training and self.sparse and self.decisions != "soft":
+        if self.training and self.sparse_gradients and self.routing_mode != "soft":
             output = self._sparse(rows)
         elif self.training or not self.hard:
             output = self._soft(rows)
@@ -123,10 +125,12 @@ class FFF(FeedforwardLayer):
             leaf = self.route(rows).squeeze(1)
         rows = rows.to(self.node_weight.dtype)
         output = sparse_kernels.selected(rows, leaf, self.leaves.tensors(), self.leaves.hidden)
-        if self.sparse == "frozen":
+        if self.trained == "chosen_leaf":
             return output
         nodes = self.node_weight, self.node_bias
-        log_p = sparse_kernels.path_log_probability(self._deciding(rows), leaf, self.depth, *nodes, self.choice_scale)
+        log_p = sparse_kernels.path_log_probability(
+            self._deciding(rows), leaf, self.depth, *nodes, self.inverse_temperature
+        )
         return output * (log_p - log_p.detach()).exp().unsqueeze(1)
 
     def _soft(self, rows: Tensor) -> Tensor:
@@ -137,19 +141,19 @@ class FFF(FeedforwardLayer):
             output, logits, weights = soft.soft_tree(
                 rows,
                 *nodes,
-                self.choice_scale,
+                self.inverse_temperature,
                 leaves.tensors(),
                 leaves.compiled_activation,
-                self.detached_choices,
+                self.detach_router_input,
             )
             if self.training:
-                self._record(tree.TreeRouting(logits, at_least_float32(self.choice_scale), weights))
+                self._record(tree.TreeRouting(logits, at_least_float32(self.inverse_temperature), weights))
             return output
         return self.leaves.mixture(rows, self._leaf_weights(rows))
 
     def _leaf_weights(self, rows: Tensor) -> Tensor:
         logits = decision_logits(self._deciding(rows), self.node_weight, self.node_bias)
-        soft = choices = torch.sigmoid(logits * self.choice_scale)
+        soft = choices = torch.sigmoid(logits * self.inverse_temperature)
         if self.hard:
             choices = tree.straight_through(soft, logits)
         if self.training and self.region_leak:
@@ -159,12 +163,12 @@ class FFF(FeedforwardLayer):
         weights = tree.leaf_mixture(choices, self.depth)
         if self.training:
             soft_weights = tree.leaf_mixture(soft, self.depth) if self.hard else weights
-            self._record(tree.TreeRouting(logits, at_least_float32(self.choice_scale), soft_weights))
+            self._record(tree.TreeRouting(logits, at_least_float32(self.inverse_temperature), soft_weights))
         return weights
 
     def _deciding(self, rows: Tensor) -> Tensor:
         """The rows as the nodes see them."""
-        return rows.detach() if self.detached_choices else rows
+        return rows.detach() if self.detach_router_input else rows
 
     def inference_backend(self) -> str:
         """The backend that the next hard inference runs on."""
@@ -172,12 +176,12 @@ class FFF(FeedforwardLayer):
 
     def training_backend(self, x: Tensor) -> str:
         """The backend that the next training pass of x runs on."""
-        return "sparse" if self.sparse else self.leaves.soft_backend(self.backend, x)
+        return "sparse" if self.sparse_gradients else self.leaves.soft_backend(self.backend, x)
 
     @property
     def sparse_gradients(self) -> bool:
         """Whether it trains the chosen leaves alone."""
-        return self.sparse is not None
+        return self.trained != "all"
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) leaf of each row."""
@@ -187,11 +191,11 @@ class FFF(FeedforwardLayer):
                 return torch.ops.fffexp.route(rows, self.node_weight, self.node_bias).unsqueeze(1)
             return eager.route(rows, self.node_weight, self.node_bias, self.depth).unsqueeze(1)
 
-    def reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+    def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
         x, weight, bias, activation = x.double(), self.node_weight.double(), self.node_bias.double(), self.leaves.hidden
         if decisions == "soft":
-            logits = (x @ weight.T + bias) * self.choice_scale.double()
+            logits = (x @ weight.T + bias) * self.inverse_temperature.double()
             return naive.fff_soft(x, logits, self.depth, self.leaves.exact(), activation)
         leaves = [naive.fff_leaf(row, weight, bias, self.depth) for row in x]
         rows = [naive.block(row, 0, self.leaves.exact([leaf]), activation) for row, leaf in zip(x, leaves, strict=True)]
@@ -204,19 +208,19 @@ class FFF(FeedforwardLayer):
         return nodes * (self.in_features + 1) + len(leaf.unique()) * self.leaves.scalars
 
     @property
-    def blocks(self) -> int:
+    def num_experts(self) -> int:
         """Leaves."""
         return 2**self.depth
 
     @property
     def training_width(self) -> int:
         """2^d * l."""
-        return self.blocks * self.leaf_width
+        return self.num_experts * self.leaf_width
 
     @property
     def training_size(self) -> int:
         """2^d - 1 + 2^d * l."""
-        return self.blocks - 1 + self.training_width
+        return self.num_experts - 1 + self.training_width
 
     @property
     def inference_width(self) -> int:

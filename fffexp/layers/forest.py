@@ -23,7 +23,7 @@ class Forest(nn.Module):
         leaf_width: hidden neurons of one leaf.
         master_width: hidden neurons of the master leaf; 0 for none.
         activation: makes the activation module, which has to be elementwise.
-        detached_choices: as of FFF.
+        detach_router_input: as of FFF.
 
     Raises:
         ValueError: no trees, a negative master width, or what FFF refuses.
@@ -38,7 +38,7 @@ class Forest(nn.Module):
         leaf_width: int,
         master_width: int = 0,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        detached_choices: bool = False,
+        detach_router_input: bool = False,
     ) -> None:
         super().__init__()
         if master_width < 0:
@@ -50,7 +50,7 @@ class Forest(nn.Module):
                 depth,
                 leaf_width,
                 activation=activation,
-                detached_choices=detached_choices,
+                detach_router_input=detach_router_input,
             )
             for _ in range(positive("trees", trees))
         )

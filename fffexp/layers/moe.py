@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fffexp.layers.base import Regularizer, decision_logits
+from fffexp.layers.base import AuxiliaryLoss, decision_logits
 from fffexp.layers.experts import GatedExperts
 from fffexp.routing import gate
 from fffexp.routing.blocks import block_counts
@@ -24,17 +24,17 @@ class NoisyTopKMoE(GatedExperts):
         out_features: size of the last dimension of the output.
         num_experts: number of experts.
         expert_width: hidden neurons of one expert.
-        k: experts evaluated for a sample.
+        top_k: experts evaluated for a sample.
         activation: makes the activation module of the experts, which has to be elementwise.
         dropout: probability of dropping a hidden activation in training.
 
     Raises:
-        ValueError: a size below 1, k above num_experts, or weights that do not fit in memory.
+        ValueError: a size below 1, top_k above num_experts, or weights that do not fit in memory.
     """
 
-    regularizers: Mapping[str, Regularizer] = MappingProxyType({"importance": gate.importance, "load": gate.load})
-    recommended: Mapping[str, float] = MappingProxyType({"importance": 0.1})
-    metrics: Mapping[str, Regularizer] = MappingProxyType({"gate_entropy": gate.gate_entropy})
+    aux_losses: Mapping[str, AuxiliaryLoss] = MappingProxyType({"importance": gate.importance, "load": gate.load})
+    default_aux_weights: Mapping[str, float] = MappingProxyType({"importance": 0.1})
+    metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({"gate_entropy": gate.gate_entropy})
     gate_products: ClassVar[int] = 2
 
     def __init__(
@@ -43,11 +43,11 @@ class NoisyTopKMoE(GatedExperts):
         out_features: int,
         num_experts: int,
         expert_width: int,
-        k: int = 2,
+        top_k: int = 2,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(in_features, out_features, num_experts, expert_width, k, activation, dropout)
+        super().__init__(in_features, out_features, num_experts, expert_width, top_k, activation, dropout)
         # both start at zero, so that all experts are equally likely and sigma is ln 2
         nn.init.zeros_(self.gate_weight)
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, in_features))
@@ -60,11 +60,11 @@ class NoisyTopKMoE(GatedExperts):
         if self.training:
             sigma = F.softplus(decision_logits(rows, self.noise_weight, None))
             logits = clean + torch.randn_like(clean) * sigma
-        top = logits.topk(self.k, dim=1)
+        top = logits.topk(self.top_k, dim=1)
         gates = self.gates(top.values, logits)
         if self.training:
-            if self.k < self.num_experts:
-                load = gate.chosen_probability(clean, sigma, logits, self.k).sum(0)
+            if self.top_k < self.num_experts:
+                load = gate.chosen_probability(clean, sigma, logits, self.top_k).sum(0)
             else:
                 load = block_counts(top.indices, self.num_experts).to(gates.dtype)
             dense = torch.zeros_like(logits).scatter(1, top.indices, gates)
@@ -76,9 +76,9 @@ class NoisyTopKMoE(GatedExperts):
         return torch.softmax(chosen_BK, dim=1)
 
     def check_trainable(self) -> None:
-        """Refuse k = 1 among several experts: the prediction loss gives such a gate no gradient."""
-        if self.k == 1 and self.num_experts > 1:
+        """Refuse top_k = 1 among several experts: the prediction loss gives such a gate no gradient."""
+        if self.top_k == 1 and self.num_experts > 1:
             raise ValueError(
-                "k is 1: the softmax of one number gives a noisy top-k gate no gradient from the prediction loss; "
-                "train with k >= 2 (SwitchMoE, a Switch gate, is the form that trains at k = 1)"
+                "top_k is 1: the softmax of one number gives a noisy top-k gate no gradient from the prediction loss; "
+                "train with top_k >= 2 (SwitchMoE, a Switch gate, is the form that trains at top_k = 1)"
             )

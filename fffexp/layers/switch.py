@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from fffexp.layers.base import Regularizer, decision_logits
+from fffexp.layers.base import AuxiliaryLoss, decision_logits
 from fffexp.layers.experts import GatedExperts
 from fffexp.routing import gate
 
@@ -29,9 +29,9 @@ class SwitchMoE(GatedExperts):
         ValueError: a size below 1, or weights that do not fit in memory.
     """
 
-    regularizers: Mapping[str, Regularizer] = MappingProxyType({"balance": gate.switch_balance})
-    recommended: Mapping[str, float] = MappingProxyType({"balance": 0.3})
-    metrics: Mapping[str, Regularizer] = MappingProxyType({"gate_entropy": gate.gate_entropy})
+    aux_losses: Mapping[str, AuxiliaryLoss] = MappingProxyType({"load_balance": gate.switch_balance})
+    default_aux_weights: Mapping[str, float] = MappingProxyType({"load_balance": 0.3})
+    metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({"gate_entropy": gate.gate_entropy})
 
     def __init__(
         self,

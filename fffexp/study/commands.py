@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentError, auto_cli
 
-from fffexp.errors import UserError, one_line
-from fffexp.signals import terminated_by_signal
+from fffexp.errors import UserError, one_line, terminated_by_signal
 
 if TYPE_CHECKING:
     from fffexp.study.spec import StudySpec
@@ -65,7 +64,7 @@ def show(name: str, max_latency_ms: float | None = None, trials: bool = False, a
         trials: print every trial, the best first, and how far it is from the best.
         against: number of the trial, of whatever layer, to print the differences to instead.
     """
-    from fffexp.study import listing, text
+    from fffexp.report import listing, text
 
     path = Path(name) if name.endswith(".json") else Path("outputs/studies") / name / "summary.json"
     if not path.is_file():
@@ -92,8 +91,8 @@ def _storage_url(given: str | None) -> str:
 
 def _run(spec: "StudySpec", text: str, jobs: int, url: str, tracking_uri: str | None) -> None:
     from fffexp import tracking
+    from fffexp.report.text import table
     from fffexp.study.runner import OUTPUTS, StudyRunner
-    from fffexp.study.text import table
 
     uri = tracking.tracking_uri(tracking_uri)
     print(

@@ -26,7 +26,7 @@ def finals_name(spec: StudySpec) -> str:
 
 def finals_work(spec: StudySpec, search: optuna.Study) -> dict[int, dict[str, Any]]:
     """Slots of the finalists: every one with every final seed."""
-    pairs = [(number, seed) for seed in spec.final_seeds for number in finalists(spec, search)]
+    pairs = [(number, seed) for seed in spec.evaluation_seeds for number in finalists(spec, search)]
     return {slot: {"trial": number, "seed": seed} for slot, (number, seed) in enumerate(pairs)}
 
 

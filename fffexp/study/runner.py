@@ -14,12 +14,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fffexp import tracking
 from fffexp.errors import UserError
-from fffexp.experiment import check
+from fffexp.report import page
+from fffexp.report.text import settings
 from fffexp.stores import store_lock
-from fffexp.study import report, store, summary, worker
+from fffexp.study import store, summary, worker
 from fffexp.study.plan import chosen, finalists, finals_name, finals_work, pareto, search_work
 from fffexp.study.spec import Direction, StudySpec, digest
-from fffexp.study.text import settings
+from fffexp.training.experiment import check
 
 OUTPUTS = Path("outputs/studies")
 STOP_S = 60  # for a worker to mark its trial when it is told to stop
@@ -96,7 +97,7 @@ class StudyRunner:
             if not self._complete():
                 raise RuntimeError(f"study {self.spec.name} is not finished; `fffexp study resume` goes on")
             result = self.summarize()
-            for path in report.write(result, OUTPUTS / self.spec.name):
+            for path in page.write(result, OUTPUTS / self.spec.name):
                 run.file(path)
             self._log_finals(result)
         except BaseException:

@@ -31,14 +31,14 @@ class Parameter:
     """One dimension of a search space: either `choices`, or a range from `low` to `high`.
 
     Args:
-        set: keys of the config that get the value, as on the command line without the dashes.
+        keys: keys of the config that get the value, as on the command line without the dashes.
         choices: the values to choose from.
         low: least value; a range of whole numbers if both ends are.
         high: largest value, included.
         log: whether the range is searched by its logarithm.
     """
 
-    set: list[str]
+    keys: list[str]
     # Any, because jsonargparse may take a whole number for a real one where both are allowed
     choices: list[Any] | None = None
     low: Any = None
@@ -52,8 +52,8 @@ class Parameter:
             raise UserError(f"{where}: give either choices, or low and high")
         if self.choices is not None and not self.choices:
             raise UserError(f"{where}.choices is empty: name at least one value")
-        if not self.set:
-            raise UserError(f"{where}.set is empty: name the config key that gets the value")
+        if not self.keys:
+            raise UserError(f"{where}.keys is empty: name the config key that gets the value")
         if ranged:
             assert self.low is not None and self.high is not None
             for end in ("low", "high"):
@@ -98,17 +98,17 @@ class LayerSpace:
     Args:
         config: config of the layer, relative to the study file.
         space: its parameters, by the short names that tables show.
-        first: values that are tried before the sampler chooses: all those of an ablation, say. A parameter that is
-            left out has the value that it has in the first of them.
+        initial_trials: values that are tried before the sampler chooses: all those of an ablation, say. A
+            parameter that is left out has the value that it has in the first of them.
     """
 
     config: str
     space: dict[str, Parameter]
-    first: list[dict[str, Any]] = field(default_factory=list)
+    initial_trials: list[dict[str, Any]] = field(default_factory=list)
 
     def fixed(self, trial: int) -> dict[str, Any]:
         """Values that are given for the layer's trial of this number; none once the sampler chooses."""
-        return self.first[0] | self.first[trial] if trial < len(self.first) else {}
+        return self.initial_trials[0] | self.initial_trials[trial] if trial < len(self.initial_trials) else {}
 
 
 @dataclass
@@ -121,14 +121,14 @@ class StudySpec:
         layers: search space of each layer, by the layer's class name.
         trials_per_layer: trials of each layer.
         seeds: every trial is the mean over these.
-        final_seeds: finalists are trained again on these, which selection has not seen.
+        evaluation_seeds: finalists are trained again on these, which selection has not seen.
         overrides: further config keys and their values.
         objectives: metrics and what to do with them; the first is the accuracy to maximise.
         constraints: metrics and the largest value that is feasible; with one objective only.
         sampler: how Optuna chooses.
         pruner: stops hopeless trials early; with one objective only.
-        together: train a trial's seeds at once (`fffexp.replicas`), which is faster; nothing but accuracy and
-            stability is measured then, so for one objective without constraints or pruner.
+        vectorize_seeds: train a trial's seeds at once, which is faster; nothing but accuracy and stability is
+            measured then, so for one objective without constraints or pruner.
     """
 
     name: str
@@ -136,13 +136,13 @@ class StudySpec:
     layers: dict[str, LayerSpace]
     trials_per_layer: int
     seeds: list[int]
-    final_seeds: list[int]
+    evaluation_seeds: list[int]
     sampler: BaseSampler
     overrides: dict[str, Any] = field(default_factory=dict)
     objectives: dict[str, Direction] = field(default_factory=lambda: dict(OBJECTIVES))
     constraints: dict[str, float] = field(default_factory=dict)
     pruner: BasePruner | None = None
-    together: bool = False
+    vectorize_seeds: bool = False
     folder: Path = Path()
 
     def check(self) -> None:
@@ -153,12 +153,14 @@ class StudySpec:
             raise UserError("layers is empty: name at least one layer and its space")
         if self.trials_per_layer < 1:
             raise UserError(f"trials_per_layer is {self.trials_per_layer}; it must be at least 1")
-        for key in ("seeds", "final_seeds"):
+        for key in ("seeds", "evaluation_seeds"):
             seeds = getattr(self, key)
             if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
                 raise UserError(f"{key} is {seeds}: name at least one seed, none twice and none below 0")
-        if shared := sorted(set(self.seeds) & set(self.final_seeds)):
-            raise UserError(f"final_seeds shares {shared} with seeds: finalists need seeds that selection did not see")
+        if shared := sorted(set(self.seeds) & set(self.evaluation_seeds)):
+            raise UserError(
+                f"evaluation_seeds shares {shared} with seeds: finalists need seeds that selection did not see"
+            )
         if next(iter(self.objectives.items()), None) != ("val/accuracy", "maximize"):
             raise UserError("objectives must begin with val/accuracy: maximize")
         if len(self.objectives) > 1 and self.pruner is not None:
@@ -168,9 +170,9 @@ class StudySpec:
             )
         if len(self.objectives) > 1 and self.constraints:
             raise UserError("constraints go with a single objective; drop them or the further objectives")
-        if self.together and (len(self.objectives) > 1 or self.constraints or self.pruner is not None):
+        if self.vectorize_seeds and (len(self.objectives) > 1 or self.constraints or self.pruner is not None):
             raise UserError(
-                "together: seeds that train at once are neither timed nor pruned; "
+                "vectorize_seeds: seeds that train at once are neither timed nor pruned; "
                 "leave val/accuracy as the only objective, and constraints and pruner out"
             )
         for layer, part in self.layers.items():
@@ -180,18 +182,18 @@ class StudySpec:
             for name, parameter in part.space.items():
                 parameter.check(f"{where}.{name}")
             self._check_first(layer, part)
-            keys = [key for parameter in part.space.values() for key in parameter.set]
+            keys = [key for parameter in part.space.values() for key in parameter.keys]
             keys += [*self.overrides, "name", "seed_everything", "test"]
             if twice := sorted({key for key in keys if keys.count(key) > 1}):
                 raise UserError(f"{where}: {twice[0]} is set twice, or by the study too: leave one out")
 
     def _check_first(self, layer: str, part: LayerSpace) -> None:
-        if len(part.first) > self.trials_per_layer:
+        if len(part.initial_trials) > self.trials_per_layer:
             raise UserError(
-                f"layers.{layer}.first has {len(part.first)} entries: raise trials_per_layer to that, or drop some"
+                f"layers.{layer}.initial_trials has {len(part.initial_trials)} entries: raise trials_per_layer"
             )
-        for index, given in enumerate(part.first):
-            where = f"layers.{layer}.first[{index}]"
+        for index, given in enumerate(part.initial_trials):
+            where = f"layers.{layer}.initial_trials[{index}]"
             if unknown := sorted(given.keys() - part.space.keys()):
                 raise UserError(f"{where}: {unknown[0]} is not in the space")
             if index == 0 and (missing := sorted(part.space.keys() - given.keys())):
@@ -211,13 +213,13 @@ class StudySpec:
         values = {name: parameter.examples() for name, parameter in part.space.items()}
         firsts, lasts = ({name: some[index] for name, some in values.items()} for index in (0, -1))
         alone = [{**firsts, name: value} for name, some in values.items() for value in some[1:]]
-        corners = [firsts, *alone, *map(part.fixed, range(len(part.first))), lasts]
+        corners = [firsts, *alone, *map(part.fixed, range(len(part.initial_trials))), lasts]
         return [corner for index, corner in enumerate(corners) if corner not in corners[:index]]
 
     def arguments(self, layer: str, values: dict[str, Any], seed: int | None, test: bool) -> list[str]:
         """Command line of one fit, or of replicas if there is no one seed."""
         part = self.layers[layer]
-        settings = {key: values[name] for name, parameter in part.space.items() for key in parameter.set}
+        settings = {key: values[name] for name, parameter in part.space.items() for key in parameter.keys}
         settings = {**self.overrides, **settings, "name": self.name, "test": test}
         if seed is not None:
             settings["seed_everything"] = seed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from fffexp.errors import UserError
-from fffexp.study.statistics import Interval, mean_interval, overlap, paired_difference
+from fffexp.statistics import Interval, mean_interval, overlap, paired_difference
 
 LATENCY = "speed/latency_b256_ms"
 

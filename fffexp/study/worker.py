@@ -20,15 +20,14 @@ from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from fffexp import tracking
-from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError
-from fffexp.experiment import Context, Result, run
-from fffexp.params import total_sizes
-from fffexp.replicas import Replicas
-from fffexp.signals import terminated_by_signal
+from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError, terminated_by_signal
 from fffexp.study import store
 from fffexp.study.plan import chosen, finals_name, finals_work, search_work
 from fffexp.study.spec import StudySpec, parse
 from fffexp.study.summary import LATENCY
+from fffexp.training.experiment import Context, Result, run
+from fffexp.training.params import total_sizes
+from fffexp.training.vectorized import Replicas
 
 POLL_S = 0.5
 
@@ -119,7 +118,7 @@ class Worker:
         layer = trial.suggest_categorical("layer", list(self.spec.layers))
         space = self.spec.layers[layer].space
         values = {name: parameter.suggest(trial, f"{layer}.{name}") for name, parameter in space.items()}
-        train = self._train_together if self.spec.together else self._train_seeds
+        train = self._train_together if self.spec.vectorize_seeds else self._train_seeds
         results = train(trial, layer, values)
         means = {name: fmean(r.metrics[name] for r in results) for name in results[0].metrics}
         trial.set_user_attr("sizes", results[0].sizes)
@@ -174,7 +173,7 @@ class Worker:
                 if replica.nonfinite_steps:
                     raise NonFiniteLossError(
                         f"the loss of seed {replica.seed} was not finite at {replica.nonfinite_steps} steps: "
-                        "lower the learning rate or the coefficients"
+                        "lower the learning rate or the aux_weights"
                     )
         sizes = total_sizes(replicas.task)
         return [Result(run_of_all.id, r.metrics(), replicas.params, sizes, replicas.config) for r in trained]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fffexp import FFF
 from fffexp.bench import contenders, inference, training
 from fffexp.bench.contenders import Contender, Point
-from fffexp.bench.limits import Limits, last_level_cache_bytes, measure_limits
+from fffexp.bench.machine import Limits, last_level_cache_bytes, measure_limits
 from fffexp.cli import main
 
 SMALL = [
@@ -113,10 +113,10 @@ class Wrong(nn.Module):
 def test_a_wrong_output_is_not_timed() -> None:
     layer = FFF(24, 20, 3, 4).eval()
     x = torch.randn(40, 24)
-    Contender("FFF", "native", layer, layer, layer.reference).check(x)
+    Contender("FFF", "native", layer, layer, layer.forward_reference).check(x)
     for name, module in (("wrong", Wrong(layer)), ("nan", lambda x: layer(x) * math.nan)):
         with pytest.raises(RuntimeError, match=f"{name}.*is off by.*not timed"):
-            Contender(name, "x", layer, module, layer.reference).check(x)
+            Contender(name, "x", layer, module, layer.forward_reference).check(x)
 
 
 def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             y = layer(x)
             return y.detach() + 0.5 * (y - y.detach())
 
-    contender = Contender("FFF", "native", layer, Half(), layer.reference)
+    contender = Contender("FFF", "native", layer, Half(), layer.forward_reference)
     with pytest.raises(RuntimeError, match="wrong gradient"):
         training._check(contender, torch.randn(8, 24))
 

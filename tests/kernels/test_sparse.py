@@ -32,7 +32,7 @@ def dense_gradients(output: Tensor, layer: FFF, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Softplus])
 def test_frozen_equals_naive_with_every_gradient(depth: int, dtype: torch.dtype, activation: type[nn.Module]) -> None:
-    layer = make(depth, dtype, sparse="frozen", activation=activation)
+    layer = make(depth, dtype, trained="chosen_leaf", activation=activation)
     x = inputs(21, dtype=dtype).requires_grad_()
     act = activation()
     expected = naive.fff_hard(x, layer.node_weight, layer.node_bias, depth, layer.leaves.tensors(), act)
@@ -44,7 +44,7 @@ def test_frozen_equals_naive_with_every_gradient(depth: int, dtype: torch.dtype,
 
 
 def test_an_activation_may_have_parameters() -> None:
-    layer = make(3, sparse="frozen", activation=nn.PReLU)
+    layer = make(3, trained="chosen_leaf", activation=nn.PReLU)
     x = inputs(21, dtype=torch.float64)
     expected = naive.fff_hard(
         x, layer.node_weight, layer.node_bias, 3, layer.leaves.tensors(), lambda z: layer.leaves.hidden(z)
@@ -56,7 +56,7 @@ def test_an_activation_may_have_parameters() -> None:
 
 
 def test_a_second_derivative_is_refused() -> None:
-    layer = make(3, sparse="chosen_path")
+    layer = make(3, trained="chosen_path")
     x = inputs(9, dtype=torch.float64).requires_grad_()
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -64,19 +64,19 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def test_decisions_in_training() -> None:
-    layer, plain = make(3, sparse="frozen"), make(3)
+    layer, plain = make(3, trained="chosen_leaf"), make(3)
     x = inputs(9, dtype=torch.float64)
     assert_close(layer(x), plain.eval()(x))
-    layer.decisions = plain.decisions = "soft"
+    layer.routing_mode = plain.routing_mode = "soft"
     assert_close(layer(x), plain(x))
-    layer.decisions = "nonsense"  # type: ignore[assignment] # on purpose
+    layer.routing_mode = "nonsense"  # type: ignore[assignment] # on purpose
     with pytest.raises(ValueError, match="decisions is 'nonsense'"):
         layer(x)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 63])
 def test_batches(batch: int) -> None:
-    layer = make(3, sparse="chosen_path")
+    layer = make(3, trained="chosen_path")
     x = inputs(batch, dtype=torch.float64)
     output = layer(x)
     assert output.shape == (batch, OUT)
@@ -86,8 +86,8 @@ def test_batches(batch: int) -> None:
 
 @pytest.mark.parametrize("depth", [1, 3, 6])
 def test_chosen_path_gives_the_nodes_the_gradient_of_p_times_the_chosen_leaf(depth: int) -> None:
-    layer = make(depth, sparse="chosen_path")
-    layer.choice_scale.fill_(1.7)
+    layer = make(depth, trained="chosen_path")
+    layer.inverse_temperature.fill_(1.7)
     x = inputs(9, dtype=torch.float64).requires_grad_()
     found = dense_gradients(layer(x), layer, x)
     # naively: y p / stopgrad(p), a sample at a time
@@ -107,7 +107,7 @@ def test_chosen_path_gives_the_nodes_the_gradient_of_p_times_the_chosen_leaf(dep
 
 
 def test_only_rows_in_use_have_gradients() -> None:
-    layer = make(6, sparse="chosen_path")
+    layer = make(6, trained="chosen_path")
     x = inputs(3, dtype=torch.float64)
     layer(x).sum().backward()
     leaves = layer.route(x).unique()
@@ -119,20 +119,20 @@ def test_only_rows_in_use_have_gradients() -> None:
     assert grad is not None
     assert grad.is_sparse
     assert len(grad.coalesce().indices()[0]) <= 3 * 6
-    frozen = make(6, sparse="frozen")
+    frozen = make(6, trained="chosen_leaf")
     frozen(x).sum().backward()
     assert frozen.node_weight.grad is None
 
 
 def test_evaluation_is_that_of_the_layer() -> None:
-    plain, sparse = make(3), make(3, sparse="frozen")
+    plain, sparse = make(3), make(3, trained="chosen_leaf")
     x = inputs(9, dtype=torch.float64)
     assert torch.equal(plain.eval()(x), sparse.eval()(x))
     assert plain.state_dict().keys() == sparse.state_dict().keys()
 
 
 def test_dropout() -> None:
-    layer = make(2, sparse="frozen", dropout=0.5)
+    layer = make(2, trained="chosen_leaf", dropout=0.5)
     x = inputs(50, dtype=torch.float64)
     torch.manual_seed(0)
     output = layer(x)
@@ -142,8 +142,8 @@ def test_dropout() -> None:
 
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="sparse is 'soft'"):
-        make(2, sparse="soft")
+        make(2, trained="soft")
     with pytest.raises(ValueError, match=r"region_leak is 0\.1 but sparse"):
-        make(2, sparse="frozen", region_leak=0.1)
-    assert not make(2, sparse="frozen").regularizers
-    assert make(2).regularizers
+        make(2, trained="chosen_leaf", region_leak=0.1)
+    assert not make(2, trained="chosen_leaf").aux_losses
+    assert make(2).aux_losses

@@ -135,13 +135,13 @@ def test_autocast(case: Case) -> None:
         (case, decisions)
         for case in CASES
         for decisions in ("soft", "hard")
-        if case.layer.hardens or decisions == "soft"
+        if case.layer.has_soft_mode or decisions == "soft"
     ],
     ids=str,
 )
 def test_compiled_training_pass(case: Case, decisions: str) -> None:
     eager = case.make()
-    eager.decisions = decisions
+    eager.routing_mode = decisions
     compiled = copy.deepcopy(eager)
     forward = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     outputs = {}
@@ -161,7 +161,7 @@ def routing_tensors_as_float(layer: FeedforwardLayer) -> dict[str, Tensor]:
 @every_case
 def test_state_dict_round_trip(case: Case) -> None:
     layer = case.make(seed=0)
-    for name in layer.scheduled:
+    for name in layer.annealed_buffers:
         getattr(layer, name).fill_(3)
     layer(inputs(5))
     file = io.BytesIO()
@@ -172,7 +172,7 @@ def test_state_dict_round_trip(case: Case) -> None:
     layer.routing = None
     for training, decisions in itertools.product((True, False), ("soft", "hard")):
         for each in (layer, restored):
-            each.train(training).decisions = decisions
+            each.train(training).routing_mode = decisions
         assert torch.equal(run(restored, inputs(5)), run(layer, inputs(5)))
 
 
@@ -199,12 +199,12 @@ def test_routing_is_written_once_and_cleared(case: Case) -> None:
     layer.eval()(inputs(5))
     assert layer.routing is None, "written in evaluation"
     layer.train()(inputs(5))
-    if not layer.regularizers:
+    if not layer.aux_losses:
         assert layer.routing is None
         layer(inputs(5))
         assert layer.routing is None
         return
-    assert all(t.shape[:1] in ((), (5,), (layer.blocks,)) for t in routing_tensors(layer).values())
+    assert all(t.shape[:1] in ((), (5,), (layer.num_experts,)) for t in routing_tensors(layer).values())
     first = layer.routing
     layer.routing = None
     assert layer.routing is None
@@ -260,18 +260,18 @@ def test_route(case: Case) -> None:
     blocks = layer.route(inputs(3, 40))
     assert blocks.shape[0] == 120
     assert blocks.dtype == torch.long
-    assert set(blocks.flatten().tolist()) <= set(range(layer.blocks))
-    assert len(blocks.unique()) > min(layer.blocks - 1, 1), "every row takes the same blocks"
+    assert set(blocks.flatten().tolist()) <= set(range(layer.num_experts))
+    assert len(blocks.unique()) > min(layer.num_experts - 1, 1), "every row takes the same blocks"
 
 
 @every_case
 def test_inference_is_that_of_the_reference(case: Case) -> None:
     layer = case.make().eval()
     x = inputs(9)
-    for decisions in ("soft", "hard") if layer.hardens else ("hard",):
-        layer.decisions = decisions
-        assert_close(layer(x), layer.reference(x, decisions))
-    assert layer.reference(x).dtype == torch.float64
+    for decisions in ("soft", "hard") if layer.has_soft_mode else ("hard",):
+        layer.routing_mode = decisions
+        assert_close(layer(x), layer.forward_reference(x, decisions))
+    assert layer.forward_reference(x).dtype == torch.float64
 
 
 @every_case
@@ -297,7 +297,7 @@ def test_mistakes_are_named(case: Case) -> None:
         with pytest.raises(ValueError, match="dropout is"):
             case.make(dropout=dropout)
     layer = case.make()
-    layer.decisions = "sharp"
+    layer.routing_mode = "sharp"
     with pytest.raises(ValueError, match=r"'sharp'.*'auto', 'soft' or 'hard'"):
         _ = layer.hard
 
@@ -307,7 +307,7 @@ def test_dropout_acts_in_training_only(case: Case) -> None:
     plain, dropping = case.make(), case.make(dropout=0.5)
     x = inputs(20)
     for decisions in ("soft", "hard"):
-        plain.decisions = dropping.decisions = decisions
+        plain.routing_mode = dropping.routing_mode = decisions
         assert not torch.allclose(run(dropping.train(), x), run(plain.train(), x))
         assert torch.equal(run(dropping.eval(), x), run(plain.eval(), x))
 
@@ -332,15 +332,15 @@ def test_properties(layer_type: type[FeedforwardLayer], data: st.DataObject) -> 
     x = scale * torch.randn(*shape, in_features, generator=generator, dtype=torch.float64)
     outputs = {}
     for decisions, training in itertools.product(("soft", "hard"), (True, False)):
-        layer.decisions = decisions
+        layer.routing_mode = decisions
         outputs[decisions, training] = output = run(layer.train(training), x)
         assert output.shape == (*shape, out_features)
         assert output.isfinite().all()
-    if layer.hardens:
+    if layer.has_soft_mode:
         # random logits in float64 have no ties
         assert_close(outputs["hard", True], outputs["hard", False])
         assert_close(outputs["soft", True], outputs["soft", False])
-        layer.decisions = "auto"
+        layer.routing_mode = "auto"
         assert torch.equal(run(layer.train(), x), outputs["soft", True])
         assert torch.equal(run(layer.eval(), x), outputs["hard", False])
     assert torch.equal(outputs["hard", False], run(layer.eval(), x)), "evaluation is not repeatable"

@@ -31,14 +31,14 @@ def test_soft_equals_naive_with_every_gradient(depth: int) -> None:
     output = layer(x)
     assert_close(output, expected)
     assert_all_close(gradients(output, wanted), gradients(expected, wanted))
-    layer.eval().decisions = "soft"
+    layer.eval().routing_mode = "soft"
     assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # on the compiled kernel the second
 def test_detached_choices_give_the_input_no_gradient(dtype: torch.dtype, backend: str) -> None:
-    layer, x = make(3, detached_choices=True, dtype=dtype), inputs(40, dtype=dtype)
+    layer, x = make(3, detach_router_input=True, dtype=dtype), inputs(40, dtype=dtype)
     layer.backend = backend
     wanted = differentiable(layer, x)
     logits = x.detach() @ layer.node_weight.T + layer.node_bias
@@ -49,7 +49,7 @@ def test_detached_choices_give_the_input_no_gradient(dtype: torch.dtype, backend
     # nor from a loss of the choices
     layer.routing = None
     layer(x)
-    loss = layer.regularizers["hardening_mean"](layer.routing)
+    loss = layer.aux_losses["hardening_mean"](layer.routing)
     grad_x, grad_nodes = torch.autograd.grad(loss, (x, layer.node_weight), materialize_grads=True)
     assert not grad_x.any()
     assert grad_nodes.any()
@@ -63,7 +63,7 @@ def test_hard_equals_naive_with_every_gradient(depth: int) -> None:
     output = layer(x)
     assert_close(output, expected)
     assert_all_close(gradients(output, wanted), gradients(expected, wanted))
-    layer.train().decisions = "hard"
+    layer.train().routing_mode = "hard"
     assert_close(layer(x), expected)
     leaves = torch.tensor([naive.fff_leaf(row, layer.node_weight, layer.node_bias, depth) for row in x])
     assert torch.equal(layer.routing.leaf_B, leaves)
@@ -84,7 +84,7 @@ def test_batches_that_fill_no_tile(batch: int) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_depth_0_is_a_dense_layer(decisions: str, training: bool) -> None:
     layer, x = make(depth=0).train(training), inputs(5, dtype=torch.float64)
-    layer.decisions = decisions
+    layer.routing_mode = decisions
     ff = copy_block(FF(IN, OUT, width=5).double(), layer.leaves, 0)
     output = layer(x)
     assert_close(output, ff(x))
@@ -108,15 +108,15 @@ def test_zero_nodes_are_a_uniform_mixture() -> None:
 def test_large_choice_scale_turns_soft_into_hard() -> None:
     layer, x = make(depth=4).eval(), inputs(50, dtype=torch.float64)
     hard = layer(x)
-    layer.decisions = "soft"
+    layer.routing_mode = "soft"
     assert not torch.allclose(layer(x), hard, atol=0.01)
-    layer.choice_scale.fill_(1e9)
+    layer.inverse_temperature.fill_(1e9)
     assert_close(layer(x), hard)
 
 
 def test_choice_scale_multiplies_the_logits() -> None:
     layer, scaled, x = make(), make(), inputs(5, dtype=torch.float64)
-    scaled.choice_scale.fill_(2.5)
+    scaled.inverse_temperature.fill_(2.5)
     with torch.no_grad():
         layer.node_weight.mul_(2.5)
         layer.node_bias.mul_(2.5)
@@ -128,7 +128,7 @@ def test_choice_scale_multiplies_the_logits() -> None:
 @pytest.mark.parametrize("region_leak", [0.0, 0.4])
 def test_leaf_weights_sum_to_1(decisions: str, region_leak: float) -> None:
     layer = make(depth=4, region_leak=region_leak)
-    layer.decisions = decisions
+    layer.routing_mode = decisions
     layer(inputs(50, dtype=torch.float64))
     weights = layer.routing.leaf_weights_BL
     assert weights.shape == (50, 16)
@@ -138,7 +138,7 @@ def test_leaf_weights_sum_to_1(decisions: str, region_leak: float) -> None:
 
 def test_regularisers_see_soft_weights_under_hard_decisions_too() -> None:
     soft, hard, x = make(), make(), inputs(9, dtype=torch.float64)
-    hard.decisions = "hard"
+    hard.routing_mode = "hard"
     soft(x)
     hard(x)
     assert_close(hard.routing.leaf_weights_BL, soft.routing.leaf_weights_BL)
@@ -151,7 +151,7 @@ def test_ties_go_right(depth: int, zero: float) -> None:
     torch.nn.init.zeros_(layer.node_weight)
     torch.nn.init.constant_(layer.node_bias, zero)
     last = copy_block(FF(IN, OUT, width=5).double(), layer.leaves, 2**depth - 1)
-    layer.decisions = "hard"
+    layer.routing_mode = "hard"
     assert_close(layer.train()(x), last(x))
     assert (layer.routing.leaf_B == 2**depth - 1).all()
     assert_close(layer.eval()(x), last(x))
@@ -162,7 +162,7 @@ def test_ties_go_right(depth: int, zero: float) -> None:
 def test_output_biases_survive_inference(dtype: torch.dtype, depth: int) -> None:
     layer, x = make(depth, dtype=dtype), inputs(64, dtype=dtype)
     torch.nn.init.normal_(layer.leaves.output_bias, std=2)
-    layer.decisions = "hard"
+    layer.routing_mode = "hard"
     assert_close(layer.eval()(x), layer.train()(x))
 
 
@@ -180,7 +180,7 @@ def test_evaluation_reads_only_the_leaf_of_a_row() -> None:
 
 def test_straight_through_reaches_every_node_on_a_path() -> None:
     layer, x = make(depth=4), inputs(6, dtype=torch.float64)
-    layer.decisions = "hard"
+    layer.routing_mode = "hard"
     found = gradients(layer(x), {"weight": layer.node_weight, "bias": layer.node_bias})
     on_a_path = set()
     for row in x:
@@ -195,7 +195,7 @@ def test_straight_through_reaches_every_node_on_a_path() -> None:
 
 def test_straight_through_gradient_of_one_node() -> None:
     layer, x = make(depth=1), inputs(1, dtype=torch.float64)
-    layer.decisions = "hard"
+    layer.routing_mode = "hard"
     choice = torch.sigmoid(x @ layer.node_weight.T + layer.node_bias)
     left, right = (naive.block(x[0], i, blocks_of(layer.leaves), torch.relu) for i in (0, 1))
     found = torch.autograd.grad(layer(x).sum(), layer.node_bias)[0]
@@ -207,8 +207,8 @@ def test_straight_through_gradient_of_one_node() -> None:
 def test_region_leak_swaps_each_choice_by_itself(decisions: str) -> None:
     rows, leak = 20_000, 0.2
     layer, x = make(depth=2, leaf_width=1, region_leak=leak), inputs(rows, dtype=torch.float64)
-    layer.decisions = decisions
-    layer.choice_scale.fill_(1e9)  # every choice is 0 or 1
+    layer.routing_mode = decisions
+    layer.inverse_temperature.fill_(1e9)  # every choice is 0 or 1
     output = layer(x)
     reached, home = layer.routing.leaf_weights_BL.argmax(1), layer.routing.leaf_B
     assert torch.equal(home, layer.route(x).flatten())  # where inference would go
@@ -225,7 +225,7 @@ def test_region_leak_is_off_in_evaluation() -> None:
     x = inputs(50, dtype=torch.float64)
     for decisions in ("soft", "hard"):
         layer, plain = make(region_leak=0.5).eval(), make().eval()
-        layer.decisions = plain.decisions = decisions
+        layer.routing_mode = plain.routing_mode = decisions
         assert torch.equal(layer(x), plain(x))
 
 
@@ -266,7 +266,7 @@ def test_cost_of_inference_does_not_grow_with_the_leaves() -> None:
 def test_training_keeps_no_tensor_of_batch_leaves_outputs(decisions: str) -> None:
     # (batch, leaves, outputs) would be eight times the bound
     batch, outputs, layer = 64, 40, randomized(FFF(IN, 40, depth=5, leaf_width=2))
-    layer.decisions = decisions
+    layer.routing_mode = decisions
     with Calls() as calls:
         layer(inputs(batch)).sum().backward()
     assert batch * layer.training_width <= calls.largest <= batch * max(layer.training_width, IN, outputs)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from fffexp.adapt.replace import replace_feedforward
 from fffexp.layers import Forest
 from fffexp.models import ViT
-from fffexp.replace import replace_feedforward
-from fffexp.task import ClassificationTask
+from fffexp.training.classification import ClassificationTask
 
 IMAGE = (1, 8, 12)
 
@@ -31,16 +31,16 @@ def test_a_task_trains_the_parts_of_a_forest() -> None:
     torch.manual_seed(0)
     forest = partial(Forest, trees=2, depth=2, leaf_width=4, master_width=3)
     network = partial(ViT, features=16, heads=2, num_blocks=1, input_dropout=0.0)
-    task = ClassificationTask(forest, IMAGE, 3, network=network, coefficients={"importance": 0.1})
+    task = ClassificationTask(forest, IMAGE, 3, network=network, aux_weights={"importance": 0.1})
     task.on_fit_start()
     assert [layer.inference_size for layer in task.layers.values()] == [2 + 4, 2 + 4, 3]
     batch = torch.randn(4, *IMAGE), torch.arange(4) % 3
-    task.coefficients = {"importance": 0.0}
+    task.aux_weights = {"importance": 0.0}
     plain, _ = task.loss(*batch)
     task.on_after_backward()
-    task.coefficients = {"importance": 1.0}
+    task.aux_weights = {"importance": 1.0}
     loss, _ = task.loss(*batch)
-    importance = sum(layer.regularizers["importance"](layer.routing) for layer in list(task.layers.values())[:2])
+    importance = sum(layer.aux_losses["importance"](layer.routing) for layer in list(task.layers.values())[:2])
     assert float(loss - plain) == pytest.approx(float(importance), rel=1e-3)
     loss.backward()
     assert all(p.grad is not None for p in task.parameters())

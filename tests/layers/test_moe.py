@@ -116,10 +116,10 @@ def test_finite_without_noise(dtype: torch.dtype, tied: bool) -> None:
 
 
 def test_noise_has_its_own_weights() -> None:
-    for regularizer in (None, gate.load):  # by the prediction loss, and by the load
+    for aux_loss in (None, gate.load):  # by the prediction loss, and by the load
         layer, x = make(), inputs(30, dtype=torch.float64)
         output = layer(x)
-        loss = output.square().sum() if regularizer is None else regularizer(layer.routing)
+        loss = output.square().sum() if aux_loss is None else aux_loss(layer.routing)
         loss.backward()
         assert (layer.noise_weight.grad.abs().sum(1) > 0).all()
         assert (layer.gate_weight.grad.abs().sum(1) > 0).all()
@@ -195,14 +195,14 @@ def test_one_expert_at_a_time_is_for_timing() -> None:
     layer = make(k=1)
     output = layer(inputs(9, dtype=torch.float64))
     assert not gradients(output, {"gate": layer.gate_weight})["gate"].any()
-    with pytest.raises(ValueError, match=r"k is 1: .*Switch gate"):
+    with pytest.raises(ValueError, match=r"top_k is 1: .*Switch gate"):
         layer.check_trainable()
     make(k=2).check_trainable()
     make(num_experts=1, k=1).check_trainable()
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="k is 6 but there are 5 experts"):
+    with pytest.raises(ValueError, match="top_k is 6 but there are 5 experts"):
         make(k=6)
     with pytest.raises(ValueError, match=r"weights would take [\d,.]+ GiB .*: lower num_experts or expert_width"):
         NoisyTopKMoE(IN, OUT, num_experts=10**15, expert_width=1)
@@ -220,7 +220,7 @@ def test_operators_of_inference_do_not_depend_on_the_batch(dtype: torch.dtype) -
 
 def test_training_keeps_no_tensor_of_batch_experts_hidden() -> None:
     # (batch, experts, width) would be four times the bound
-    batch, layer = 512, randomized(NoisyTopKMoE(IN, OUT, num_experts=8, expert_width=20, k=2))
+    batch, layer = 512, randomized(NoisyTopKMoE(IN, OUT, num_experts=8, expert_width=20, top_k=2))
     with Calls() as calls:
         layer(inputs(batch)).sum().backward()
     assert calls.largest == batch * layer.inference_width

@@ -10,9 +10,9 @@ from processes import CONFIGS, digits, write_yaml
 
 from fffexp.cli import main
 from fffexp.errors import UserError
-from fffexp.experiment import check
 from fffexp.study.plan import search_work
 from fffexp.study.spec import StudySpec, digest, load
+from fffexp.training.experiment import check
 
 CONTENT: dict[str, Any] = {
     "name": "tiny",
@@ -21,14 +21,14 @@ CONTENT: dict[str, Any] = {
         "FF": {
             "config": "ff.yaml",
             "space": {
-                "width": {"set": ["model.layer.init_args.width"], "low": 4, "high": 32, "log": True},
-                "lr": {"set": ["model.optimizer.init_args.lr"], "choices": [0.01, 0.1]},
+                "width": {"keys": ["model.layer.init_args.width"], "low": 4, "high": 32, "log": True},
+                "lr": {"keys": ["model.optimizer.init_args.lr"], "choices": [0.01, 0.1]},
             },
         }
     },
     "trials_per_layer": 3,
     "seeds": [0, 1],
-    "final_seeds": [2, 3],
+    "evaluation_seeds": [2, 3],
     "overrides": {"trainer.max_epochs": 1},
     "sampler": {"class_path": "optuna.samplers.RandomSampler", "init_args": {"seed": 0}},
 }
@@ -48,13 +48,13 @@ def spec(tmp_path: Path, **changes: Any) -> StudySpec:
 
 def width(**changes: Any) -> dict[str, Any]:
     layers = copy.deepcopy(CONTENT["layers"])
-    layers["FF"]["space"]["width"] = {"set": ["model.layer.init_args.width"], **changes}
+    layers["FF"]["space"]["width"] = {"keys": ["model.layer.init_args.width"], **changes}
     return {"layers": layers}
 
 
 def test_a_spec(tmp_path: Path) -> None:
     found = spec(tmp_path)
-    assert (found.name, found.trials, found.seeds, found.final_seeds) == ("tiny", 3, [0, 1], [2, 3])
+    assert (found.name, found.trials, found.seeds, found.evaluation_seeds) == ("tiny", 3, [0, 1], [2, 3])
     assert found.objectives == {"val/accuracy": "maximize", "speed/latency_b256_ms": "minimize"}
     assert found.folder == tmp_path
     space = found.layers["FF"].space
@@ -80,7 +80,7 @@ def test_arguments_of_a_fit(tmp_path: Path) -> None:
 
 def test_one_value_may_go_to_several_keys(tmp_path: Path) -> None:
     changes = width(low=4, high=8)
-    changes["layers"]["FF"]["space"]["width"]["set"] = ["a.b", "c"]
+    changes["layers"]["FF"]["space"]["width"]["keys"] = ["a.b", "c"]
     arguments = spec(tmp_path, **changes).arguments("FF", {"width": 8, "lr": 0.1}, 7, test=False)
     assert {"--a.b=8", "--c=8"} <= set(arguments)
 
@@ -107,7 +107,7 @@ def test_values_that_are_tried_first(tmp_path: Path) -> None:
     ("changes", "named"),
     [
         ({"layers": {}}, ["layers is empty"]),
-        ({"together": True}, ["together", "only objective"]),
+        ({"vectorize_seeds": True}, ["vectorize_seeds", "only objective"]),
         (with_first({"width": 8}), ["first[0]: lr is missing"]),
         (with_first(*FIRST, {"depth": 3}), ["first[2]: depth is not in the space"]),
         (with_first(FIRST[0], {"width": 2}), ["first[1]: width = 2"]),
@@ -115,7 +115,7 @@ def test_values_that_are_tried_first(tmp_path: Path) -> None:
         (with_first(FIRST[0], {"width": "nine"}), ["first[1]: width = nine"]),
         (with_first(FIRST[0], {"width": 8.5}), ["first[1]: width = 8.5"]),
         (with_first(*FIRST, trials_per_layer=1), ["first has 2 entries", "trials_per_layer"]),
-        ({"together": True, "objectives": ACCURACY, "pruner": MEDIAN}, ["together", "pruner"]),
+        ({"vectorize_seeds": True, "objectives": ACCURACY, "pruner": MEDIAN}, ["vectorize_seeds", "pruner"]),
         ({"layers": {"FF": CONTENT["layers"]["FF"] | {"config": "nonesuch.yaml"}}}, ["nonesuch.yaml", "not there"]),
         ({"layers": {"FF": {"config": "ff.yaml", "space": {}}}}, ["layers.FF.space is empty"]),
         ({"overrides": {"model.layer.init_args.width": 3}}, ["model.layer.init_args.width", "twice"]),
@@ -134,8 +134,8 @@ def test_values_that_are_tried_first(tmp_path: Path) -> None:
         ({"trials_per_layer": "many"}, ["trials_per_layer"]),
         ({"seeds": []}, ["seeds"]),
         ({"seeds": [1, 1]}, ["seeds"]),
-        ({"final_seeds": []}, ["final_seeds"]),
-        ({"final_seeds": [3, 1]}, ["final_seeds", "[1]"]),
+        ({"evaluation_seeds": []}, ["evaluation_seeds"]),
+        ({"evaluation_seeds": [3, 1]}, ["evaluation_seeds", "[1]"]),
         ({"objectives": {"val/accuracy": "up"}}, ["objectives"]),
         ({"objectives": {}}, ["objectives"]),
         ({"objectives": {"val/loss": "minimize"}}, ["objectives", "val/accuracy"]),
@@ -163,7 +163,7 @@ def test_a_mistake_is_told_in_one_line(changes: dict[str, Any], named: list[str]
         assert part in message
 
 
-@pytest.mark.parametrize("key", ["name", "configs", "layers", "trials_per_layer", "seeds", "final_seeds"])
+@pytest.mark.parametrize("key", ["name", "configs", "layers", "trials_per_layer", "seeds", "evaluation_seeds"])
 def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
     content = {k: v for k, v in CONTENT.items() if k != key}
     with pytest.raises(UserError, match=rf"^study file .*{key}") as error:

@@ -18,18 +18,18 @@ from processes import CONFIGS, Process, artifact, enter, runs, started, with_sto
 
 from fffexp import tracking
 from fffexp.cli import main
-from fffexp.experiment import Context, run
 from fffexp.study import store
 from fffexp.study.plan import search_work
 from fffexp.study.runner import StudyRunner
 from fffexp.study.spec import load
 from fffexp.study.summary import Summary
 from fffexp.study.worker import Worker
+from fffexp.training.experiment import Context, run
 
-FF_SPACE = {"width": {"set": ["model.layer.init_args.width"], "low": 4, "high": 32, "log": True}}
+FF_SPACE = {"width": {"keys": ["model.layer.init_args.width"], "low": 4, "high": 32, "log": True}}
 FFF_SPACE = {
-    "depth": {"set": ["model.layer.init_args.depth"], "low": 1, "high": 3},
-    "leaf_width": {"set": ["model.layer.init_args.leaf_width"], "choices": [1, 4]},
+    "depth": {"keys": ["model.layer.init_args.depth"], "low": 1, "high": 3},
+    "leaf_width": {"keys": ["model.layer.init_args.leaf_width"], "choices": [1, 4]},
 }
 CONTENT: dict[str, Any] = {
     "name": "tiny",
@@ -37,7 +37,7 @@ CONTENT: dict[str, Any] = {
     "overrides": {"trainer.max_epochs": 1, "data.init_args.batch_size": 128},
     "trials_per_layer": 2,
     "seeds": [0],
-    "final_seeds": [5, 6],
+    "evaluation_seeds": [5, 6],
     "sampler": {"class_path": "optuna.samplers.RandomSampler", "init_args": {"seed": 0}},
     "layers": {
         "FF": {"config": str(CONFIGS / "layer" / "ff.yaml"), "space": FF_SPACE},
@@ -67,7 +67,7 @@ def assert_exact_budget(folder: Path, name: str = "tiny") -> None:
     assert Counter(t.params["layer"] for t in done) == {"FF": 2, "FFF": 2}
     trained = Counter((t.params["trial"], t.params["seed"]) for t in finals.trials if t.state == TrialState.COMPLETE)
     finalists = written(folder, name)["finalists"]
-    assert trained == Counter((number, seed) for number in finalists for seed in CONTENT["final_seeds"])
+    assert trained == Counter((number, seed) for number in finalists for seed in CONTENT["evaluation_seeds"])
     assert not [r for r in runs(folder, name) if r.info.status == "RUNNING"]
     assert parent_run(folder, name).info.status == "FINISHED"
 
@@ -289,7 +289,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Summa
     enter(with_store(tmp_path), monkeypatch)
 
     def call(**changes: Any) -> Summary:
-        spec, text = load(write_yaml(tmp_path / "tiny.yaml", CONTENT | {"final_seeds": [5]} | changes))
+        spec, text = load(write_yaml(tmp_path / "tiny.yaml", CONTENT | {"evaluation_seeds": [5]} | changes))
         url, uri = f"sqlite:///{tmp_path}/outputs/optuna.db", tracking.tracking_uri(None)
         runner = StudyRunner(spec, text, url, uri, jobs=1)
         store.fill(runner.search, url, search_work(spec))
@@ -301,7 +301,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Summa
 
 
 def test_a_trial_with_a_non_finite_loss_fails_alone(work: Callable[..., Summary], tmp_path: Path) -> None:
-    lr = {"lr": {"set": ["model.lr_scheduler.init_args.max_lr"], "choices": [0.01, 1e30]}}
+    lr = {"lr": {"keys": ["model.lr_scheduler.init_args.max_lr"], "choices": [0.01, 1e30]}}
     layers = {name: part | {"space": lr} for name, part in CONTENT["layers"].items()}
     # a random sampler with this seed draws both
     summary = work(layers=layers, trials_per_layer=3)
@@ -340,7 +340,7 @@ def test_seeds_that_train_at_once(
     layers = copy.deepcopy(CONTENT["layers"])
     layers["FF"]["first"] = [{"width": 5}]
     layers["FFF"]["first"] = [{"depth": 3, "leaf_width": 4}, {"depth": 1}]
-    summary = work(**ACCURACY, together=True, seeds=[0, 1], layers=layers)
+    summary = work(**ACCURACY, vectorize_seeds=True, seeds=[0, 1], layers=layers)
     chosen = [{k: v for k, v in t["params"].items() if k != "layer"} for t in summary["trials"]]
     assert [chosen[i] for i in (0, 1, 3)] == [{"width": 5}, *({"depth": d, "leaf_width": 4} for d in (3, 1))]
     assert {t["state"] for t in summary["trials"]} == {"COMPLETE"}
@@ -370,12 +370,12 @@ def test_seeds_that_train_at_once(
 
 def test_seeds_that_train_at_once_fail_at_a_loss_that_is_not_finite(work: Callable[..., Summary]) -> None:
     lr = {
-        "lr": {"set": ["model.optimizer.init_args.lr", "model.lr_scheduler.init_args.max_lr"], "choices": [0.01, 1e30]}
+        "lr": {"keys": ["model.optimizer.init_args.lr", "model.lr_scheduler.init_args.max_lr"], "choices": [0.01, 1e30]}
     }
     layers = {
         name: part | {"space": lr, "first": [{"lr": 1e30}, {"lr": 0.01}]} for name, part in CONTENT["layers"].items()
     }
-    summary = work(**ACCURACY, together=True, seeds=[0, 1], layers=layers)
+    summary = work(**ACCURACY, vectorize_seeds=True, seeds=[0, 1], layers=layers)
     states = {(t["params"]["layer"], t["params"]["lr"]): t["state"] for t in summary["trials"]}
     assert states == {(layer, lr): "FAIL" if lr > 1 else "COMPLETE" for layer in layers for lr in (0.01, 1e30)}
 
@@ -432,7 +432,7 @@ def test_a_mistake_in_a_corner_is_told_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     enter(with_store(tmp_path), monkeypatch)
-    space = {"depth": {"set": ["model.layer.init_args.depth"], "low": -1, "high": 3}}
+    space = {"depth": {"keys": ["model.layer.init_args.depth"], "low": -1, "high": 3}}
     layers = {"FFF": CONTENT["layers"]["FFF"] | {"space": space}}
     path = write_yaml(tmp_path / "tiny.yaml", CONTENT | {"layers": layers})
     assert main(["study", "run", str(path)]) == 2

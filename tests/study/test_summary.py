@@ -10,9 +10,10 @@ import pytest
 from scipy import stats
 
 from fffexp.errors import UserError
-from fffexp.study import figures
-from fffexp.study.listing import trials
-from fffexp.study.report import write
+from fffexp.report import figures
+from fffexp.report.listing import trials
+from fffexp.report.page import write
+from fffexp.report.text import label, show, table
 from fffexp.study.summary import (
     LATENCY,
     Summary,
@@ -23,7 +24,6 @@ from fffexp.study.summary import (
     latency_ms,
     pareto_front,
 )
-from fffexp.study.text import label, show, table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 T_2 = 4.302653  # 97.5% quantile of Student's t, 2 degrees of freedom
@@ -82,7 +82,7 @@ def summary_of(trials: list[Trial], study: str = "tiny", single: bool = False) -
 def tiny() -> Summary:
     """FF at 0.2 ms, FFF at 0.3 ms and better, MoE at 0.5 ms and best on validation, in no order."""
     moe = {"layer": "NoisyTopKMoE", "num_experts": 16, "expert_width": 8, "k": 2, "lr": 0.0123}
-    fff = {"layer": "FFF", "depth": 4, "leaf_width": 8, "hardening": 0.125, "choice_scale": 31.4, "lr": 0.01}
+    fff = {"layer": "FFF", "depth": 4, "leaf_width": 8, "hardening": 0.125, "inverse_temperature": 31.4, "lr": 0.01}
     return summary_of(
         [
             trial(0, moe, [0.97, 0.5], [0.97, 0.96, 0.98], [0.95, 0.96, 0.94], [0.5, 0.7, 0.4]),

@@ -1,0 +1,1 @@
+"""Feedforward layers in models that exist: find, replace, distil."""

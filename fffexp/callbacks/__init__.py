@@ -1,1 +1,0 @@
-"""Observe and schedule: callbacks read and log; Hardening alone sets coefficients."""

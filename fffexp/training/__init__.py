@@ -1,0 +1,1 @@
+"""Training of one run from its config: task, schedules, callbacks, several seeds at once."""
