@@ -1,78 +1,161 @@
-"""Latency of a network at inference, with the machine to itself."""
+"""One process of a machine times at once, and all that is timed goes through one interleaved timer."""
 
-import fcntl
 import itertools
+import os
 import statistics
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import timeit
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-# One file for all processes of this machine, whoever started them.
-_LOCK = Path(tempfile.gettempdir()) / "fffexp-timing.lock"
-_open_lock: IO[str] | None = None
-_looked = 0.0
-# Less than the warm-up of a timing, which therefore outlasts the batches still under way.
+# wait_for_timing looks at the lock this often: less than a warm-up, which therefore outlasts batches still under way.
 LOOK_S = 0.01
-
+WARM_UP_S = 0.05
 # Latencies are timed beside this dense layer, so that they can be compared when the machine's speed drifts.
 REFERENCE_WIDTH = 128
-WARM_UP_S = 0.05
-# Rounds of a timing: enough for a steady median of a fast layer, few for a slow one.
-ROUNDS_S = 0.1
-MIN_ROUNDS, MAX_ROUNDS = 15, 300
+
+T = TypeVar("T")
+_holder: int | None = None  # the thread of this process that holds the lock
+_looked = 0.0
+
+
+def lock_path() -> Path:
+    """One file for all processes of this machine, whoever started them; FFFEXP_TIMING_LOCK names another."""
+    return Path(os.environ.get("FFFEXP_TIMING_LOCK") or Path(tempfile.gettempdir()) / "fffexp-timing.lock")
 
 
 @contextmanager
 def exclusive_timing() -> Iterator[None]:
     """Hold the machine for timing: others wait to time, and training pauses at its next batch."""
-    with _lock_file() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    global _holder
+    if _holder == threading.get_ident():
         yield
+        return
+    with _lock(exclusive=True):
+        _holder = threading.get_ident()
+        try:
+            yield
+        finally:
+            _holder = None
 
 
 def wait_for_timing() -> None:
-    """Return once no other process of this machine is timing; meant to be called at every batch."""
-    global _open_lock, _looked
-    if time.monotonic() - _looked < LOOK_S:
+    """Return once nobody else on this machine is timing; meant to be called at every batch."""
+    global _looked
+    if time.monotonic() - _looked < LOOK_S or _holder == threading.get_ident():
         return
-    _looked = time.monotonic()
-    if _open_lock is None:
-        _open_lock = _lock_file()
-    fcntl.flock(_open_lock, fcntl.LOCK_SH)
-    fcntl.flock(_open_lock, fcntl.LOCK_UN)
+    with _lock(exclusive=False):
+        _looked = time.monotonic()
 
 
-def _lock_file() -> IO[str]:
+@contextmanager
+def _lock(exclusive: bool) -> Iterator[None]:
+    """Wait for the lock and hold it; the only place that waits."""
+    path = lock_path()
+    if sys.platform == "win32":  # no shared locks: those who train take turns for a moment
+        from filelock import FileLock
+
+        with FileLock(path):
+            yield
+        return
+    import fcntl
+
     try:  # reading is enough for a lock, and all that is allowed on another user's file
-        return _LOCK.open()
+        file = path.open()
     except FileNotFoundError:
-        _LOCK.touch(mode=0o644)
-        return _LOCK.open()
+        path.touch(mode=0o644)
+        file = path.open()
+    with file:  # closing unlocks
+        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
 
 
-def interleaved_medians(contenders: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each, run in turn after a warm-up, so that drift of the machine meets all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    warm_until = time.perf_counter() + WARM_UP_S
-    while time.perf_counter() < warm_until:
-        for run in contenders.values():
-            run()
-    begun = time.perf_counter()
-    for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and time.perf_counter() - begun > ROUNDS_S:
-            break
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def synchronize(device: str | torch.device) -> None:
+    """Wait for the work of this device, so that the clock sees it."""
+    device = torch.device(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float = 2.0,
+    *,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    rounds: tuple[int, int] = (5, 101),
+    block_s: float = 0.01,
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round, with the machine to itself; drift of its speed meets all calls alike.
+
+    After a warm-up all calls run in turn, round after round, until `seconds` have passed.
+
+    Args:
+        calls: what is timed, by name.
+        seconds: of all rounds together.
+        device: where the calls work; its work belongs to the time.
+        threads: of torch during the timing; None leaves them.
+        rounds: the fewest and the most.
+        block_s: in a round a call is repeated for about so long, and the mean counts; 0: one call a round.
+    """
+    timers = {name: timeit.Timer(_synchronized(call, device)) for name, call in calls.items()}
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    with exclusive_timing(), _threads(threads):
+        start, once = time.perf_counter(), dict.fromkeys(calls, 0.0)
+        for done in itertools.count():
+            if done >= 2 and time.perf_counter() - start > WARM_UP_S:
+                break
+            once = {name: timer.timeit(1) for name, timer in timers.items()}
+        repeats = {name: max(1, round(block_s / max(once[name], 1e-9))) for name in calls}
+        start = time.perf_counter()
+        for done in range(rounds[1]):
+            if done >= rounds[0] and time.perf_counter() - start > seconds:
+                break
+            for name, timer in timers.items():
+                spent[name].append(timer.timeit(repeats[name]) / repeats[name])
+    return spent
+
+
+def _synchronized(call: Callable[[], object], device: str | torch.device) -> Callable[[], object]:
+    if torch.device(device).type == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        synchronize(device)
+
+    return run
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def rotating(call: Callable[[T], object], inputs: Iterable[T]) -> Callable[[], object]:
+    """The call on the next of the inputs, again and again, so that no cache holds what only one of them needs."""
+    following = itertools.cycle(inputs).__next__
+    return lambda: call(following())
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Median of the ratios of the rounds: what disturbed a round disturbed both."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def measure(network: nn.Module, inputs: Tensor, reference: nn.Module) -> dict[str, float]:
@@ -88,13 +171,14 @@ def measure(network: nn.Module, inputs: Tensor, reference: nn.Module) -> dict[st
     with exclusive_timing(), torch.inference_mode():
         for batch_size, name in ((1, "latency_b1"), (256, "latency_b256"), (2048, "b2048")):
             batches = _batches(inputs, batch_size)
-            medians = interleaved_medians(
-                {prefix: partial(_run, module, itertools.cycle(batches)) for prefix, module in modules.items()}
-            )
+            calls = {prefix: rotating(module, batches) for prefix, module in modules.items()}
+            # rounds enough for a steady median of a fast layer, few for a slow one
+            seconds = interleaved(calls, 0.1, device=inputs.device, rounds=(15, 300), block_s=0)
+            medians = {prefix: statistics.median(times) for prefix, times in seconds.items()}
             if batch_size == 2048:
                 results["speed/throughput_b2048"] = batch_size / medians[""]
                 continue
-            results |= {f"speed/{prefix}{name}_ms": 1e3 * seconds for prefix, seconds in medians.items()}
+            results |= {f"speed/{prefix}{name}_ms": 1e3 * median for prefix, median in medians.items()}
             results[f"speed/{name}_ratio"] = medians[""] / medians["reference_"]
     return results
 
@@ -103,9 +187,3 @@ def _batches(inputs: Tensor, batch_size: int) -> list[Tensor]:
     """Up to 64 different batches; data that does not fill one is repeated."""
     repeated = inputs.repeat(-(-batch_size // len(inputs)), *[1] * (inputs.dim() - 1))
     return [batch for batch in repeated.split(batch_size)[:64] if len(batch) == batch_size]
-
-
-def _run(module: nn.Module, batches: Iterator[Tensor]) -> None:
-    module(next(batches))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

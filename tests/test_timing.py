@@ -1,20 +1,31 @@
 """Timings: who waits for whom, and what is measured."""
 
+import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fffexp import timing
-from fffexp.timing import MAX_ROUNDS, MIN_ROUNDS, exclusive_timing, interleaved_medians, measure, wait_for_timing
+from fffexp.timing import (
+    LOOK_S,
+    exclusive_timing,
+    interleaved,
+    lock_path,
+    measure,
+    median_ratio,
+    rotating,
+    synchronize,
+    wait_for_timing,
+)
 
 NAMES = {
     *("speed/latency_b1_ms", "speed/latency_b256_ms", "speed/throughput_b2048"),
@@ -25,47 +36,78 @@ NAMES = {
 
 @pytest.fixture(autouse=True)
 def own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock of a machine of our own: others may be timing on this one."""
-    monkeypatch.setattr(timing, "_LOCK", tmp_path / "fffexp-timing.lock")
-    monkeypatch.setattr(timing, "_open_lock", None)
-    monkeypatch.setattr(timing, "_looked", 0.0)
+    """Others may be timing on this machine."""
+    monkeypatch.setenv("FFFEXP_TIMING_LOCK", str(tmp_path / "timing.lock"))
+    time.sleep(LOOK_S)  # who has just looked does not look again
 
 
-def test_contenders_run_in_turn() -> None:
+def test_all_processes_of_a_machine_share_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FFFEXP_TIMING_LOCK")
+    assert lock_path() == Path(tempfile.gettempdir()) / "fffexp-timing.lock"
+
+
+def test_calls_run_in_turn() -> None:
     calls: list[str] = []
-    contenders = {"a": partial(calls.append, "a"), "b": partial(calls.append, "b")}
-    medians = interleaved_medians(contenders)
+    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.05, block_s=0)
     assert calls == ["a", "b"] * (len(calls) // 2)
-    assert list(medians) == ["a", "b"]
-    assert all(0 < seconds < 0.01 for seconds in medians.values())
+    assert list(seconds) == ["a", "b"]
+    assert len(seconds["a"]) == len(seconds["b"])
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, MAX_ROUNDS), (0.03, MIN_ROUNDS)])
-def test_rounds(seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
-    monkeypatch.setattr(timing, "ROUNDS_S", 60.0 if not seconds else 0.3)
+@pytest.mark.parametrize(("pause", "rounds"), [(0.0, 20), (0.03, 5)])
+def test_rounds(pause: float, rounds: int) -> None:
+    seconds = interleaved({"a": lambda: time.sleep(pause)}, 60.0 if not pause else 0.1, rounds=(5, 20), block_s=0)
+    assert len(seconds["a"]) == rounds
+    assert min(seconds["a"]) >= pause
+
+
+def test_a_short_call_is_repeated_in_a_round_and_a_long_one_is_not() -> None:
     calls: Counter[str] = Counter()
 
-    def run() -> None:
-        calls["a"] += 1
-        time.sleep(seconds)
+    def call(name: str, pause: float) -> None:
+        calls[name] += 1
+        time.sleep(pause)
 
-    medians = interleaved_medians({"a": run})
-    assert rounds <= calls["a"] <= rounds + 1
-    assert medians["a"] >= seconds
+    seconds = interleaved({"a": lambda: call("a", 1e-4), "b": lambda: call("b", 0.02)}, 0.0, rounds=(3, 3))
+    assert calls["a"] > 5 * calls["b"]
+    assert all(1e-4 <= each < 0.01 for each in seconds["a"]), "it is the time of one call"
 
 
-def test_the_median_ignores_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
-    count = 0
+def test_the_threads_of_torch_are_set_for_the_timing_alone() -> None:
+    before, during = torch.get_num_threads(), []
+    interleaved({"a": lambda: during.append(torch.get_num_threads())}, 0.0, threads=before + 1)
+    assert set(during) == {before + 1}
+    assert torch.get_num_threads() == before
 
-    def run() -> None:
-        nonlocal count
-        count += 1
-        if count == 5:
-            time.sleep(0.05)
 
-    assert interleaved_medians({"a": run})["a"] < 0.01
+def test_the_median_ignores_a_pause() -> None:
+    rounds = iter(range(10**6))
+    seconds = interleaved({"a": lambda: time.sleep(0.05 * (next(rounds) % 100 == 99))}, 0.5, rounds=(5, 300), block_s=0)
+    assert statistics.median(seconds["a"]) < 0.01
+    assert median_ratio([1.0, 1.0, 100.0], [2.0, 2.0, 1.0]) == 0.5
+
+
+def test_inputs_rotate() -> None:
+    got: list[int] = []
+    run = rotating(got.append, [1, 2, 3])
+    for _ in range(5):
+        run()
+    assert got == [1, 2, 3, 1, 2]
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", []), ("mps", ["mps"]), ("cuda:1", ["cuda:1"])])
+def test_the_clock_waits_for_the_device_of_the_work(
+    device: str, waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waited.append(str(device)))
+    synchronize(device)
+    assert waited == waits
+    waited.clear()
+    times = interleaved({"a": lambda: None}, 0.0, device=device)
+    assert set(waited) == set(waits)
+    assert len(waited) >= len(waits) * len(times["a"])
 
 
 HOLD = """
@@ -78,14 +120,14 @@ with exclusive_timing():
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+def holder() -> Iterator["subprocess.Popen[str]"]:
     """Another process that is timing until it reads a line."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={"TMPDIR": str(tmp_path), "PATH": ""},
+        env={**os.environ, "FFFEXP_TIMING_LOCK": str(lock_path())},
     )
     try:
         assert process.stdout
@@ -132,6 +174,18 @@ def test_training_does_not_hold_up_timing() -> None:
     assert not thread.is_alive()
 
 
+def test_who_times_may_time_and_train_within() -> None:
+    thread = threading.Thread(target=nested, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def nested() -> None:
+    with exclusive_timing(), exclusive_timing():
+        wait_for_timing()
+
+
 @pytest.mark.parametrize("samples", [3, 300])
 def test_measure(samples: int) -> None:
     network, reference = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), nn.Flatten()
@@ -140,9 +194,8 @@ def test_measure(samples: int) -> None:
     inputs = torch.randn(samples, 3, 4)
     results = measure(network, inputs, reference)
     assert set(results) == NAMES
-    assert all(value > 0 for value in results.values())
     assert set(shapes) == {(1, 3, 4), (256, 3, 4), (2048, 3, 4)}
-    assert min(shapes.values()) >= MIN_ROUNDS
+    assert min(shapes.values()) >= 15
     for size in ("b1", "b256"):
         ratio = results[f"speed/latency_{size}_ms"] / results[f"speed/reference_latency_{size}_ms"]
         assert results[f"speed/latency_{size}_ratio"] == pytest.approx(ratio)

@@ -3,24 +3,19 @@
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from fffexp.bench.contenders import PEER, Contender, Point, fast_ffs, inputs, make
 from fffexp.bench.machine import Limits, last_level_cache_bytes
 from fffexp.bench.records import Record, of_one
 from fffexp.layers import FF
-from fffexp.timing import exclusive_timing
+from fffexp.timing import interleaved, median_ratio
+from fffexp.timing import rotating as over_batches
 
-# Seconds for the rounds of one point, and how many there are of them at least and at most.
-POINT_S = 2.0
-MIN_ROUNDS, MAX_ROUNDS = 5, 101
-# A call is repeated within a round until it lasts so long.
-BLOCK_S = 1e-2
+POINT_S = 2.0  # of timing, for one point
 # Inputs rotate until the weights that they touch exceed so many last-level caches, or are nearly the whole layer.
 CACHES, WHOLE = 4, 0.95
 MAX_INPUT_BYTES = 2**29
@@ -56,19 +51,19 @@ def _measure(
         others = fast_ffs(dense)
         for other in others.values():
             assert torch.allclose(other(batches[0]), dense(batches[0]), rtol=1e-2, atol=1e-2)
-    with exclusive_timing():
-        seconds = interleaved(calls | others, batches, threads, point.device)
+    rotated = {name: over_batches(call, batches) for name, call in (calls | others).items()}
+    seconds = interleaved(rotated, POINT_S, device=point.device, threads=threads)
     records = [
         _record(c, point, batch_size, threads, limits, seconds[c.name], errors[c.name], batches) for c in contenders
     ]
     for record in records:
         if "FF" in seconds and record.layer != "FF":
-            record.speedup_over_ff = _ratio(seconds["FF"], seconds[record.layer])
+            record.speedup_over_ff = median_ratio(seconds["FF"], seconds[record.layer])
         if record.layer == "FFF":
             if "NoisyTopKMoE" in seconds:
-                record.speedup_over_moe = _ratio(seconds["NoisyTopKMoE"], seconds["FFF"])
+                record.speedup_over_moe = median_ratio(seconds["NoisyTopKMoE"], seconds["FFF"])
             if PEER in seconds:
-                record.speedup_over_peer = _ratio(seconds[PEER], seconds["FFF"])
+                record.speedup_over_peer = median_ratio(seconds[PEER], seconds["FFF"])
     ff = of_one(records, "FF")
     if ff:
         name, fastest = min(((n, statistics.median(seconds[n])) for n in others), key=lambda pair: pair[1])
@@ -93,40 +88,6 @@ def rotating(contenders: Sequence[Contender], point: Point, batch_size: int) -> 
         if enough or count >= most:
             return batches
         count = min(2 * count, most)
-
-
-def interleaved(
-    calls: dict[str, Callable[[Tensor], object]],
-    batches: list[Tensor],
-    threads: int,
-    device: str,
-    point_s: float = POINT_S,
-) -> dict[str, list[float]]:
-    """Seconds of a call, by name and round; in a round each runs until it has lasted long enough to be timed.
-
-    There are rounds for `point_s` seconds in all, if that is neither very few nor very many of them.
-    """
-    timers, repeats = {}, {}
-    for name, call in calls.items():
-        run = partial(_call, call, itertools.cycle(batches).__next__, device.startswith("cuda"))
-        timers[name] = Timer("run()", globals={"run": run}, num_threads=threads)
-        repeats[name] = max(1, round(BLOCK_S / timers[name].timeit(1).mean))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    spent = 0.0
-    for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and spent > point_s:
-            break
-        for name, timer in timers.items():
-            mean = timer.timeit(repeats[name]).mean
-            seconds[name].append(mean)
-            spent += mean * repeats[name]
-    return seconds
-
-
-def _call(call: Callable[[Tensor], object], batch: Callable[[], Tensor], cuda: bool) -> None:
-    call(batch())
-    if cuda:
-        torch.cuda.synchronize()
 
 
 def _record(
@@ -181,11 +142,6 @@ def percentiles(seconds: list[float]) -> dict[str, Any]:
     """Median, 10th and 90th percentile."""
     tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
     return {"median_s": statistics.median(seconds), "p10_s": tenths[0], "p90_s": tenths[-1]}
-
-
-def _ratio(slow: list[float], fast: list[float]) -> float:
-    """Median of the ratios of the rounds: what disturbed a round disturbed both."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def visited_share(route: Callable[[Tensor], Tensor], batches: list[Tensor], blocks: int) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fffexp.timing import exclusive_timing
+from fffexp.timing import exclusive_timing, synchronize
 
 REPEATS = 20
 GEMM_SIZE = 2048
@@ -30,12 +30,6 @@ def measure_limits(dtype: torch.dtype, device: str) -> Limits:
     with exclusive_timing():
         gemm, read = _best(lambda: a @ b, device), _best(memory.sum, device)
     return Limits(2 * GEMM_SIZE**3 / gemm, READ_BYTES / read)
-
-
-def synchronize(device: str) -> None:
-    """Wait for the device's work, so that the clock sees it."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def _best(run: Callable[[], object], device: str) -> float:

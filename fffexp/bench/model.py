@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from fffexp.bench import inference
 from fffexp.bench.contenders import Point, make
-from fffexp.bench.inference import interleaved
 from fffexp.layers import FeedforwardLayer
 from fffexp.models.transformer import TransformerBlock
-from fffexp.timing import exclusive_timing
+from fffexp.timing import interleaved, median_ratio, rotating
 
 TOKENS = 128
 HEADS = 12
@@ -74,16 +74,15 @@ def run_point(names: Sequence[str], point: Point, batch_sizes: Sequence[int], th
                 if body == "transformer block":
                     shape = (max(1, batch_size // TOKENS), min(batch_size, TOKENS), point.in_features)
                 batches = [torch.randn(shape, device=point.device, dtype=point.dtype) for _ in range(BATCHES)]
-                calls: dict[str, Callable[[Tensor], object]] = {}
+                calls: dict[str, Callable[[], object]] = {}
                 for contender in contenders:
                     contender.layer.eval()
                     contender.check(batches[0].flatten(0, -2))
                     model = copy.copy(skeleton)  # shares all weights but the layer's
                     model._modules = {**skeleton._modules, "layer": contender.layer}
-                    calls[f"layer {contender.name}"] = contender.layer
-                    calls[f"model {contender.name}"] = model
-                with exclusive_timing():
-                    seconds = interleaved(calls, batches, threads, point.device)
+                    calls[f"layer {contender.name}"] = rotating(contender.layer, batches)
+                    calls[f"model {contender.name}"] = rotating(model, batches)
+                seconds = interleaved(calls, inference.POINT_S, device=point.device, threads=threads)
                 for contender in contenders:
                     name = contender.name
                     layer_s, model_s = (statistics.median(seconds[f"{part} {name}"]) for part in ("layer", "model"))
@@ -98,8 +97,8 @@ def run_point(names: Sequence[str], point: Point, batch_sizes: Sequence[int], th
                         layer_s,
                         model_s,
                         layer_s / model_s,
-                        _ratio(seconds["layer FF"], seconds[f"layer {name}"]),
-                        _ratio(seconds["model FF"], seconds[f"model {name}"]),
+                        median_ratio(seconds["layer FF"], seconds[f"layer {name}"]),
+                        median_ratio(seconds["model FF"], seconds[f"model {name}"]),
                     )
 
 
@@ -122,7 +121,3 @@ def row(record: ModelRecord) -> str:
 def as_json(records: Sequence[ModelRecord]) -> list[dict[str, object]]:
     """For the file."""
     return [asdict(record) for record in records]
-
-
-def _ratio(slow: list[float], fast: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))

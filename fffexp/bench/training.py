@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fffexp.bench.contenders import PEER, TOLERANCES, Contender, Point, inputs, make
 from fffexp.bench.inference import describe, percentiles, visited_share
-from fffexp.bench.machine import Limits, synchronize
+from fffexp.bench.machine import Limits
 from fffexp.bench.records import Record
 from fffexp.layers import FFF, FeedforwardLayer
-from fffexp.timing import exclusive_timing
+from fffexp.timing import exclusive_timing, synchronize
 
 SPARSE: tuple[Literal["chosen_leaf", "chosen_path"], ...] = ("chosen_leaf", "chosen_path")
 POINT_S = 3.0

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from fffexp.bench.contenders import fast_ffs
-from fffexp.bench.inference import interleaved
 from fffexp.environment import environment
 from fffexp.layers import FF, FFF, FeedforwardLayer
 from fffexp.paper import runs
 from fffexp.paper.cells import SIZES, Cell
 from fffexp.statistics import Interval, Paired, paired_tests
-from fffexp.timing import exclusive_timing
+from fffexp.timing import interleaved, rotating
 
 KINDS = ("width", "parameters", "inference_size", "inference_time")
 BATCH_SIZE = 256
@@ -69,8 +68,9 @@ def _times(layer: FeedforwardLayer) -> dict[int, float]:
         named = {f"{width} {name}": way for name, way in ({"linear": dense} | fast_ffs(dense)).items()}
         ways[width] = list(named)
         calls |= named
-    with exclusive_timing(), torch.inference_mode():
-        seconds = interleaved(calls, batches, 1, "cpu", TIMING_S)
+    with torch.inference_mode():
+        rotated = {name: rotating(call, batches) for name, call in calls.items()}
+        seconds = interleaved(rotated, TIMING_S, threads=1)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {width: min(medians[name] for name in names) / medians["layer"] for width, names in ways.items()}
 

@@ -4,7 +4,7 @@ Beside the accuracy that an FFF keeps stands what it recovers of the gap between
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from fffexp.adapt.replace import LayerFactory
-from fffexp.bench.inference import interleaved
 from fffexp.environment import environment
 from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
 from fffexp.models import ViT
@@ -22,7 +21,7 @@ from fffexp.paper.cells import CONFIGS, DATA, PATCHES, Cell, K
 from fffexp.paper.paper import printed3
 from fffexp.paper.results import save
 from fffexp.statistics import Interval, Paired, paired_tests, ratio
-from fffexp.timing import exclusive_timing
+from fffexp.timing import exclusive_timing, interleaved, rotating
 
 WIDTH, EXPERT_WIDTH, FEATURES = 128, 16, 128
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -147,10 +146,8 @@ def _speeds(data: str, blocks: int, wanted: Sequence[Cell]) -> list[dict[str, An
 
 
 def _medians(modules: Mapping[Cell, nn.Module], batches: torch.Tensor) -> dict[Cell, float]:
-    named: dict[str, Callable[[torch.Tensor], object]] = {
-        str(index): module for index, module in enumerate(modules.values())
-    }
-    seconds = interleaved(named, list(batches), 1, "cpu", TIMING_S)
+    named = {str(index): rotating(module, batches) for index, module in enumerate(modules.values())}
+    seconds = interleaved(named, TIMING_S, threads=1)
     return {cell: statistics.median(seconds[name]) for cell, name in zip(modules, named, strict=True)}
 
 

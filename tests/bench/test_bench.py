@@ -36,7 +36,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rounds: the numbers are not looked at."""
     for module in (inference, training):
         monkeypatch.setattr(module, "POINT_S", 0.01)
-    monkeypatch.setattr(inference, "BLOCK_S", 1e-4)
     monkeypatch.setattr("fffexp.bench.commands.measure_limits", lambda dtype, device: Limits(1e11, 1e10))
 
 
@@ -70,7 +69,7 @@ def test_inference_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert deep["FFF"]["flops"] == 33 * 2 * (3 * 24 + 4 * (24 + 20))
     assert deep["FFF"]["visited_share"] == 1
     assert all(deep["FFF"][f"speedup_over_{other}"] > 0 for other in ("ff", "moe", "peer"))
-    assert deep["NoisyTopKMoE"]["k"] == 1
+    assert deep["NoisyTopKMoE"]["top_k"] == 1
     assert deep["NoisyTopKMoE"]["num_experts"] == 8
     assert found["limits"] == {"gemm_flops_per_s": 1e11, "read_bytes_per_s": 1e10}
     assert {"cpu", "cores", "threads", "torch", "compiler", "commit", "date"} <= found["environment"].keys()
@@ -82,7 +81,7 @@ def test_training_records(tmp_path: Path) -> None:
     assert len(records) == 14 + 8
     ran = {"FF": "linear", "NoisyTopKMoE": "eager", "FFF": "native", "fastfeedforward": "0.2.1"}
     assert {r["layer"]: r["backend"] for r in records}.items() >= ran.items()
-    assert {r["backend"] for r in records if r["layer"] in ("FFF frozen", "FFF chosen_path")} == {"sparse"}
+    assert {r["backend"] for r in records if r["layer"] in ("FFF chosen_leaf", "FFF chosen_path")} == {"sparse"}
     for r in records:
         parts = r["forward_s"], r["backward_s"], r["optimizer_s"]
         assert all(part > 0 for part in parts)

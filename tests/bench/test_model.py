@@ -17,7 +17,6 @@ SIZES = ["--leaf_width", "4", "--in_features", "24", "--out_features", "24", "--
 
 def test_models_and_layers_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "POINT_S", 0.01)
-    monkeypatch.setattr(inference, "BLOCK_S", 1e-4)
     path = tmp_path / "model.json"
     assert main(["bench", "model", *SIZES, "--json", str(path)]) == 0
     records = json.loads(path.read_text())["records"]
