@@ -1,60 +1,100 @@
-"""The one entry point: `fffexp fit|validate|test|predict|study|bench|reproduce|build`."""
+"""The one entry point: a table from commands to functions."""
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module, metadata
+from typing import Any
 
-from fffexp.errors import NonFiniteLossError, UserError
+from fffexp.errors import NonFiniteLossError, UserError, report, terminated_by_signal
 
-USAGE = """usage: fffexp COMMAND [--help] ...
-
-Which feedforward layer: dense FF, noisy top-k MoE or FFF?
-
-  fit       train a layer by its configs, test the checkpoint that was best on validation
-  validate  validation accuracy of a checkpoint (--ckpt_path)
-  test      test accuracy of a checkpoint
-  predict   classes of the test inputs by a checkpoint
-  study     run, resume or show a search over layers (fffexp study --help)
-  bench     benchmarks (fffexp bench --help)
-  reproduce a paper's figure or table, measured again (fffexp reproduce --help)
-  build     compile the CPU kernels now rather than at first use
-
-fffexp COMMAND --help tells what a command takes.
-"""
+# "module:function" of each command; how a typed function becomes one, see commandline.py. Modules named here import
+# quickly, and their functions torch and the like only when called.
+COMMANDS: Mapping[str, Any] = {
+    "fit": "fffexp.cli:fit",
+    "validate": "fffexp.cli:validate",
+    "test": "fffexp.cli:test",
+    "predict": "fffexp.cli:predict",
+    "study": {name: f"fffexp.study.commands:{name}" for name in ("run", "resume", "show")},
+    "bench": "fffexp.cli:bench",
+    "reproduce": "fffexp.cli:reproduce",
+    "build": "fffexp.cli:build",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 done, 1 failed, 2 the user's mistake, told in one line."""
+    """Run a command; the exit status: 0 done, 1 failed, 2 the user's mistake, reported in one line."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "study": _study,
-        "bench": _bench,
-        "reproduce": _reproduce,
-        "build": _build,
-    }
-    commands |= dict.fromkeys(("fit", "validate", "test", "predict"), _experiment)
+    if not {"", os.getcwd()} & {*sys.path}:
+        sys.path.append(os.getcwd())  # so that `class_path: own.Net` finds own.py; last, to hide no installed package
     try:
-        if args[0] not in commands:
-            raise UserError(f"unknown command {args[0]!r}: one of {', '.join(commands)}")
-        return commands[args[0]](args)
+        _dispatch(COMMANDS, args)
     except UserError as error:
-        print(f"fffexp: {error}", file=sys.stderr)
+        report(error)
         return 2
     except NonFiniteLossError as error:
-        print(f"fffexp: {error}", file=sys.stderr)
+        report(error)
         return 1
     except KeyboardInterrupt:
-        print("fffexp: interrupted", file=sys.stderr)
+        report("interrupted")
         return 130
+    return 0
 
 
-def _experiment(args: list[str]) -> int:
-    # told before Lightning and torch are imported, which takes seconds
-    from fffexp.errors import terminated_by_signal
-    from fffexp.training.experiment import Context, run
+def _dispatch(table: Mapping[str, Any], args: Sequence[str], parents: tuple[str, ...] = ()) -> None:
+    if args[:1] == ["--version"] and not parents:
+        print(f"fffexp {metadata.version('fffexp')}")
+    elif not args or args[0] in ("-h", "--help"):
+        _print_usage(table, " ".join(parents))
+    elif args[0] not in table:
+        raise UserError(f"unknown command {' '.join((*parents, args[0]))!r}: give one of {', '.join(table)}")
+    elif isinstance(table[args[0]], Mapping):
+        _dispatch(table[args[0]], args[1:], (*parents, args[0]))
+    else:
+        from fffexp.commandline import run_command
+
+        run_command(_load(table[args[0]]), args[1:], " ".join((*parents, args[0])))
+
+
+def _load(target: str) -> Callable[..., object]:
+    module, _, name = target.partition(":")
+    function: Callable[..., object] = getattr(import_module(module), name)
+    return function
+
+
+def _print_usage(table: Mapping[str, Any], parents: str) -> None:
+    program = f"fffexp {parents}".strip()
+    print(f"usage: {program} COMMAND [--help] ...\n")
+    if not parents:
+        print("Which feedforward layer: dense FF, a mixture of experts or FFF?\n")
+    for name, entry in table.items():
+        text = f"{' | '.join(entry)}" if isinstance(entry, Mapping) else (_load(entry).__doc__ or "").splitlines()[0]
+        print(f"  {name:10} {text}")
+    print(f"\n{program} COMMAND --help explains a command.")
+
+
+def fit(*args: str) -> None:
+    """Train a layer by its configs, and test the checkpoint that was best on validation."""
+    _experiment("fit", *args)
+
+
+def validate(*args: str) -> None:
+    """Validate a checkpoint (--ckpt_path)."""
+    _experiment("validate", *args)
+
+
+def test(*args: str) -> None:
+    """Test a checkpoint (--ckpt_path)."""
+    _experiment("test", *args)
+
+
+def predict(*args: str) -> None:
+    """Print what a checkpoint (--ckpt_path) predicts for the test inputs."""
+    _experiment("predict", *args)
+
+
+def _experiment(*args: str) -> None:
+    from fffexp.training.experiment import Context, run  # seconds, for torch and Lightning
 
     with terminated_by_signal():
         result = run(args, Context(fresh_process=True))
@@ -62,31 +102,25 @@ def _experiment(args: list[str]) -> int:
         for name, value in sorted(result.metrics.items()):
             print(f"{name:32} {value:.6g}")
         print(f"run {result.run_id}; compare runs: make ui")
-    return 0
 
 
-def _study(args: list[str]) -> int:
-    from fffexp.study.commands import main as study
-
-    return study(args[1:])
-
-
-def _bench(args: list[str]) -> int:
-    if args[1:2] in (["inference"], ["model"]):
+def bench(*args: str) -> None:
+    """Time the layers."""
+    if args[:1] in (("inference",), ("model",)):
         _use_huge_pages()
-    from fffexp.bench.commands import main as bench
+    from fffexp.bench.commands import main
 
-    return bench(args[1:])
+    main(list(args))
 
 
-def _reproduce(args: list[str]) -> int:
-    if args[1:2] == ["figure3"]:
+def reproduce(*args: str) -> None:
+    """Measure a paper's tables and figures again."""
+    if args[:1] == ("figure3",):
         _use_huge_pages()
-    from fffexp.errors import terminated_by_signal
-    from fffexp.paper.commands import main as reproduce
+    from fffexp.paper.commands import main
 
     with terminated_by_signal():  # the processes that train end with this one
-        return reproduce(args[1:])
+        main(list(args))
 
 
 def _use_huge_pages() -> None:
@@ -96,13 +130,11 @@ def _use_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def _build(args: list[str]) -> int:
+def build() -> None:
+    """Compile the CPU kernels now rather than at first use; CXX names the compiler."""
     from fffexp.kernels.build import BuildError, build
 
-    if args[1:]:
-        raise UserError("fffexp build takes no options; CXX names the compiler")
     try:
         print(build())
     except BuildError as error:
         raise UserError(str(error)) from error
-    return 0

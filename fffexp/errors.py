@@ -2,12 +2,13 @@
 
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the message says what, where, and how to mend it."""
+    """A mistake in what the user gave; the message says what, where, and how to fix it."""
 
 
 class InvalidConfigError(UserError):
@@ -16,6 +17,17 @@ class InvalidConfigError(UserError):
 
 class NonFiniteLossError(RuntimeError):
     """Training met a NaN or infinite loss; the message names the step."""
+
+
+def report(error: Exception | str) -> None:
+    """Print an error as one line on stderr, without secrets."""
+    print(f"fffexp: {hide_password(' '.join(str(error).split()))}", file=sys.stderr)
+
+
+def hide_password(text: str) -> str:
+    """The text with *** for the password of each URL in it."""
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|token)=)[^&\s]*", r"\1***", text)
 
 
 # what jsonargparse says besides the key and the cause

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from fffexp import paths
 from fffexp.errors import UserError
 from fffexp.stores import first_line, store_lock
 
@@ -31,13 +32,7 @@ from mlflow.tracking import MlflowClient
 for _name in ("mlflow.store.db.utils", "alembic"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # creating tables is not news
 
-DEFAULT_URI = "sqlite:///outputs/mlflow.db"
 FLUSH_S = 2.0
-
-
-def tracking_uri(given: str | None) -> str:
-    """The store to use: what was given, else MLFLOW_TRACKING_URI, else SQLite under outputs/."""
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
@@ -53,7 +48,7 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             found = client.get_experiment_by_name(experiment)
             if found is not None and found.lifecycle_stage == "deleted":
                 client.restore_experiment(found.experiment_id)
-            location = None if uri.startswith("http") else str(Path("outputs/artifacts").absolute() / experiment)
+            location = None if uri.startswith("http") else str(paths.artifacts().absolute() / experiment)
             kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs, not chats
             experiment_id = found.experiment_id if found else client.create_experiment(experiment, location, kind)
         except Exception as error:  # every store and driver has errors of its own

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,11 @@ def test_unknown_commands(mistake: Callable[..., str]) -> None:
 def test_a_key_is_not_guessed_from_its_beginning(mistake: Callable[..., str]) -> None:
     assert "--trainer.max_epoch " in mistake(*digits("ff"), "--trainer.max_epoch", "1")
     assert "--job " in mistake("study", "run", "x.yaml", "--job", "2")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fffexp {version('fffexp')}\n"
 
 
 # data on disk

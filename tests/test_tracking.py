@@ -12,7 +12,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from processes import artifact, client, digits, enter, history, runs, started, with_store
 
-from fffexp import tracking
+from fffexp import paths, tracking
 from fffexp.errors import terminated_by_signal
 
 
@@ -44,22 +44,22 @@ def test_two_fits_that_create_the_store_at_once(tmp_path: Path) -> None:
 
 def test_the_store_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///b")
-    assert tracking.tracking_uri("sqlite:///a") == "sqlite:///a"
-    assert tracking.tracking_uri(None) == "sqlite:///b"
+    assert paths.tracking_uri("sqlite:///a") == "sqlite:///a"
+    assert paths.tracking_uri(None) == "sqlite:///b"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert tracking.tracking_uri(None) == "sqlite:///outputs/mlflow.db"
+    assert paths.tracking_uri(None) == "sqlite:///outputs/mlflow.db"
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> tuple[MlflowClient, str]:
     with_store(tmp_path)
-    return tracking.open_store(tracking.tracking_uri(None), "tries")
+    return tracking.open_store(paths.tracking_uri(None), "tries")
 
 
 def test_a_deleted_experiment_is_restored(store: tuple[MlflowClient, str]) -> None:
     opened, experiment = store
     opened.delete_experiment(experiment)
-    assert tracking.open_store(tracking.tracking_uri(None), "tries")[1] == experiment
+    assert tracking.open_store(paths.tracking_uri(None), "tries")[1] == experiment
     assert opened.get_experiment(experiment).lifecycle_stage == "active"
 
 

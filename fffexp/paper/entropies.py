@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
-from fffexp import tracking
+from fffexp import paths
 from fffexp.environment import environment, training_device
 from fffexp.errors import UserError
 from fffexp.layers import FeedforwardLayer
@@ -104,7 +104,7 @@ def measure(name: Name, data: str, epochs: int, path: Path | None) -> dict[str, 
         classes = ClassesByLeaf()
         result = run(["fit", *args, "--seed_everything=0", "--test=false"], Context(callbacks=[classes]))
         assert result is not None
-        client = MlflowClient(tracking.tracking_uri(None))
+        client = MlflowClient(paths.tracking_uri(None))
         layers = list(classes.counts)
         entropies = {}
         for layer in layers:

@@ -1,19 +1,18 @@
 """`fffexp study run|show|resume`."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentError, auto_cli
-
-from fffexp.errors import UserError, one_line, terminated_by_signal
+from fffexp import paths
+from fffexp.commandline import PositiveInt
+from fffexp.errors import UserError, terminated_by_signal
 
 if TYPE_CHECKING:
     from fffexp.study.spec import StudySpec
 
 
-def run(file: Path, jobs: int = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
+def run(file: Path, jobs: PositiveInt = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
     """Run a study, or join it where it is already running.
 
     Args:
@@ -25,10 +24,10 @@ def run(file: Path, jobs: int = 1, storage: str | None = None, tracking_uri: str
     from fffexp.study.spec import load
 
     spec, text = load(file)
-    _run(spec, text, jobs, _storage_url(storage), tracking_uri)
+    _run(spec, text, jobs, paths.storage(storage), tracking_uri)
 
 
-def resume(name: str, jobs: int = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
+def resume(name: str, jobs: PositiveInt = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
     """Go on with a study that was interrupted.
 
     Args:
@@ -42,7 +41,7 @@ def resume(name: str, jobs: int = 1, storage: str | None = None, tracking_uri: s
     from fffexp.study.spec import parse
     from fffexp.study.store import open_storage
 
-    url = _storage_url(storage)
+    url = paths.storage(storage)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     opened = open_storage(url)
     known = [n for n in optuna.get_all_study_names(opened) if not n.endswith("/finalists")]
@@ -66,13 +65,13 @@ def show(name: str, max_latency_ms: float | None = None, trials: bool = False, a
     """
     from fffexp.report import listing, text
 
-    path = Path(name) if name.endswith(".json") else Path("outputs/studies") / name / "summary.json"
+    path = Path(name) if name.endswith(".json") else paths.studies() / name / "summary.json"
     if not path.is_file():
         raise UserError(f"{path} is not there: run the study first, from this folder (fffexp study run FILE)")
     if trials and max_latency_ms is not None:
         raise UserError("--trials lists the search, which --max_latency_ms does not choose from: leave one out")
     if against is not None and not trials:
-        raise UserError("--against is for the list of trials: add --trials true")
+        raise UserError("--against is for the list of trials: add --trials")
     try:
         summary = json.loads(path.read_text())
         known = summary.keys() >= {"study", "trials", "finalists"}
@@ -83,39 +82,18 @@ def show(name: str, max_latency_ms: float | None = None, trials: bool = False, a
     print(listing.trials(summary, against) if trials else text.show(summary, max_latency_ms))
 
 
-def _storage_url(given: str | None) -> str:
-    from fffexp.study.store import DEFAULT_STORAGE
-
-    return given or os.environ.get("FFFEXP_STORAGE") or DEFAULT_STORAGE
-
-
 def _run(spec: "StudySpec", text: str, jobs: int, url: str, tracking_uri: str | None) -> None:
-    from fffexp import tracking
     from fffexp.report.text import table
-    from fffexp.study.runner import OUTPUTS, StudyRunner
+    from fffexp.study.runner import StudyRunner
 
-    uri = tracking.tracking_uri(tracking_uri)
+    uri = paths.tracking_uri(tracking_uri)
     print(
         f"study {spec.name}: {spec.trials} trials, {jobs} jobs; Ctrl-C stops, `fffexp study resume {spec.name}` goes on"
     )
     with terminated_by_signal():
         result = StudyRunner(spec, text, url, uri, jobs).run()
     print(f"\n{table(result)}\n")
-    print(f"took {result['wall_s']:.0f} s; written to {OUTPUTS / spec.name}: report.html, pareto.png, history.png")
+    print(
+        f"took {result['wall_s']:.0f} s; written to {paths.studies() / spec.name}: report.html, pareto.png, history.png"
+    )
     print(f"next: make ui, or fffexp study show {spec.name} --max_latency_ms 0.5")
-
-
-def main(args: list[str]) -> int:
-    """Parse and run."""
-    try:
-        auto_cli(
-            {"run": run, "resume": resume, "show": show},
-            args=args,
-            exit_on_error=False,
-            as_positional=True,
-            prog="fffexp study",
-            allow_abbrev=False,
-        )
-    except ArgumentError as error:
-        raise UserError(one_line(str(error))) from error
-    return 0

@@ -5,14 +5,13 @@ import os
 import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import optuna
 from mlflow.exceptions import MlflowException
 from optuna.trial import FrozenTrial, TrialState
 
-from fffexp import tracking
+from fffexp import paths, tracking
 from fffexp.errors import UserError
 from fffexp.report import page
 from fffexp.report.text import settings
@@ -22,7 +21,6 @@ from fffexp.study.plan import chosen, finalists, finals_name, finals_work, paret
 from fffexp.study.spec import Direction, StudySpec, digest
 from fffexp.training.experiment import check
 
-OUTPUTS = Path("outputs/studies")
 STOP_S = 60  # for a worker to mark its trial when it is told to stop
 
 
@@ -97,7 +95,7 @@ class StudyRunner:
             if not self._complete():
                 raise RuntimeError(f"study {self.spec.name} is not finished; `fffexp study resume` goes on")
             result = self.summarize()
-            for path in page.write(result, OUTPUTS / self.spec.name):
+            for path in page.write(result, paths.studies() / self.spec.name):
                 run.file(path)
             self._log_finals(result)
         except BaseException:

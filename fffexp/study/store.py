@@ -14,7 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 from fffexp.errors import UserError
 from fffexp.stores import first_line, store_lock
 
-DEFAULT_STORAGE = "sqlite:///outputs/optuna.db"
 # a worker that has not been heard of for this long is taken for dead
 HEARTBEAT_S = 5
 GRACE_S = 20

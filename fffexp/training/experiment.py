@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import fffexp.data
 import fffexp.layers
 import fffexp.training.schedules  # noqa: F401, with these imported their class names need no module path
-from fffexp import tracking
+from fffexp import paths, tracking
 from fffexp.data.base import ClassificationData
 from fffexp.errors import UserError
 from fffexp.layers import FF
@@ -34,8 +34,6 @@ from fffexp.training.callbacks.stability import Stability
 from fffexp.training.classification import ClassificationTask
 from fffexp.training.config import check_checkpoint, check_yaml, link_learning_rate, user_errors
 from fffexp.training.params import backends, flat_params, short, total_sizes
-
-CHECKPOINTS = Path("outputs/checkpoints")
 
 # what hardware is present, which seed is set and how to buy more is not news on every run
 for _package in ("lightning.pytorch", "lightning.fabric"):
@@ -106,7 +104,7 @@ class ExperimentCLI(LightningCLI):
             "--tracking_uri",
             type=str | None,
             default=None,
-            help=f"MLflow store (default {tracking.DEFAULT_URI})",
+            help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/)",
         )
         parser.add_argument(
             "--test",
@@ -165,7 +163,7 @@ class ExperimentCLI(LightningCLI):
         if self.context.dry:
             return
         config = self.resolved
-        client, experiment = tracking.open_store(tracking.tracking_uri(config.tracking_uri), config.name)
+        client, experiment = tracking.open_store(paths.tracking_uri(config.tracking_uri), config.name)
         params = flat_params(config, model)
         tags = {
             "layer": params["layer"],
@@ -180,7 +178,7 @@ class ExperimentCLI(LightningCLI):
             self.trainer.logger = logger = tracking.RunLogger(run)
             # a resumed run goes on in its folder
             resumed = kwargs.get("ckpt_path")
-            self.checkpoint.dirpath = str(Path(resumed).parent if resumed else CHECKPOINTS / run.id)
+            self.checkpoint.dirpath = str(Path(resumed).parent if resumed else paths.checkpoints() / run.id)
             try:
                 _interruptible(self.trainer, model, datamodule, kwargs)
                 metrics = self._finish(model, datamodule, run)

@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from optuna.trial import TrialState
 from processes import CONFIGS, Process, artifact, enter, runs, started, with_store, write_yaml
 
-from fffexp import tracking
+from fffexp import paths
 from fffexp.cli import main
 from fffexp.study import store
 from fffexp.study.plan import search_work
@@ -290,7 +290,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Summa
 
     def call(**changes: Any) -> Summary:
         spec, text = load(write_yaml(tmp_path / "tiny.yaml", CONTENT | {"evaluation_seeds": [5]} | changes))
-        url, uri = f"sqlite:///{tmp_path}/outputs/optuna.db", tracking.tracking_uri(None)
+        url, uri = f"sqlite:///{tmp_path}/outputs/optuna.db", paths.tracking_uri(None)
         runner = StudyRunner(spec, text, url, uri, jobs=1)
         store.fill(runner.search, url, search_work(spec))
         Worker(spec, url, uri, keep_seed=True).work()

@@ -1,0 +1,92 @@
+"""YAML files and command lines as they are, read before anything large is imported."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fffexp.errors import UserError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML lets the last one win, and an alias that contains itself."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # a recursive alias is then an error
+        return super().construct_document(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for at, (key, _) in enumerate(node.value):
+            if key.value in keys[:at]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds.
+
+    Raises:
+        UserError: it holds no mapping, a key twice, or an alias that contains itself.
+    """
+    try:
+        content = yaml.load(text, _StrictLoader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = (error.problem or "").replace("found unconstructable recursive node", "an alias contains itself")
+        raise UserError(f"{source}{line}: {problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{source} is not a mapping of keys to values")
+    return content
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, or see `parse_yaml`.
+    """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not YAML: it is not UTF-8 text") from error
+
+
+def given(args: Sequence[str]) -> dict[str, Any]:
+    """What a command line of `fffexp fit` sets, its --config files included, by dotted keys without `init_args`.
+
+    Raises:
+        UserError: a --config file cannot be read, or see `parse_yaml`.
+    """
+    settings: dict[str, Any] = {}
+    for option, following in pairwise([*args, ""]):
+        if option.startswith("--"):
+            key, equals, value = option[2:].partition("=")
+            value = value if equals else following
+            if key in ("config", "c"):
+                settings |= _flat(read_yaml(Path(value)))
+            else:
+                settings[key.replace(".init_args", "")] = _value(value)
+    return settings
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
+        if isinstance(value, Mapping):
+            yield from _flat(value, name)
+        else:
+            yield name, value
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
