@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fffexp.training.classification import ClassificationTask
     from fffexp.training.losses import anneal, auxiliary_loss
     from fffexp.training.optim import LazyAdamW
+    from fffexp.training.task import Task
 
 __all__ = [
     "FF",
@@ -24,6 +25,7 @@ __all__ = [
     "LazyAdamW",
     "NoisyTopKMoE",
     "SwitchMoE",
+    "Task",
     "anneal",
     "auxiliary_loss",
     "convert_feedforward",
@@ -38,6 +40,7 @@ _HOMES = {
     "fffexp.training.losses": ("anneal", "auxiliary_loss"),
     "fffexp.adapt.replace": ("replace_feedforward",),
     "fffexp.training.classification": ("ClassificationTask",),
+    "fffexp.training.task": ("Task",),
 }
 
 

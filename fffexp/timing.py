@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
 
 # wait_for_timing looks at the lock this often: less than a warm-up, which therefore outlasts batches still under way.
 LOOK_S = 0.01
 WARM_UP_S = 0.05
-# Latencies are timed beside this dense layer, so that they can be compared when the machine's speed drifts.
-REFERENCE_WIDTH = 128
 
 T = TypeVar("T")
 _holder: int | None = None  # the thread of this process that holds the lock
@@ -156,34 +153,3 @@ def rotating(call: Callable[[T], object], inputs: Iterable[T]) -> Callable[[], o
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
     """Median of the ratios of the rounds: what disturbed a round disturbed both."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
-
-
-def measure(network: nn.Module, inputs: Tensor, reference: nn.Module) -> dict[str, float]:
-    """Speed metrics of a network on real inputs, interleaved with a reference.
-
-    Args:
-        network: (batch, ...) -> anything.
-        inputs: (samples, ...) that batches are taken from in rotation.
-        reference: takes the same inputs; its latency and the ratio to it are given beside.
-    """
-    modules = {"": network.eval(), "reference_": reference.eval()}
-    results: dict[str, float] = {}
-    with exclusive_timing(), torch.inference_mode():
-        for batch_size, name in ((1, "latency_b1"), (256, "latency_b256"), (2048, "b2048")):
-            batches = _batches(inputs, batch_size)
-            calls = {prefix: rotating(module, batches) for prefix, module in modules.items()}
-            # rounds enough for a steady median of a fast layer, few for a slow one
-            seconds = interleaved(calls, 0.1, device=inputs.device, rounds=(15, 300), block_s=0)
-            medians = {prefix: statistics.median(times) for prefix, times in seconds.items()}
-            if batch_size == 2048:
-                results["speed/throughput_b2048"] = batch_size / medians[""]
-                continue
-            results |= {f"speed/{prefix}{name}_ms": 1e3 * median for prefix, median in medians.items()}
-            results[f"speed/{name}_ratio"] = medians[""] / medians["reference_"]
-    return results
-
-
-def _batches(inputs: Tensor, batch_size: int) -> list[Tensor]:
-    """Up to 64 different batches; data that does not fill one is repeated."""
-    repeated = inputs.repeat(-(-batch_size // len(inputs)), *[1] * (inputs.dim() - 1))
-    return [batch for batch in repeated.split(batch_size)[:64] if len(batch) == batch_size]

@@ -13,25 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from fffexp.timing import (
     LOOK_S,
     exclusive_timing,
     interleaved,
     lock_path,
-    measure,
     median_ratio,
     rotating,
     synchronize,
     wait_for_timing,
 )
-
-NAMES = {
-    *("speed/latency_b1_ms", "speed/latency_b256_ms", "speed/throughput_b2048"),
-    *("speed/reference_latency_b1_ms", "speed/reference_latency_b256_ms"),
-    *("speed/latency_b1_ratio", "speed/latency_b256_ratio"),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -184,22 +176,3 @@ def test_who_times_may_time_and_train_within() -> None:
 def nested() -> None:
     with exclusive_timing(), exclusive_timing():
         wait_for_timing()
-
-
-@pytest.mark.parametrize("samples", [3, 300])
-def test_measure(samples: int) -> None:
-    network, reference = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), nn.Flatten()
-    shapes: Counter[tuple[int, ...]] = Counter()
-    network.register_forward_pre_hook(lambda _, inputs: shapes.update([tuple(inputs[0].shape)]))
-    inputs = torch.randn(samples, 3, 4)
-    results = measure(network, inputs, reference)
-    assert set(results) == NAMES
-    assert set(shapes) == {(1, 3, 4), (256, 3, 4), (2048, 3, 4)}
-    assert min(shapes.values()) >= 15
-    for size in ("b1", "b256"):
-        ratio = results[f"speed/latency_{size}_ms"] / results[f"speed/reference_latency_{size}_ms"]
-        assert results[f"speed/latency_{size}_ratio"] == pytest.approx(ratio)
-    assert all(p.grad is None for p in network.parameters())
-    assert not network.training
-    # and it can be trained on
-    network(inputs).sum().backward()

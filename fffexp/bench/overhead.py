@@ -62,7 +62,7 @@ def _bare(data: ClassificationData, factory: LayerFactory, epochs: int) -> float
 
 def _lightning(data: ClassificationData, factory: LayerFactory, epochs: int) -> float:
     torch.manual_seed(0)
-    task = ClassificationTask(factory, data.in_shape, data.num_classes, torch.optim.AdamW)
+    task = ClassificationTask(factory, data.in_shape, data.num_classes, optimizer=torch.optim.AdamW)
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",

@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,15 @@ import fffexp.data
 import fffexp.layers
 import fffexp.training.schedules  # noqa: F401, with these imported their class names need no module path
 from fffexp import paths, tracking
-from fffexp.data.base import ClassificationData
+from fffexp.data.base import EVALUATION_ROWS, ClassificationData
 from fffexp.errors import UserError
-from fffexp.layers import FF
-from fffexp.models.mlp import MLP
-from fffexp.timing import REFERENCE_WIDTH, measure
 from fffexp.training.callbacks.progress import EpochLines
 from fffexp.training.callbacks.routing import dead_leaves
 from fffexp.training.callbacks.speed import TrainingSpeed
 from fffexp.training.callbacks.stability import Stability
 from fffexp.training.classification import ClassificationTask
 from fffexp.training.config import check_checkpoint, check_yaml, link_learning_rate, user_errors
+from fffexp.training.latency import measure
 from fffexp.training.params import backends, flat_params, short, total_sizes
 
 # what hardware is present, which seed is set and how to buy more is not news on every run
@@ -218,11 +215,9 @@ class ExperimentCLI(LightningCLI):
 
     def _measure(self, model: ClassificationTask, datamodule: ClassificationData) -> dict[str, float]:
         device, precision = model.device, self.trainer.precision_plugin
-        make_reference = partial(FF, width=REFERENCE_WIDTH)
-        reference = precision.convert_module(MLP(make_reference, datamodule.in_shape, datamodule.num_classes))
         train, val = (precision.convert_input(x.to(device)) for x, _ in (datamodule.train_data, datamodule.val_data))
         with precision.forward_context():
-            return dead_leaves(model, train) | measure(model.network, val, reference.to(device))
+            return dead_leaves(model, train.split(EVALUATION_ROWS)) | measure(model.network, val)
 
 
 class BestCheckpoint(ModelCheckpoint):

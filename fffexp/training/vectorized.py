@@ -23,12 +23,13 @@ from fffexp.data.batches import Batches
 from fffexp.errors import UserError
 from fffexp.layers.experts import GatedExperts
 from fffexp.timing import wait_for_timing
-from fffexp.training.callbacks.hardening import apply_schedules
 from fffexp.training.callbacks.routing import BlockCounter, block_usage, dead_leaves
+from fffexp.training.callbacks.schedules import apply_schedules
 from fffexp.training.callbacks.stability import count_spikes, late_deviation
 from fffexp.training.classification import ClassificationTask
 from fffexp.training.config import user_errors
 from fffexp.training.experiment import Context, ExperimentCLI
+from fffexp.training.losses import weighted_aux_losses
 from fffexp.training.params import flat_params
 from fffexp.training.schedules import Adaptive
 
@@ -91,9 +92,10 @@ class _Loss(nn.Module):
         self.task = task
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        total, logits = self.task.loss(x, y)
+        loss, predicted, _ = self.task.loss((x, y))
+        total = loss + weighted_aux_losses(self.task.layers.values(), self.task.aux_weights)
         self.task.on_after_backward()  # routing holds tensors of the seed axis
-        return total, (logits.detach().argmax(1) == y).sum()
+        return total, (predicted == y).sum()
 
 
 def _one(loss: _Loss, parameters: Parameters, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -185,7 +187,6 @@ class Replicas:
             raise UserError(
                 f"a plateau differs from seed to seed: give one seed, and monitor {' or '.join(_MONITORED)}"
             )
-        task.on_fit_start()
         loss = _Loss(task)
         vectorised = len(self.seeds) > 1
         losses = (
@@ -313,7 +314,7 @@ class Replicas:
         return int(min(used)) if counts else None
 
     def _dead(self, x: Tensor) -> int | None:
-        dead = dead_leaves(self.task, x)
+        dead = dead_leaves(self.task, x.split(EVALUATION_ROWS))
         return int(dead["stability/dead_leaves"]) if dead else None
 
 

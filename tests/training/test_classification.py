@@ -68,7 +68,6 @@ def fit(
 
 def training_loss(task: ClassificationTask, **aux_weights: float) -> Tensor:
     """Of one step outside of a Trainer, with the same noise every time."""
-    task.on_fit_start()
     task.aux_weights = aux_weights
     torch.manual_seed(1)
     return task.training_step(samples(), 0)
@@ -96,15 +95,15 @@ class Watch(Callback):
     ("layer", "known"),
     [
         ("FF", "none"),
-        ("FFF", "balance, inverse_temperature, hardening_mean, hardening_sum, importance"),
+        ("FFF", "hardening_mean, hardening_sum, importance, inverse_temperature, load_balance"),
         ("MoE", "importance, load"),
     ],
 )
 def test_an_unknown_coefficient_is_named_in_one_line(layer: str, known: str) -> None:
-    with pytest.raises(ValueError, match="has no such regulariser") as error:
+    with pytest.raises(ValueError, match="has no such auxiliary loss") as error:
         make(layer, aux_weights={"anneal": 0.1})
     message = str(error.value)
-    assert message.startswith("aux_weights.harden: ")
+    assert message.startswith("aux_weights.anneal: ")
     assert message.endswith(f"it has {known}")
     assert "\n" not in message
 
@@ -132,9 +131,8 @@ def test_input_noise_is_added_in_training_alone() -> None:
     task = make("FF", input_noise_std=0.5).train()
     seen: list[Tensor] = []
     task.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    task.on_fit_start()
     x, y = samples(20_000)
-    task.loss(x, y)
+    task.loss((x, y))
     task.eval()(x)
     noise = seen[0] - x
     assert float(noise.std()) == pytest.approx(0.5, rel=0.02)
@@ -212,7 +210,6 @@ def test_fit(layer: str) -> None:
     task, watch = make(layer, aux_weights=aux_weights, optimizer=partial(torch.optim.Adam, lr=0.03)), Watch()
     before = float(training_loss(task).detach())
     only_layer(task).routing = None
-    task._train_steps.clear()
     trainer = fit(task, None, 8, watch)
     assert trainer.global_step == 24
     assert watch.routings == [None] * 24

@@ -29,7 +29,7 @@ LAYER_PARAMS = {
 }
 OVER_TIME = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "stability/grad_norm"}
 FINAL = {
-    *("test/accuracy", "epochs_to_best", "epochs_to_fit"),
+    *("test/accuracy", "test/loss", "epochs_to_best", "epochs_to_fit"),
     *("stability/val_accuracy_std", "stability/loss_spikes", "stability/nonfinite_steps"),
     *("speed/latency_b1_ms", "speed/latency_b256_ms", "speed/throughput_b2048", "speed/train_samples_per_s"),
     *("speed/reference_latency_b1_ms", "speed/reference_latency_b256_ms"),
@@ -41,7 +41,7 @@ LAYER_OVER_TIME = {
     "moe": {*ROUTED, "routing/gate_entropy", "schedule/importance", "schedule/load"},
     "fff": {
         *ROUTED,
-        *("routing/entropy", "val/soft_accuracy", "val/hardening_gap"),
+        *("routing/entropy", "val/soft_accuracy", "val/soft_loss", "val/hardening_gap"),
         *("schedule/inverse_temperature", "schedule/importance"),
     },
 }

@@ -31,7 +31,7 @@ def loader() -> "DataLoader[tuple[Tensor, ...]]":
 def train(epochs: int, *callbacks: Callback, layer: Any = None) -> dict[type, Any]:
     """Callbacks of the task after a training, by class."""
     seed_everything(0, verbose=False)
-    task = ClassificationTask(layer or partial(FF, width=8), (6,), 3, partial(torch.optim.Adam, lr=0.01))
+    task = ClassificationTask(layer or partial(FF, width=8), (6,), 3, optimizer=partial(torch.optim.Adam, lr=0.01))
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -177,8 +177,8 @@ def test_dead_leaves() -> None:
         layer.node_bias.copy_(torch.tensor([0.0, -1.0, -1.0]))
     for inputs, dead in (([-1.0, 0.5, 2.0], 1), ([-1.0], 3), ([0.5, 2.0], 2)):
         # below 0 nothing is above 1, so one leaf can never be reached
-        assert dead_leaves(task, torch.tensor(inputs).unsqueeze(1)) == {"stability/dead_leaves": dead}
-    assert dead_leaves(ClassificationTask(partial(FF, width=2), (1,), 2), torch.zeros(3, 1)) == {}
+        assert dead_leaves(task, torch.tensor(inputs).unsqueeze(1).split(2)) == {"stability/dead_leaves": dead}
+    assert dead_leaves(ClassificationTask(partial(FF, width=2), (1,), 2), [torch.zeros(3, 1)]) == {}
 
 
 def test_training_looks_for_timings() -> None:

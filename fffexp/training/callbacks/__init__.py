@@ -1,1 +1,1 @@
-"""Observe and schedule: callbacks read and log; Hardening alone sets aux_weights."""
+"""Observe and schedule: callbacks read and log; Schedules alone sets aux_weights."""

@@ -1,6 +1,7 @@
 """How the layers use their leaves and experts."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -15,8 +16,6 @@ from fffexp.routing.blocks import block_counts
 IN_USE = 0.001
 # Entropies are read at about this many steps of an epoch.
 READINGS = 16
-# Rows of a pass over the training set.
-DEAD_BATCH = 4096
 
 
 class RoutingMonitor(Callback):
@@ -82,12 +81,12 @@ class BlockCounter:
         return self._counts
 
 
-def dead_leaves(task: LightningModule, inputs: Tensor) -> dict[str, float]:
-    """How many leaves or experts none of the inputs reaches, over all layers; nothing where there is no choice."""
+def dead_leaves(task: LightningModule, inputs: Iterable[Tensor]) -> dict[str, float]:
+    """How many leaves or experts no row of these inputs reaches, over all layers; nothing where there is no choice."""
     task.eval()
     counter = BlockCounter(task)
     with torch.inference_mode():
-        for batch in inputs.split(DEAD_BATCH):
+        for batch in inputs:
             task(batch)
     counts = counter.finish()
     return {"stability/dead_leaves": float(sum((c == 0).sum() for c in counts.values()))} if counts else {}

@@ -20,7 +20,7 @@ def apply_schedules(task: LightningModule, progress: float) -> None:
                 getattr(layer, name).fill_(value)
 
 
-class Hardening(Callback):
+class Schedules(Callback):
     """Sets the task's aux_weights and the layers' scheduled buffers before every step."""
 
     def __init__(self) -> None:
