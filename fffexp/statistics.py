@@ -1,67 +1,129 @@
-"""Intervals of means and of paired differences over seeds."""
+"""Intervals, paired tests and their one form as text.
+
+One convention throughout: t intervals over seeds, on the logit scale for shares such as accuracies; a paired t-test
+of two layers trained with the same seeds, adjusted for all tests made together (Benjamini and Hochberg). Fewer than
+two values, or values that never vary, say nothing of the spread: no interval, and p = 1.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 Interval = tuple[float, float]
 
-# accuracies that differ by less are equal but for rounding
+LEVEL = 0.05
+# values that differ by less are equal but for rounding
 _ROUNDING = 1e-12
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, Interval | None]:
-    """Mean, and its t interval; None in place of the interval of fewer than two values.
+def mean_interval(
+    values: Sequence[float], unit: bool = False, confidence: float = 0.95
+) -> tuple[float, Interval | None]:
+    """Arithmetic mean and its t interval, which is None where no spread was seen.
+
+    Args:
+        values: one a seed.
+        unit: they are shares in [0, 1]: the interval is that of the mean logit, transformed back, and lies within
+            (0, 1). Where a value is 0 or 1 exactly, it is the plain one, cut at 0 and 1.
+        confidence: of the interval.
 
     Raises:
         ValueError: no values.
     """
-    n = len(values)
-    if n == 0:
+    if not values:
         raise ValueError("no values to take a mean of")
-    mean = sum(values) / n
-    if n < 2:
+    mean = sum(values) / len(values)
+    if not _varies(values):
         return mean, None
-    if max(values) - min(values) < _ROUNDING:
-        return mean, (mean, mean)
-    low, high = stats.t.interval(confidence, n - 1, loc=mean, scale=stats.sem(values))
+    inside = unit and min(values) > 0 and max(values) < 1
+    x = special.logit(values) if inside else np.asarray(values)
+    bounds = stats.t.interval(confidence, len(x) - 1, loc=x.mean(), scale=stats.sem(x))
+    low, high = special.expit(bounds) if inside else np.clip(bounds, 0, 1) if unit else bounds
     return mean, (float(low), float(high))
 
 
-def paired_difference(
-    a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0.95
-) -> tuple[float, Interval | None, int]:
-    """Mean of a minus b over the seeds that both have, its t interval, and the number of those seeds.
+class Paired(NamedTuple):
+    """A mean difference over the seeds that two share.
+
+    `interval` is None and `p` is 1 where no spread was seen; `p` is of a two-sided t-test, adjusted for the tests
+    that were made together.
+    """
+
+    difference: float
+    interval: Interval | None
+    seeds: int
+    p: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes 0 and the adjusted p is below 0.05."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1] and self.p < LEVEL
+
+
+def paired_tests(
+    pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]], confidence: float = 0.95
+) -> list[Paired]:
+    """Paired t-tests of values by seed, each pair over the seeds in common.
 
     Args:
-        a: value by seed.
-        b: value by seed.
-        confidence: of the interval; it is None with fewer than two seeds.
+        pairs: (a, b), for a minus b.
+        confidence: of each interval, which is of one difference alone.
 
     Raises:
-        ValueError: no seed in common.
+        ValueError: a pair without a seed in common.
     """
-    seeds = sorted(a.keys() & b.keys())
-    n = len(seeds)
-    if n == 0:
-        raise ValueError("no seed in common")
-    differences = [a[seed] - b[seed] for seed in seeds]
-    mean = sum(differences) / n
-    if n < 2:
-        return mean, None, n
-    if max(differences) - min(differences) < _ROUNDING:
-        return mean, (mean, mean), n
-    result = stats.ttest_rel([a[seed] for seed in seeds], [b[seed] for seed in seeds])
-    low, high = result.confidence_interval(confidence)
-    return mean, (float(low), float(high)), n
+    tests = []
+    for a, b in pairs:
+        seeds = sorted(a.keys() & b.keys())
+        if not seeds:
+            raise ValueError("no seed in common")
+        differences = [a[seed] - b[seed] for seed in seeds]
+        mean, interval = mean_interval(differences, confidence=confidence)
+        tests.append(Paired(mean, interval, len(seeds), paired_p(differences)))
+    # a pair with one seed was not tested
+    ps = iter(adjusted([test.p for test in tests if test.seeds > 1]))
+    return [test._replace(p=next(ps)) if test.seeds > 1 else test for test in tests]
+
+
+def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
+    """The only test made: see paired_tests."""
+    return paired_tests([(a, b)])[0]
+
+
+def paired_p(differences: Sequence[float]) -> float:
+    """p of a two-sided t-test that the mean difference is 0, not adjusted."""
+    return float(stats.ttest_1samp(differences, 0.0).pvalue) if _varies(differences) else 1.0
+
+
+def paired_spread(a: Sequence[float], b: Sequence[float]) -> float:
+    """p of Pitman and Morgan's test that two paired samples have equal variances.
+
+    Sums and differences are uncorrelated if they have. 1 where one of the samples never varies.
+    """
+    if len(a) < 3 or not all(map(_varies, (a, b))):
+        return 1.0
+    sums, differences = np.add(a, b).tolist(), np.subtract(a, b).tolist()
+    if not (_varies(sums) and _varies(differences)):
+        return 1.0
+    return float(stats.pearsonr(sums, differences).pvalue)
+
+
+def above(values: Sequence[Sequence[float]], bounds: Sequence[float]) -> list[float]:
+    """p of one-sided one-sample t-tests: is the mean above the bound? Adjusted for all together."""
+    return adjusted(
+        [
+            float(stats.ttest_1samp(sample, bound, alternative="greater").pvalue) if _varies(sample) else 1.0
+            for sample, bound in zip(values, bounds, strict=True)
+        ]
+    )
 
 
 def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> tuple[float, Interval] | None:
     """Mean of a over mean of b, paired, and its interval by Fieller's theorem (a t interval of mean(a) - r mean(b)).
 
-    None with fewer than two pairs, or if the mean of b is not told apart from 0: no ratio is bounded then.
+    None with fewer than two pairs, or if the mean of b does not differ from 0 significantly: no ratio is bounded then.
     """
     n = len(a)
     if n < 2:
@@ -77,52 +139,25 @@ def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> t
     return mean_a / mean_b, (float((q - half) / p), float((q + half) / p))
 
 
-class Paired(NamedTuple):
-    """A difference of means paired by seed; `p` of a two-sided t-test, adjusted for the tests made beside it."""
-
-    difference: float
-    interval: Interval | None
-    seeds: int
-    p: float | None
-
-
-def paired_p(a: Sequence[float], b: Sequence[float]) -> float:
-    """Of a two-sided paired t-test; 1 where all pairs differ by the same, which tells nothing of the variance."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    if max(differences) - min(differences) < _ROUNDING:
-        return 1.0
-    return float(stats.ttest_rel(a, b).pvalue)
-
-
-def paired_tests(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]]) -> list[Paired]:
-    """Paired t-tests (scipy.stats.ttest_rel) of values by seed; the false discovery rate is that of all together."""
-    found, ps = [], []
-    for a, b in pairs:
-        mean, interval, n = paired_difference(a, b)
-        found.append((mean, interval, n))
-        seeds = sorted(a.keys() & b.keys())
-        if interval is not None:
-            ps.append(paired_p([a[seed] for seed in seeds], [b[seed] for seed in seeds]))
-    left = iter(adjusted(ps))
-    return [Paired(mean, interval, n, None if interval is None else next(left)) for mean, interval, n in found]
-
-
-def above(values: Sequence[Sequence[float]], bounds: Sequence[float]) -> list[float]:
-    """p of one-sided one-sample t-tests: is the mean above the bound? Adjusted for all together."""
-    ps = []
-    for sample, bound in zip(values, bounds, strict=True):
-        if max(sample) - min(sample) < _ROUNDING:  # the same value with every seed tells nothing of the variance
-            ps.append(1.0)
-        else:
-            ps.append(float(stats.ttest_1samp(sample, bound, alternative="greater").pvalue))
-    return adjusted(ps)
-
-
 def adjusted(ps: Sequence[float]) -> list[float]:
     """P values for which the false discovery rate is controlled (Benjamini and Hochberg)."""
     return [float(p) for p in stats.false_discovery_control(ps)] if ps else []
 
 
-def overlap(a: Interval, b: Interval) -> bool:
-    """Whether two intervals have a point in common."""
-    return a[0] <= b[1] and b[0] <= a[1]
+def format_difference(test: Paired, scale: float = 1.0, digits: int = 2) -> str:
+    """`+1.93 [+1.75, +2.11], p 1e-05`, or `+0.10 [-0.20, +0.40], p 0.45, not significant`.
+
+    Args:
+        test: of a paired difference.
+        scale: factor of the difference and its interval; 100 makes points of accuracies.
+        digits: after the decimal point.
+    """
+    text = f"{scale * test.difference:+.{digits}f}"
+    if test.interval is not None:
+        low, high = (f"{scale * bound:+.{digits}f}" for bound in test.interval)
+        text += f" [{low}, {high}], p {test.p:.1g}"
+    return text + ("" if test.significant else ", not significant")
+
+
+def _varies(values: Sequence[float]) -> bool:
+    return len(values) > 1 and max(values) - min(values) >= _ROUNDING

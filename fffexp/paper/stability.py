@@ -63,7 +63,8 @@ def tests(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             if len(seeds) < 3:
                 continue
             a, b = ([100 * of[seed]["test_accuracy"] for seed in seeds] for of in (ours, theirs))
-            made.append(_test(cell, other, "test accuracy", statistics.mean, a, b, paired_p(a, b)))
+            p = paired_p([x - y for x, y in zip(a, b, strict=True)])
+            made.append(_test(cell, other, "test accuracy", statistics.mean, a, b, p))
             varies = max(statistics.stdev(a), statistics.stdev(b)) > 0
             p = stats.levene(a, b).pvalue if varies else 1.0
             made.append(_test(cell, other, "std of test accuracy", statistics.stdev, a, b, p))

@@ -100,7 +100,7 @@ def _complete(trial: Trial, seeds: Sequence[int]) -> bool:
 
 
 def _told(test: Paired) -> str:
-    if test.interval is None or test.p is None:
+    if test.interval is None:
         return f"{100 * test.difference:+.2f}"
     low, high = test.interval
     return f"{f'{100 * test.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]':24}{test.p:10.1e}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from fffexp.errors import UserError
-from fffexp.statistics import Interval, mean_interval, overlap, paired_difference
+from fffexp.statistics import Interval, mean_interval, paired_test
 
 LATENCY = "speed/latency_b256_ms"
 
@@ -90,7 +90,8 @@ def fill_statistics(summary: Summary) -> None:
             if other is not trial
             and (a := _pair(trial["ci95"])) is not None
             and (b := _pair(other["ci95"])) is not None
-            and overlap(a, b)
+            and a[0] <= b[1]
+            and b[0] <= a[1]
         )
 
 
@@ -120,7 +121,7 @@ class Answer:
     @property
     def shown(self) -> bool:
         """Whether the interval of the difference leaves out 0."""
-        return self.interval is not None and not overlap(self.interval, (0.0, 0.0))
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
     def verdict(self) -> str:
         """The difference in words."""
@@ -166,7 +167,8 @@ def answer(summary: Summary, max_latency_ms: float | None = None) -> Answer:
     a, b = (_by_seed(trial, "test/accuracy") for trial in (best, rival))
     if not a.keys() & b.keys():
         return Answer(best, rival, None, None, 0)
-    return Answer(best, rival, *paired_difference(a, b))
+    test = paired_test(a, b)
+    return Answer(best, rival, test.difference, test.interval, test.seeds)
 
 
 def _interval(trial: Trial, metric: str) -> tuple[float | None, list[float] | None]:

@@ -1,0 +1,46 @@
+"""Rows as a table of text."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS = 120
+
+
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    formats: Mapping[str, str] | None = None,
+    width: int | None = None,
+    blank: str = "",
+) -> str:
+    """The rows under the names of their columns; numbers to the right, a column without any value left out.
+
+    Args:
+        rows: cells by the name of their column; the first row has all names, in order.
+        formats: format specification of a column's numbers, such as {"mean": ".2f"}.
+        width: wraps what is wider, at the spaces of the widest columns; None never wraps.
+        blank: in place of None.
+    """
+    if not rows:
+        return ""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="", show_edge=False)
+    names = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
+    for name in names:
+        numbers = all(isinstance(row.get(name), int | float | None) for row in rows)
+        made.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell(row.get(name), (formats or {}).get(name, ""), blank)) for name in names))
+    file = io.StringIO()
+    Console(file=file, width=width or 10_000, color_system=None, legacy_windows=False).print(made)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def cell(value: Any, spec: str = "", blank: str = "") -> str:
+    """A value by a format specification if it is a number, `blank` if it is None."""
+    if value is None:
+        return blank
+    return format(value, spec) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
