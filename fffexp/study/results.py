@@ -1,20 +1,15 @@
 """What a study or a table of the paper found: its trials, the file that holds them, and their statistics."""
 
-import hashlib
 import json
 import math
-import os
 import statistics as basic
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fffexp.errors import UserError
+from fffexp.files import save_json, strict_json
 from fffexp.statistics import Interval, Paired, mean_interval, paired_test
 
 LATENCY = "speed/latency_b256_ms"
@@ -212,55 +207,6 @@ def pareto_front(values: Sequence[Sequence[float]], directions: Sequence[str]) -
         return any(o != point and all(x >= y for x, y in zip(o, point, strict=True)) for o in points)
 
     return [i for i, point in enumerate(points) if not dominated(point)]
-
-
-def strict_json(value: Any) -> Any:
-    """The same with null for numbers that are not finite, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: strict_json(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def save_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    replace(path, (json.dumps(strict_json(content), indent=1, allow_nan=False) + "\n").encode())
-
-
-def replace(path: Path, content: bytes) -> Path:
-    """Write a file so that no reader sees half of it; the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-@contextmanager
-def hold(path: Path | None) -> Iterator[None]:
-    """Keep other commands from the file, each of which would write what it found there at its start.
-
-    Raises:
-        UserError: another command has it.
-    """
-    if path is None:
-        yield
-        return
-    # not the file itself, which is replaced at each writing
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"fffexp-{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{path}: another command writes it: wait for that, or give another file") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _finite(value: Any) -> bool:
