@@ -45,8 +45,10 @@ class Sentences(Dataset[dict[str, Tensor]]):
 class TreeTrainer(Trainer):
     """Adds the losses of the layers to that of the model."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:  # of a model that takes its own share of a batch, as this does, the Trainer adds up parts
             loss = loss + auxiliary_loss(model) / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss

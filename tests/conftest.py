@@ -1,8 +1,35 @@
-"""Being here, this file puts the folder on sys.path, where tests/tolerances.py is found."""
+"""What every test process gets: one thread, a timing lock of its own, Triton's interpreter where there is no GPU."""
 
+import getpass
 import os
+import tempfile
+from pathlib import Path
 
-import torch
+# read when torch is imported. Threads that wait for each other make tiny layers ten times slower on a busy machine
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+CACHE = Path(tempfile.gettempdir()) / f"fffexp-tests-{getpass.getuser()}"
+CACHE.mkdir(exist_ok=True)
+# tests that time run beside each other: none looks at how fast anything is
+os.environ["FFFEXP_TIMING_LOCK"] = str(CACHE / f"timing-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.lock")
 
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
+
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whichever test comes first
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Path:
+    """Folder of the real Fashion-MNIST, fetched once; for tests that are slow."""
+    from fffexp.data.fetch import fetch
+    from fffexp.errors import UserError
+
+    with FileLock(CACHE / "fashion_mnist.lock"):
+        try:
+            fetch(CACHE / "fashion_mnist")
+        except UserError as error:
+            pytest.skip(f"Fashion-MNIST cannot be fetched: {error}")
+    return CACHE / "fashion_mnist"

@@ -1,6 +1,7 @@
 """Networks with any layer in them."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ TREE = partial(FFF, depth=2, leaf_width=3)
 
 def test_a_vit_of_attention_alone_and_with_layers() -> None:
     x = torch.randn(5, *IMAGE)
-    bare, full = (ViT(layer, IMAGE, 3, features=16, heads=2) for layer in (None, TREE))
+    nets: list[Any] = [ViT(layer, IMAGE, 3, features=16, heads=2) for layer in (None, TREE)]
+    bare, full = nets
     assert bare(x).shape == full(x).shape == (5, 3)
     mine = sum(p.numel() for p in full.blocks[0].layer.parameters()) + 2 * 16  # and its norm
     count = {net: sum(p.numel() for p in net.parameters()) for net in (bare, full)}

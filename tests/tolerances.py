@@ -6,11 +6,12 @@ from torch import Tensor
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
+def assert_close(actual: Tensor | None, expected: Tensor) -> None:
     """Same shape, and nowhere further apart than the tolerance of actual's dtype.
 
     The tolerance is a share of the largest magnitude that is expected, or of 1 if that is below 1.
     """
+    assert actual is not None
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     assert expected.isfinite().all(), "the expected values are not finite"
     if not actual.numel():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fffexp.data.hub import Hub
+from fffexp.data.idx import IDX
 from fffexp.errors import UserError
 
 TARGET = Path("data/fashion_mnist")
@@ -18,42 +19,62 @@ PACKAGE = "dataset-fashion-mnist"
 
 def main() -> int:
     """Fetch, unless it is there."""
-    if len(list(TARGET.glob("*-ubyte.gz"))) == 4:
-        print(f"{TARGET} is complete")
-        return 0
-    TARGET.mkdir(parents=True, exist_ok=True)
     try:
-        source = "Debian's package" if _from_debian() else _from_hub()
+        source = fetch(TARGET)
     except UserError as error:
         print(f"make data: {error}", file=sys.stderr)
         return 2
-    print(f"{TARGET}: from {source}")
+    print(f"{TARGET}: from {source}" if source else f"{TARGET} is complete")
     return 0
 
 
-def _from_debian() -> bool:
+def fetch(folder: Path) -> str | None:
+    """Bring the four files into a folder, in place of damaged ones; the source, or None if all were there."""
+    if _is_whole(folder):
+        return None
+    with tempfile.TemporaryDirectory() as made:
+        source = "Debian's package" if _from_debian(Path(made)) else _from_hub(Path(made))
+        if not _is_whole(Path(made)):
+            raise UserError(f"what {source} holds is damaged: try again")
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*-ubyte*"):
+            old.unlink()
+        for file in Path(made).glob("*-ubyte.gz"):
+            shutil.move(file, folder)
+    return source
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        data = IDX(str(folder))
+        return [len(data.load(part)[1]) for part in ("train", "test")] == [60_000, 10_000]
+    except UserError:
+        return False
+
+
+def _from_debian(folder: Path) -> bool:
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         return False
     # download and unpack, which needs no root and installs nothing
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        if subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, capture_output=True).returncode:
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        if subprocess.run(["apt-get", "download", PACKAGE], cwd=place, capture_output=True).returncode:
             print(f"apt-get cannot download {PACKAGE} (apt-get update may help); trying the hub", file=sys.stderr)
             return False
-        (package,) = Path(folder).glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", str(package), folder], check=True)
-        for file in Path(folder).rglob("*-ubyte.gz"):
-            shutil.copy(file, TARGET / file.name)
+        (package,) = Path(place).glob("*.deb")
+        subprocess.run(["dpkg-deb", "-x", str(package), place], check=True)
+        for file in Path(place).rglob("*-ubyte.gz"):
+            shutil.copy(file, folder)
     return True
 
 
-def _from_hub() -> str:
+def _from_hub(folder: Path) -> str:
     hub = Hub("fashion_mnist")
     for part, prefix in (("train", "train"), ("test", "t10k")):
         inputs, labels = hub.load(part)  # type: ignore[arg-type] # both are parts
         images = (inputs.squeeze(1) * 255).round().byte().numpy()
-        _write(TARGET / f"{prefix}-images-idx3-ubyte.gz", images)
-        _write(TARGET / f"{prefix}-labels-idx1-ubyte.gz", labels.byte().numpy())
+        _write(folder / f"{prefix}-images-idx3-ubyte.gz", images)
+        _write(folder / f"{prefix}-labels-idx1-ubyte.gz", labels.byte().numpy())
     return "the Hugging Face hub"
 
 

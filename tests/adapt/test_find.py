@@ -187,7 +187,7 @@ def test_an_mlp_is_one_whatever_its_weights_are(
     kind: type[nn.Module], std: float, bias: float, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(kind()).to(dtype)
+    model: Any = nn.Sequential(kind()).to(dtype)
     first = next(model[0].children())
     nn.init.normal_(first.weight, std=std)  # where 1e-6 and 1: timm's SwiGLU
     nn.init.constant_(first.bias, bias)
@@ -198,7 +198,7 @@ def test_an_mlp_is_one_whatever_its_weights_are(
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [Mixing, Causal])
 def test_a_last_layer_of_zeros_hides_nothing(kind: type[nn.Module]) -> None:
-    model = nn.Sequential(kind())
+    model: Any = nn.Sequential(kind())
     *_, last = model[0].children()
     nn.init.zeros_(last.weight)  # no row of the output comes from another
     with pytest.raises(ValueError, match="holds no MLP"):

@@ -41,13 +41,13 @@ from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
 
 D, H = 16, 24  # features and hidden neurons of every model below
 TREE = partial(FFF, depth=2, leaf_width=3)
-SIZES = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": H}
-BART = {
+SIZES: dict[str, Any] = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": H}
+BART: dict[str, Any] = {
     f"{part}_{size}": number
     for part in ("encoder", "decoder")
     for size, number in (("layers", 1), ("ffn_dim", H), ("attention_heads", 4))
 }
-TOKENS = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+TOKENS: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
 def tokens() -> dict[str, Tensor]:
@@ -67,7 +67,8 @@ def decoder() -> nn.Module:
     return nn.TransformerDecoderLayer(D, 4, H, dropout=0.1, batch_first=True)
 
 
-Make, Given = Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
+Make = Callable[[], nn.Module]
+Given = Callable[[], dict[str, Tensor]]
 # what makes it, what it takes, its activation unless it is gated, and how many MLPs it has
 MODELS: dict[str, tuple[Make, Given, Make | None, int]] = {
     "encoder": (encoder, lambda: {"src": x()["x"]}, nn.GELU, 2),
@@ -109,7 +110,9 @@ def output(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 
 def copy_weights(replacement: Replacement) -> None:
     """Make the new FF compute what the old MLP did."""
-    linears = [m for m in replacement.old.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    linears: list[Any] = [
+        m for m in replacement.old.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    ]
     assert isinstance(replacement.new, FF)
     for old, new in zip(linears, (replacement.new.network[0], replacement.new.network[3]), strict=True):
         weight = old.weight if isinstance(old, nn.Linear) else old.weight.T
@@ -121,6 +124,7 @@ def copy_weights(replacement: Replacement) -> None:
 @pytest.mark.parametrize("name", [name for name, (*_, activation, _) in MODELS.items() if activation])
 def test_a_dense_layer_of_the_same_weights_changes_nothing(name: str) -> None:
     make, given, activation, count = MODELS[name]
+    assert activation
     torch.manual_seed(0)
     model = make().eval()
     with torch.no_grad():
@@ -189,7 +193,7 @@ def test_sizes_before_and_after() -> None:
 def test_what_is_behind_the_mlp_stays() -> None:
     model = MODELS["gpt2"][0]()
     replaced = replace_feedforward(model, TREE)
-    mlp = model.get_submodule("transformer.h.0.mlp")
+    mlp: Any = model.get_submodule("transformer.h.0.mlp")
     assert list(mlp) == [replaced[0].new, mlp[1]]
     assert mlp[1].p == 0.1
     sequential = MODELS["sequential"][0]()

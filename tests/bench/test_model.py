@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_models_and_layers_side_by_side(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_block_is_torchs_own_encoder_layer() -> None:
     torch.manual_seed(0)
-    ours = TransformerBlock(lambda i, o: FF(i, o, 40), 24, 4).eval()
+    ours: Any = TransformerBlock(lambda i, o: FF(i, o, 40), 24, 4).eval()
     theirs = torch.nn.TransformerEncoderLayer(24, 4, 40, dropout=0.0, batch_first=True, norm_first=True).eval()
     first, _, _, second = ours.layer.network
     pairs = (

@@ -188,7 +188,7 @@ def test_every_gradient_of_fff() -> None:
     assert_all_close(gradients(output, wanted), gradients(expected, wanted))
 
 
-@pytest.mark.parametrize("make", [lambda: FFF(20, 10, 3, 4), lambda: NoisyTopKMoE(20, 10, 4, 5, k=2)])
+@pytest.mark.parametrize("make", [lambda: FFF(20, 10, 3, 4), lambda: NoisyTopKMoE(20, 10, 4, 5, top_k=2)])
 class TestLayers:
     def test_backends_agree(self, make: type) -> None:
         layer = make().eval()

@@ -1,5 +1,7 @@
 """Training of the chosen leaves alone: the gradients of hard inference, and none for the rest."""
 
+from typing import Any
+
 import pytest
 import torch
 from cases import IN, OUT, inputs, randomized
@@ -49,7 +51,7 @@ def test_an_activation_may_have_parameters() -> None:
     expected = naive.fff_hard(
         x, layer.node_weight, layer.node_bias, 3, layer.leaves.tensors(), lambda z: layer.leaves.hidden(z)
     )
-    slope = layer.leaves.hidden[0].weight
+    slope: Any = layer.leaves.hidden[0].weight
     found, wanted = (torch.autograd.grad(y.sum(), slope)[0] for y in (layer(x), expected))
     assert wanted.abs().max() > 0
     assert_close(found, wanted)

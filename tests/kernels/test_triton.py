@@ -117,7 +117,7 @@ def test_activations(name: str) -> None:
 def test_the_layer_runs_on_it_with_every_gradient() -> None:
     from fffexp import FFF, NoisyTopKMoE
 
-    for layer in (FFF(45, 37, 5, 6), NoisyTopKMoE(45, 37, 8, 6, k=2)):
+    for layer in (FFF(45, 37, 5, 6), NoisyTopKMoE(45, 37, 8, 6, top_k=2)):
         layer.cuda().eval()
         x = random(63, 45, seed=9, dtype=torch.float32).requires_grad_()
         outputs, gradients = {}, {}

@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_batches_that_fill_no_tile(batch: int) -> None:
 
 @pytest.mark.parametrize("decisions", ["soft", "hard"])
 @pytest.mark.parametrize("training", [True, False])
-def test_depth_0_is_a_dense_layer(decisions: str, training: bool) -> None:
+def test_depth_0_is_a_dense_layer(decisions: Literal["soft", "hard"], training: bool) -> None:
     layer, x = make(depth=0).train(training), inputs(5, dtype=torch.float64)
     layer.routing_mode = decisions
     ff = copy_block(FF(IN, OUT, width=5).double(), layer.leaves, 0)
@@ -126,7 +126,7 @@ def test_choice_scale_multiplies_the_logits() -> None:
 
 @pytest.mark.parametrize("decisions", ["soft", "hard"])
 @pytest.mark.parametrize("region_leak", [0.0, 0.4])
-def test_leaf_weights_sum_to_1(decisions: str, region_leak: float) -> None:
+def test_leaf_weights_sum_to_1(decisions: Literal["soft", "hard"], region_leak: float) -> None:
     layer = make(depth=4, region_leak=region_leak)
     layer.routing_mode = decisions
     layer(inputs(50, dtype=torch.float64))
@@ -204,7 +204,7 @@ def test_straight_through_gradient_of_one_node() -> None:
 
 
 @pytest.mark.parametrize("decisions", ["soft", "hard"])
-def test_region_leak_swaps_each_choice_by_itself(decisions: str) -> None:
+def test_region_leak_swaps_each_choice_by_itself(decisions: Literal["soft", "hard"]) -> None:
     rows, leak = 20_000, 0.2
     layer, x = make(depth=2, leaf_width=1, region_leak=leak), inputs(rows, dtype=torch.float64)
     layer.routing_mode = decisions
@@ -263,7 +263,7 @@ def test_cost_of_inference_does_not_grow_with_the_leaves() -> None:
 
 
 @pytest.mark.parametrize("decisions", ["soft", "hard"])
-def test_training_keeps_no_tensor_of_batch_leaves_outputs(decisions: str) -> None:
+def test_training_keeps_no_tensor_of_batch_leaves_outputs(decisions: Literal["soft", "hard"]) -> None:
     # (batch, leaves, outputs) would be eight times the bound
     batch, outputs, layer = 64, 40, randomized(FFF(IN, 40, depth=5, leaf_width=2))
     layer.routing_mode = decisions

@@ -1,10 +1,12 @@
+from typing import Any, Literal
+
 import pytest
 import torch
 from cases import inputs, randomized
 
 from fffexp import FFF, LazyAdamW
 
-OPTIONS = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+OPTIONS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
 def test_dense_gradients_are_those_of_adamw() -> None:
@@ -19,7 +21,7 @@ def test_dense_gradients_are_those_of_adamw() -> None:
 
 def test_sparse_gradients_are_those_of_sparse_adam() -> None:
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 24).view(4, 3, 2)) for _ in range(2))
-    options = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}
+    options: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}
     optimizers = LazyAdamW([ours], **options), torch.optim.SparseAdam([theirs], **options)
     for step in range(5):
         for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -41,7 +43,7 @@ def test_rows_without_gradient_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("mode", ["chosen_leaf", "chosen_path"])
-def test_trains_a_sparse_layer(mode: str) -> None:
+def test_trains_a_sparse_layer(mode: Literal["chosen_leaf", "chosen_path"]) -> None:
     layer = randomized(FFF(6, 4, 3, 8, trained=mode))
     x = inputs(64)
     target = torch.sin(x[:, :4] * 2)
@@ -69,6 +71,6 @@ def test_state_survives_saving() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": -1.0}, {"weight_decay": -0.1}, {"betas": (1.0, 0.9)}])
-def test_mistakes_are_named(wrong: dict[str, object]) -> None:
+def test_mistakes_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LazyAdamW([torch.nn.Parameter(torch.ones(1))], **wrong)
