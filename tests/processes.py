@@ -19,6 +19,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from fffexp import timing
+from fffexp.training import latency
 
 # threads that wait for each other make tiny layers ten times slower on a busy machine
 torch.set_num_threads(1)
@@ -116,7 +117,7 @@ def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
         patch.setenv(name, "1")
     # the fewest rounds: what is timed here does not matter
     patch.setattr(timing, "WARM_UP_S", 0.0)
-    patch.setattr(timing, "ROUNDS_S", 0.0)
+    patch.setattr(latency, "ROUNDS", (1, 1))
 
 
 def client(folder: Path) -> MlflowClient:

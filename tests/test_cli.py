@@ -64,7 +64,7 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         (["--model.aux_weights.inverse_temperature.init_args.start=-1"], ["exponential schedule", "-1"]),
         (["--model.label_smoothing=2"], ["label_smoothing"]),
         (["--model.optimizer=Nonesuch"], ["optimizer", "Nonesuch"]),
-        (["--model.lr_scheduler.init_args.max_lrr=1"], ["max_lrr"]),
+        (["--model.lr_scheduler.init_args.pct_stat=1"], ["pct_stat"]),
         (["--config=nonesuch.yaml"], ["nonesuch.yaml"]),
         (["--test=perhaps"], ["test"]),
         (["--ckpt_path=nonesuch.ckpt"], ["nonesuch.ckpt"]),

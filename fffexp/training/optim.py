@@ -1,10 +1,11 @@
-"""Optimizers for gradients that hold a few rows."""
+"""An optimizer for gradients that hold a few rows, and a one-cycle schedule that asks the optimizer for its peak."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 
 class LazyAdamW(torch.optim.Optimizer):
@@ -76,3 +77,17 @@ class LazyAdamW(torch.optim.Optimizer):
         if rows is not None:
             for tensor, updated in zip(tensors, (weight, first, second), strict=True):
                 tensor[rows] = updated
+
+
+class OneCycle(OneCycleLR):
+    """torch's OneCycleLR whose peak is the learning rate of the optimizer, which so stands in one place.
+
+    Args:
+        optimizer: with the peak learning rate of each group.
+        total_steps: length of the cycle; a Task gives that of the training.
+        kwargs: see OneCycleLR; all but max_lr.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None, **kwargs: Any) -> None:
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        super().__init__(optimizer, max_lr=peaks, total_steps=total_steps, **kwargs)

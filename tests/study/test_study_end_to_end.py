@@ -301,7 +301,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Summa
 
 
 def test_a_trial_with_a_non_finite_loss_fails_alone(work: Callable[..., Summary], tmp_path: Path) -> None:
-    lr = {"lr": {"keys": ["model.lr_scheduler.init_args.max_lr"], "choices": [0.01, 1e30]}}
+    lr = {"lr": {"keys": ["model.optimizer.init_args.lr"], "choices": [0.01, 1e30]}}
     layers = {name: part | {"space": lr} for name, part in CONTENT["layers"].items()}
     # a random sampler with this seed draws both
     summary = work(layers=layers, trials_per_layer=3)
@@ -369,9 +369,7 @@ def test_seeds_that_train_at_once(
 
 
 def test_seeds_that_train_at_once_fail_at_a_loss_that_is_not_finite(work: Callable[..., Summary]) -> None:
-    lr = {
-        "lr": {"keys": ["model.optimizer.init_args.lr", "model.lr_scheduler.init_args.max_lr"], "choices": [0.01, 1e30]}
-    }
+    lr = {"lr": {"keys": ["model.optimizer.init_args.lr"], "choices": [0.01, 1e30]}}
     layers = {
         name: part | {"space": lr, "first": [{"lr": 1e30}, {"lr": 0.01}]} for name, part in CONTENT["layers"].items()
     }

@@ -245,7 +245,7 @@ def test_a_fit_that_was_moved_keeps_its_best(workplace: Path) -> None:
 def test_a_schedule_is_not_trained_beyond_its_end() -> None:
     short = fit("--test=false", layer="ff", epochs=2)
     last = Path("outputs/checkpoints") / short.run_id / "last.ckpt"
-    with pytest.raises(UserError, match="OneCycleLR was begun for"):
+    with pytest.raises(UserError, match="OneCycle was begun for"):
         fit(f"--ckpt_path={last}", layer="ff", epochs=4)
 
 
