@@ -3,6 +3,7 @@
 python examples/plain_pytorch.py
 """
 
+import math
 from functools import partial
 
 import torch
@@ -24,21 +25,26 @@ def main() -> None:
     block = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.Linear(8, 64), nn.TransformerEncoder(block, 2), nn.Flatten(), nn.Linear(8 * 64, 10))
     for each in replace_feedforward(model, partial(FFF, depth=4, leaf_width=16)):
-        print(each.name, f"{each.before['inference_size']} -> {each.after['inference_size']} neurons for a token")
+        print(
+            each.name, f"{each.old_sizes['inference_size']} -> {each.new_sizes['inference_size']} neurons for a token"
+        )
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=EPOCHS)
-    for epoch in range(EPOCHS):
-        model.train()
-        anneal(model, epoch / EPOCHS)
+    steps = EPOCHS * math.ceil(len(train) / BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    step = 0
+    model.train()
+    for _ in range(EPOCHS):
         for rows in train[torch.randperm(len(train))].split(BATCH_SIZE):
+            anneal(model, step / steps)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
             (loss + auxiliary_loss(model)).backward()
             optimizer.step()
-        schedule.step()
+            schedule.step()
+            step += 1
 
-    model.eval()  # decides hard: one leaf a token
+    model.eval()  # hard routing: one leaf for each token
     with torch.inference_mode():
         accuracy = (model(images[test]).argmax(1) == labels[test]).float().mean()
     print(f"test accuracy {100 * accuracy:.1f}%")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def _run(module: nn.Module, inputs: Sequence[Tensor | None], training: bool) -> 
 
     leaves = [m for m in module.modules() if not list(m.children())]
     handles = [m.register_forward_hook(note, with_kwargs=True) for m in leaves]
-    with _as_it_was(module):
+    with _restored(module):
         torch.manual_seed(int(training))
         module.train(training)
         for m in leaves:
@@ -81,18 +82,32 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Modes, buffers and random numbers (of CPU and CUDA) are put back."""
+def modes_restored(module: nn.Module) -> Iterator[None]:
+    """Training and evaluation modes are put back on exit."""
     modes = {m: m.training for m in module.modules()}
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Modes, buffers and random numbers (of CPU and CUDA) are put back on exit."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), modes_restored(module):
         try:
             yield
         finally:
-            for m, mode in modes.items():
-                m.training = mode
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+def required(module: nn.Module) -> int:
+    """Number of positional arguments of `forward` without a default."""
+    positional = Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD
+    return sum(p.kind in positional and p.default is p.empty for p in signature(module.forward).parameters.values())
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from inspect import Parameter, signature
 from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fffexp.adapt.find import bends, bent, by_row, elementwise, events_of, probe_rows, run, same
-from fffexp.layers import FF, FeedforwardLayer
+from fffexp.adapt.find import bends, bent, by_row, elementwise, events_of, probe_rows, required, run, same
+from fffexp.layers import FeedforwardLayer
 from fffexp.layers.base import SIZES
 
 LayerFactory = Callable[[int, int], FeedforwardLayer]
@@ -29,15 +28,15 @@ class Replacement:
         name: path of the MLP in the model.
         old: what it was: the MLP, or where that was no module of its own, its linear layers.
         new: the layer.
-        before: sizes of the MLP, by the names of `FeedforwardLayer.sizes`.
-        after: those of the layer.
+        old_sizes: sizes of the MLP, by the names of `FeedforwardLayer.sizes`.
+        new_sizes: those of the layer.
     """
 
     name: str
     old: nn.Module
     new: FeedforwardLayer
-    before: Mapping[str, int]
-    after: Mapping[str, int]
+    old_sizes: Mapping[str, int]
+    new_sizes: Mapping[str, int]
 
 
 class Linear(NamedTuple):
@@ -155,7 +154,7 @@ def _mlps(model: nn.Module) -> Iterator[MLP]:
     taken: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in taken or isinstance(module, FeedforwardLayer):
-            if isinstance(module, FF) and module not in taken and (mlp := _of_its_own(name, module, model)):
+            if module not in taken and (mlp := _of_its_own(name, module, model)):  # a dense layer
                 yield mlp
             taken.update(module.modules())
         elif isinstance(module, nn.Sequential):
@@ -282,7 +281,7 @@ def _within_block(name: str, block: nn.Module) -> Iterator[MLP]:
 def _in_a_row(block: nn.Module, parts: list[nn.Module], up: Linear) -> bool:
     """Whether the parts run once, each on what the one before made; in training too, but for dropout of DROPPED."""
     x = probe_rows(up.in_features, up.weights()[0])
-    masks = [None] * (_required(block) - 1)  # most encoders want one
+    masks = [None] * (required(block) - 1)  # most encoders want one
     dropped = getattr(block, DROPPED, 0.0)
     if not isinstance(dropped, float | int):  # a module, in whose place no number can be put
         return False
@@ -299,12 +298,6 @@ def _in_a_row(block: nn.Module, parts: list[nn.Module], up: Linear) -> bool:
         if [event.module for event in row] != parts or not all(same(a.made, b.given) for a, b in pairwise(row)):
             return False
     return True
-
-
-def _required(block: nn.Module) -> int:
-    """How many positional arguments it does not do without."""
-    positional = Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD
-    return sum(p.kind in positional and p.default is p.empty for p in signature(block.forward).parameters.values())
 
 
 def _only(module: nn.Module, linears: list[Linear]) -> bool:

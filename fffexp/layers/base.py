@@ -3,15 +3,24 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from fffexp.kernels.naive import Blocks
+
 RoutingMode = Literal["auto", "soft", "hard"]
 AuxiliaryLoss = Callable[[Any], Tensor]
 SIZES = ("training_width", "training_size", "inference_width", "inference_size", "parameters", "flops_per_sample")
+
+
+class DenseBlocks(NamedTuple):
+    """The dense networks that a layer consists of; the weights are views of its parameters, to be read and written."""
+
+    weights: Blocks
+    activation: nn.Module
 
 
 class FeedforwardLayer(nn.Module, ABC):
@@ -132,6 +141,19 @@ class FeedforwardLayer(nn.Module, ABC):
 
         Raises:
             ValueError: x is of another width.
+        """
+
+    def dense_blocks(self) -> DenseBlocks | None:
+        """Networks that can start from the neurons of a trained MLP; None if this layer has none."""
+        return None
+
+    def set_router(self, x: Tensor, y: Tensor, split: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Let a router start from data; layers without hyperplanes keep theirs.
+
+        Args:
+            x: (rows, in_features) inputs.
+            y: (rows, out_features) outputs that the layer is to give for them.
+            split: some rows of x and y -> (in_features,) weight and () bias of the hyperplane that splits them.
         """
 
     @abstractmethod

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fffexp.layers.base import FeedforwardLayer, check_fits, positive, probability
+from fffexp.kernels.naive import Blocks
+from fffexp.layers.base import DenseBlocks, FeedforwardLayer, check_fits, positive, probability
 
 
 class FF(FeedforwardLayer):
@@ -57,6 +58,11 @@ class FF(FeedforwardLayer):
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) zeros: there is one block."""
         return torch.zeros(len(self._rows(x)), 1, dtype=torch.long, device=x.device)
+
+    def dense_blocks(self) -> DenseBlocks:
+        """One, the layer itself."""
+        w1, b1, w2, b2 = (parameter[None] for parameter in self.network.parameters())
+        return DenseBlocks(Blocks(w1, b1, w2.mT, b2), self.network[1])
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) in float64."""

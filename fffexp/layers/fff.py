@@ -11,6 +11,7 @@ from fffexp.kernels import eager, naive, operators, soft
 from fffexp.kernels import sparse as sparse_kernels
 from fffexp.layers.base import (
     AuxiliaryLoss,
+    DenseBlocks,
     FeedforwardLayer,
     at_least_float32,
     check_fits,
@@ -190,6 +191,21 @@ class FFF(FeedforwardLayer):
             if self.inference_backend() != "eager":
                 return torch.ops.fffexp.route(rows, self.node_weight, self.node_bias).unsqueeze(1)
             return eager.route(rows, self.node_weight, self.node_bias, self.depth).unsqueeze(1)
+
+    def dense_blocks(self) -> DenseBlocks:
+        """The leaves."""
+        return DenseBlocks(self.leaves.tensors(), self.leaves.hidden[0])
+
+    @torch.no_grad()
+    def set_router(self, x: Tensor, y: Tensor, split: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Set the nodes from the root down, each by the rows that reach it."""
+        node_B = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        for node in range(len(self.node_weight)):
+            mine = (node_B == node).nonzero().squeeze(1)
+            if len(mine) > 1:
+                self.node_weight[node], self.node_bias[node] = split(x[mine], y[mine])
+            logits = x[mine] @ self.node_weight[node] + self.node_bias[node]
+            node_B[mine] = 2 * node + 1 + (logits >= 0)
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""

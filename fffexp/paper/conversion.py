@@ -97,7 +97,9 @@ def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path
             assert factory is not None
             made = convert_feedforward(model, sample.split(BATCH), _pausing(factory), steps=STEPS, lr=LR)
             accuracy = _accuracy(model, x, y)
-            new.append(_run(cell, seed, accuracy, [each.error for each in made], [each.start for each in made]))
+            new.append(
+                _run(cell, seed, accuracy, [each.final_error for each in made], [each.initial_error for each in made])
+            )
             print(f"seed {seed}  {_name(cell):22}{accuracy:8.2%} of {dense.test_accuracy:.2%}", flush=True)
         found["runs"] += new
         save(path, found)

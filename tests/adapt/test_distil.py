@@ -2,14 +2,18 @@
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     BatchEncoding,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     LlamaConfig,
     LlamaModel,
@@ -19,7 +23,8 @@ from transformers import (
     T5Model,
 )
 
-from fffexp import FF, FFF, NoisyTopKMoE, convert, convert_feedforward
+from fffexp import FF, FFF, NoisyTopKMoE, convert_feedforward
+from fffexp.adapt import distil
 from fffexp.adapt.distil import _neurons, _Rows, _watch
 from fffexp.adapt.replace import find_mlps
 
@@ -58,7 +63,7 @@ def test_a_layer_of_all_neurons_starts_as_what_it_replaces(factory: partial[FF])
     x = torch.randn(200, D)
     before = model(x)
     (made,) = convert_feedforward(model, batches(), factory, steps=0)
-    assert made.error == made.start < 1e-3
+    assert made.final_error == made.initial_error < 1e-3
     assert torch.allclose(model.eval()(x), before, atol=0.1)
 
 
@@ -67,10 +72,10 @@ def test_a_tree_distils_better_than_one_of_its_leaves() -> None:
     for name, factory in (("tree", partial(FFF, depth=2, leaf_width=2)), ("leaf", partial(FF, width=2))):
         torch.manual_seed(0)
         (made,) = convert_feedforward(trained(), batches(), factory, steps=300)
-        assert made.error < made.start
-        assert made.after["inference_width"] == 2
-        assert made.before["inference_size"] == H
-        errors[name] = made.error
+        assert made.final_error < made.initial_error
+        assert made.new_sizes["inference_width"] == 2
+        assert made.old_sizes["inference_size"] == H
+        errors[name] = made.final_error
     assert errors["tree"] < 0.5 * errors["leaf"]
 
 
@@ -107,7 +112,7 @@ def test_the_model_is_otherwise_as_it_was() -> None:
         steps=0,
     )
     assert [each.name for each in made] == ["encoder.layer.0"]
-    assert made[0].error < 0.05
+    assert made[0].final_error < 0.05
     assert model.training
     assert made[0].new.training
     assert not any(m._forward_hooks for m in model.modules())
@@ -128,7 +133,7 @@ def test_other_precisions(dtype: torch.dtype) -> None:
         )
         assert {p.dtype for p in made.new.parameters()} == {each}
         assert torch.isfinite(model(batches()[0].to(each))).all()
-        errors[each] = made.error
+        errors[each] = made.final_error
     assert errors[dtype] == pytest.approx(errors[torch.float32], rel=0.5)
 
 
@@ -153,19 +158,19 @@ def test_padding_is_not_looked_at(tokens: int, batch_first: bool, dtype: torch.d
             src[:, 3:] = noise * torch.randn(50, tokens - 3, 16)
         torch.manual_seed(0)
         (made,) = convert_feedforward(copy.deepcopy(model), data, partial(FFF, depth=2, leaf_width=6), steps=0)
-        errors.append(made.error)
+        errors.append(made.final_error)
     assert errors[0] == pytest.approx(errors[1])
 
 
 def test_neurons_are_selected_on_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "SELECTION_ROWS", 200)
+    monkeypatch.setattr(distil, "SELECTION_ROWS", 200)
     data = torch.cat(batches())
     starts = {}
     for name, order in {"sorted": data[:, 1].argsort(), "shuffled": torch.arange(len(data))}.items():
         held_out = batches()[:1]  # the last of the batches
         torch.manual_seed(0)
         (made,) = convert_feedforward(trained(), [*data[order].split(500), *held_out], partial(FF, width=4), steps=0)
-        starts[name] = made.start
+        starts[name] = made.initial_error
     assert starts["sorted"] == pytest.approx(starts["shuffled"], rel=0.5)
 
 
@@ -202,7 +207,7 @@ def test_an_output_that_never_varies() -> None:
     with torch.no_grad():
         model[2].weight.zero_()
     (made,) = convert_feedforward(model, batches(), partial(FFF, depth=1, leaf_width=2), steps=3)
-    assert made.error < 1e-3
+    assert made.final_error < 1e-3
     assert torch.allclose(model(batches()[0]), made.old[2].bias.expand(500, 3), atol=0.1)
 
 
@@ -236,7 +241,7 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
 @torch.no_grad()
 def test_without_gradients_around_it() -> None:
     (made,) = convert_feedforward(trained_once(), batches(), partial(FFF, depth=1, leaf_width=4), steps=50)
-    assert made.error < made.start
+    assert made.final_error < made.initial_error
 
 
 @pytest.mark.parametrize(("model", "config"), [(LlamaModel, LlamaConfig), (Phi3Model, Phi3Config)])
@@ -246,21 +251,19 @@ def test_in_the_place_of_a_gated_mlp_output_weights_are_fitted(
 ) -> None:
     """Else the error relative to outputs that are small begins at a million, and ends at thousands."""
     (made,) = convert_feedforward(gated(model, config), gated_data(), factory, steps=1000)
-    assert made.start < 1
-    assert made.error < 0.8 * made.start
+    assert made.initial_error < 1
+    assert made.final_error < 0.8 * made.initial_error
 
 
 def test_what_cannot_begin_from_the_weights_is_distilled() -> None:
     factory = partial(NoisyTopKMoE, num_experts=4, expert_width=8)
-    with pytest.warns(
-        UserWarning, match=r"place of layers.0.mlp has an error of .*, a constant has 1: give more steps"
-    ):
+    with pytest.warns(UserWarning, match=r"replaces layers.0.mlp has an error of .*, a constant has 1: use more steps"):
         (made,) = convert_feedforward(gated(LlamaModel, LlamaConfig), gated_data(), factory, steps=200, lr=1e-2)
-    assert made.error < 0.5 * made.start
+    assert made.final_error < 0.5 * made.initial_error
 
 
 def test_an_error_that_is_no_number_is_told() -> None:
-    with pytest.warns(UserWarning, match="place of .* has an error of nan, a constant has 1"):
+    with pytest.warns(UserWarning, match="replaces .* has an error of nan, a constant has 1"):
         convert_feedforward(trained(), batches(), partial(FFF, depth=1, leaf_width=4), steps=50, lr=1e30)
 
 
@@ -338,11 +341,95 @@ def test_one_batch_is_no_list_of_batches(batches: Any) -> None:
         convert_feedforward(copy.deepcopy(GELU), batches, partial(FF, width=4))
 
 
+def test_a_loader_of_inputs_and_labels() -> None:
+    data = TensorDataset(torch.cat(batches()), torch.zeros(4000, dtype=torch.long))
+    model = trained()
+    (made,) = convert_feedforward(model, DataLoader(data, batch_size=500), partial(FF, width=H), steps=0)
+    assert made.final_error < 1e-3
+
+
+def test_a_loader_of_dictionaries_as_those_of_transformers() -> None:
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24)
+    rows = [{"input_ids": torch.randint(50, (6,)), "labels": torch.tensor(1), "idx": i} for i in range(80)]
+    model = BertForSequenceClassification(config)
+    (made,) = convert_feedforward(
+        model, DataLoader(rows, batch_size=8), partial(FF, width=24, activation=nn.GELU), lambda n, m: "layer" in n, 0
+    )
+    assert made.final_error < 1e-3
+
+
+class Takes(nn.Module):
+    """Its MLP sees the sum of the tensors that it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = copy.deepcopy(GELU)
+
+
+class Two(Takes):
+    def forward(self, x: Tensor, z: Tensor, scale: float = 1.0) -> Tensor:
+        return self.mlp(scale * (x + z))
+
+
+class Any_(Takes):
+    def forward(self, *x: Tensor, **more: Tensor) -> Tensor:
+        return self.mlp(sum(x) + sum(more.values()))
+
+
+class Optional(Takes):
+    def forward(self, x: Tensor | None = None, z: float = 0.0) -> Tensor:
+        assert x is not None
+        return self.mlp(x + z)
+
+
+ONE, TWO, LABEL = torch.ones(20, 8), 2 * torch.ones(20, 8), torch.tensor(50.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "expected"),
+    [
+        (Two, (ONE, TWO), 3),
+        (Two, [ONE, TWO, LABEL], 3),  # what is behind the required arguments is a label
+        (Two, {"z": TWO, "x": ONE, "y": LABEL}, 3),
+        (Two, {"z": TWO, "x": ONE, "scale": 2.0}, 6),
+        (Any_, (ONE, TWO, ONE), 4),
+        (Any_, {"x": ONE, "y": TWO}, 3),
+        (Optional, (ONE, LABEL), 1),
+        (Optional, ONE, 1),
+        (Optional, {"x": ONE, "z": LABEL}, 51),
+    ],
+)
+def test_what_of_a_batch_goes_to_the_model(model: type[Takes], batch: Any, expected: int) -> None:
+    made = model()
+    ((train, _),) = _watch(made, find_mlps(made, None), [batch])
+    assert train.inputs.unique().tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("model", "batches"), [(GELU, (ONE, torch.zeros(20, dtype=torch.long))), (GELU, [ONE, ONE[0]]), (Two(), (ONE, TWO))]
+)
+def test_inputs_and_labels_are_no_list_of_batches(model: nn.Module, batches: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"batches is one batch \(\(20, 8\) torch.float32, .*give a list of batches, \[batch"
+    ):
+        convert_feedforward(copy.deepcopy(model), batches, partial(FF, width=4))
+
+
+def test_a_gate_that_cannot_be_trained_is_refused() -> None:
+    with pytest.raises(ValueError, match="top_k"):
+        convert_feedforward(trained(), batches(), partial(NoisyTopKMoE, num_experts=4, expert_width=4, top_k=1))
+
+
+def test_the_schedule_is_that_of_the_recipe() -> None:
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "configs" / "recipe" / "fff_distil.yaml").read_text())
+    assert vars(distil.INVERSE_TEMPERATURE) == recipe["model"]["aux_weights"]["inverse_temperature"]["init_args"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_data_that_is_not_finite(value: float) -> None:
     data = batches()
     data[2][3, 0] = value
-    with pytest.raises(ValueError, match="0 is given or makes values that are not finite: leave out the batches"):
+    with pytest.raises(ValueError, match="inputs or outputs of 0 are not finite: leave out the batches"):
         convert_feedforward(trained(), data, partial(FFF, depth=1, leaf_width=4))
 
 

@@ -244,6 +244,6 @@ def test_a_dense_layer_of_ours_is_an_mlp() -> None:
     model = nn.Sequential(nn.LayerNorm(8), FF(8, 5, width=12))
     (made,) = replace_feedforward(model, partial(FFF, depth=1, leaf_width=4))
     assert model[1] is made.new
-    assert made.before["inference_width"] == 12
+    assert made.old_sizes["inference_width"] == 12
     with pytest.raises(ValueError, match="no MLP"):
         replace_feedforward(model, partial(FFF, depth=1, leaf_width=4))

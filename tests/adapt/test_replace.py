@@ -177,17 +177,17 @@ def test_an_encoder_takes_padding() -> None:
 def test_sizes_before_and_after() -> None:
     (each,) = replace_feedforward(MODELS["sequential"][0](), TREE)
     assert each.name == "0"
-    assert each.before == {
+    assert each.old_sizes == {
         "training_width": H, "training_size": H, "inference_width": H, "inference_size": H,
         "parameters": 2 * D * H + H + D, "flops_per_sample": 4 * D * H,
     }  # fmt: skip
-    assert each.after == each.new.sizes()
-    assert each.after["inference_size"] == 5
+    assert each.new_sizes == each.new.sizes()
+    assert each.new_sizes["inference_size"] == 5
     llama = replace_feedforward(MODELS["llama"][0](), TREE)
     assert [e.name for e in llama] == ["layers.0.mlp", "layers.1.mlp"]
-    assert llama[0].before["parameters"] == 3 * D * H
-    assert llama[0].before["flops_per_sample"] == 6 * D * H
-    assert replace_feedforward(MODELS["phi3"][0](), TREE)[0].before == llama[0].before
+    assert llama[0].old_sizes["parameters"] == 3 * D * H
+    assert llama[0].old_sizes["flops_per_sample"] == 6 * D * H
+    assert replace_feedforward(MODELS["phi3"][0](), TREE)[0].old_sizes == llama[0].old_sizes
 
 
 def test_what_is_behind_the_mlp_stays() -> None:
