@@ -61,8 +61,10 @@ class FF(FeedforwardLayer):
 
     def dense_blocks(self) -> DenseBlocks:
         """One, the layer itself."""
-        w1, b1, w2, b2 = (parameter[None] for parameter in self.network.parameters())
-        return DenseBlocks(Blocks(w1, b1, w2.mT, b2), self.network[1])
+        up, activation, _, down = self.network
+        assert isinstance(up, nn.Linear)
+        assert isinstance(down, nn.Linear)
+        return DenseBlocks(Blocks(up.weight[None], up.bias[None], down.weight.T[None], down.bias[None]), activation)
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) in float64."""
