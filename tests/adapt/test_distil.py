@@ -269,7 +269,13 @@ def test_an_error_that_is_no_number_is_told() -> None:
 
 def gated(model: type[nn.Module], config: type[LlamaConfig | Phi3Config]) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "pad_token_id": 0}
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "intermediate_size": 24,
+        "pad_token_id": 0,
+    }
     return model(config(**sizes, num_attention_heads=4, num_key_value_heads=4)).eval()
 
 
@@ -329,7 +335,7 @@ def test_the_same_activation_is_not_told(dtype: torch.dtype, recwarn: pytest.War
 
 def test_rounding_is_no_other_activation(recwarn: pytest.WarningsRecorder) -> None:
     model = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, 3)).bfloat16()
-    nn.init.constant_(model[2].bias, 5.0)  # far from zero, where rounding is most of the variance
+    nn.init.constant_(model.get_parameter("2.bias"), 5.0)  # far from zero, where rounding is most of the variance
     data = [batch.bfloat16() for batch in batches()]
     convert_feedforward(model, data, partial(FF, width=4), steps=0)
     assert not recwarn.list
@@ -350,7 +356,7 @@ def test_a_loader_of_inputs_and_labels() -> None:
 
 def test_a_loader_of_dictionaries_as_those_of_transformers() -> None:
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24)
-    rows = [{"input_ids": torch.randint(50, (6,)), "labels": torch.tensor(1), "idx": i} for i in range(80)]
+    rows: Any = [{"input_ids": torch.randint(50, (6,)), "labels": torch.tensor(1), "idx": i} for i in range(80)]
     model = BertForSequenceClassification(config)
     (made,) = convert_feedforward(
         model, DataLoader(rows, batch_size=8), partial(FF, width=24, activation=nn.GELU), lambda n, m: "layer" in n, 0
