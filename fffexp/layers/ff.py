@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fffexp.kernels.naive import Blocks
 from fffexp.layers.base import DenseBlocks, FeedforwardLayer, check_fits, positive, probability
+from fffexp.layers.random import Dropout
 
 
 class FF(FeedforwardLayer):
@@ -38,7 +39,7 @@ class FF(FeedforwardLayer):
         self.network = nn.Sequential(
             nn.Linear(in_features, width),
             activation(),
-            nn.Dropout(probability("dropout", dropout)),
+            Dropout(probability("dropout", dropout)),
             nn.Linear(width, out_features),
         )
 
@@ -54,6 +55,11 @@ class FF(FeedforwardLayer):
     def training_backend(self, x: Tensor) -> str:
         """Torch's own products."""
         return "linear"
+
+    @property
+    def vectorizable(self) -> bool:
+        """It always is."""
+        return True
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) zeros: there is one block."""
