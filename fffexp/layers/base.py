@@ -1,9 +1,10 @@
 """The contract that every feedforward layer keeps."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 from weakref import ref
 
 import psutil
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fffexp.kernels.naive import Blocks
+from fffexp.layers.blocks import BlockMLP
 
 RoutingMode = Literal["auto", "soft", "hard"]
 ROUTING_MODES = get_args(RoutingMode)
@@ -65,6 +67,7 @@ class FeedforwardLayer(nn.Module, ABC):
     default_aux_weights: Mapping[str, float] = MappingProxyType({})  # by the recipes of configs/recipe/
     metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({})  # tracked quantities, functions of `routing`
     annealed_buffers: ClassVar[frozenset[str]] = frozenset()  # buffers that a schedule may set
+    baseline: ClassVar[str] = ""  # benchmarks record "speedup_over_BASELINE" of the layers after this one
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -243,6 +246,66 @@ class FeedforwardLayer(nn.Module, ABC):
         """Every size of this layer under its tracked name."""
         widths = self.training_width, self.training_size, self.inference_width, self.inference_size
         return dict(zip(SIZES, (*widths, self.parameter_count, self.flops_per_sample), strict=True))
+
+    @classmethod
+    def sized(
+        cls, in_features: int, out_features: int, depth: int, leaf_width: int, top_k: int = 1, **more: Any
+    ) -> Self:
+        """A layer of 2^depth * leaf_width hidden neurons in training, for benchmarks of layers of equal width.
+
+        Of width, depth, leaf_width, num_experts, expert_width, top_k and trainable, the constructor gets those that it
+        has parameters for.
+
+        Args:
+            in_features: size of the last dimension of the input.
+            out_features: size of the last dimension of the output.
+            depth: 2^depth leaves or experts.
+            leaf_width: hidden neurons of one of them.
+            top_k: experts of a sample, if there are as many; a gate that does not train at 1 is built all the same.
+            more: further arguments of the constructor; they come before those of the same name.
+        """
+        experts = 2**depth
+        sizes = {
+            "width": experts * leaf_width,
+            "depth": depth,
+            "leaf_width": leaf_width,
+            "num_experts": experts,
+            "expert_width": leaf_width,
+            "top_k": min(top_k, experts),
+            "trainable": top_k > 1,
+        }
+        named = inspect.signature(cls).parameters
+        return cls(in_features, out_features, **{name: sizes[name] for name in sizes if name in named} | more)
+
+    def share_experts(self, other: "FeedforwardLayer") -> None:
+        """Take the other layer's leaves or experts for ours, if their shapes agree, to save memory."""
+        theirs = next((module for module in other.children() if isinstance(module, BlockMLP)), None)
+        for name, mine in self.named_children():
+            if theirs and isinstance(mine, BlockMLP) and mine.hidden_weight.shape == theirs.hidden_weight.shape:
+                setattr(self, name, theirs)
+
+    def fast_forms(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Other ways to compute inference, which may be faster, by name."""
+        return {}
+
+    def training_forms(self) -> dict[str, "FeedforwardLayer"]:
+        """Other ways to train this layer, on the same weights, by name."""
+        return {}
+
+    @property
+    def trains_all_experts(self) -> bool:
+        """Whether a training pass evaluates all leaves or experts for each sample."""
+        return not self.sparse_gradients
+
+    @property
+    def training_flops_per_sample(self) -> int:
+        """Operations of the products of one training pass, forward and backward, where the input needs no gradient."""
+        return self._training_flops(self.training_width, 2 * (self.training_size - self.training_width))
+
+    def _training_flops(self, width: int, router_products: int) -> int:
+        # both layers forward, the gradients of their weights and of the hidden activations; the router's likewise
+        hidden = width * (2 * (self.in_features + self.out_features) + self.out_features)
+        return 2 * (hidden + router_products * self.in_features)
 
 
 def positive(name: str, value: int) -> int:

@@ -115,3 +115,13 @@ class GatedExperts(FeedforwardLayer):
         """The gate and k experts."""
         experts = self.inference_width * (self.in_features + self.out_features)
         return 2 * (self.num_experts * self.in_features + experts)
+
+    @property
+    def trains_all_experts(self) -> bool:
+        """Only the chosen."""
+        return False
+
+    @property
+    def training_flops_per_sample(self) -> int:
+        """The chosen experts, and what the gate is made of."""
+        return self._training_flops(self.inference_width, 2 * self.gate_products * self.num_experts)

@@ -1,5 +1,6 @@
 """The Fast Feedforward layer."""
 
+import copy
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -252,6 +253,22 @@ class FFF(FeedforwardLayer):
     def flops_per_sample(self) -> int:
         """The nodes on the path and one leaf."""
         return 2 * (self.depth * self.in_features + self.leaf_width * (self.in_features + self.out_features))
+
+    def training_forms(self) -> dict[str, FeedforwardLayer]:
+        """Training of the chosen leaves only, both ways."""
+        forms: dict[str, FeedforwardLayer] = {}
+        for trained in ("chosen_leaf", "chosen_path") if self.trained == "all" else ():
+            form = copy.copy(self)  # with the same parameters
+            form.trained, form.aux_losses, form.metrics = trained, {}, {}
+            forms[trained] = form
+        return forms
+
+    @property
+    def training_flops_per_sample(self) -> int:
+        """All leaves and nodes; or one leaf and its path, whose logits chosen_path computes again, with gradients."""
+        if self.trained == "all":
+            return super().training_flops_per_sample
+        return self._training_flops(self.leaf_width, self.depth * (1 if self.trained == "chosen_leaf" else 3))
 
 
 def _swapped(choices: Tensor, swap: Tensor | None) -> Tensor:

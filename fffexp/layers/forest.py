@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,14 @@ class Forest(FeedforwardLayer):
     def parts(self) -> list[FeedforwardLayer]:
         """The trees and the master leaf."""
         return [*self.trees, *([self.master] if self.master else [])]
+
+    @classmethod
+    def sized(
+        cls, in_features: int, out_features: int, depth: int, leaf_width: int, top_k: int = 1, **more: Any
+    ) -> Self:
+        """Two trees with half of the leaves each; one where there is one leaf."""
+        more = {"trees": 2, "depth": depth - 1} | more if depth else {"trees": 1} | more
+        return super().sized(in_features, out_features, depth, leaf_width, top_k, **more)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""

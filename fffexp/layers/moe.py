@@ -37,6 +37,7 @@ class NoisyTopKMoE(GatedExperts):
     default_aux_weights: Mapping[str, float] = MappingProxyType({"importance": 0.1})
     metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({"gate_entropy": gate.gate_entropy})
     gate_products: ClassVar[int] = 2
+    baseline: ClassVar[str] = "moe"
 
     def __init__(
         self,
