@@ -82,8 +82,8 @@ class Forest(FeedforwardLayer):
         cls, in_features: int, out_features: int, depth: int, leaf_width: int, top_k: int = 1, **more: Any
     ) -> Self:
         """Two trees with half of the leaves each; one where there is one leaf."""
-        more = {"trees": 2, "depth": depth - 1} | more if depth else {"trees": 1} | more
-        return super().sized(in_features, out_features, depth, leaf_width, top_k, **more)
+        more = {"trees": 2 if depth else 1} | more
+        return super().sized(in_features, out_features, max(0, depth - 1), leaf_width, top_k, **more)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
