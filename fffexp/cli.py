@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata
 from typing import Any
 
+from fffexp import configs
 from fffexp.errors import NonFiniteLossError, UserError, report, terminated_by_signal
 
 # "module:function" of each command; how a typed function becomes one, see commandline.py. Modules named here import
@@ -16,7 +17,7 @@ COMMANDS: Mapping[str, Any] = {
     "test": "fffexp.cli:test",
     "predict": "fffexp.cli:predict",
     "study": {name: f"fffexp.study.commands:{name}" for name in ("run", "resume", "show")},
-    "bench": {name: f"fffexp.bench.commands:{name}" for name in ("inference", "training", "model", "overhead")},
+    "bench": "fffexp.cli:bench",
     "reproduce": "fffexp.cli:reproduce",
     "build": "fffexp.cli:build",
 }
@@ -94,7 +95,8 @@ def predict(*args: str) -> None:
 
 
 def _experiment(*args: str) -> None:
-    from fffexp.training.experiment import Context, run  # seconds, for torch and Lightning
+    configs.check_devices(configs.given(args))  # at once, before the seconds that Lightning takes
+    from fffexp.training.experiment import Context, run
 
     with terminated_by_signal():
         result = run(args, Context(fresh_process=True))
@@ -104,16 +106,30 @@ def _experiment(*args: str) -> None:
         print(f"run {result.run_id}; compare runs: make ui")
 
 
+def bench(*args: str) -> None:
+    """Time the layers."""
+    if args[:1] in (("inference",), ("model",)):
+        _use_huge_pages()
+    from fffexp.bench.commands import main
+
+    main(list(args))
+
+
 def reproduce(*args: str) -> None:
     """Measure a paper's tables and figures again."""
     if args[:1] == ("figure3",):
-        from fffexp.bench.commands import use_huge_pages
-
-        use_huge_pages()
+        _use_huge_pages()
     from fffexp.paper.commands import main
 
     with terminated_by_signal():  # the processes that train end with this one
         main(list(args))
+
+
+def _use_huge_pages() -> None:
+    # For all contenders and limits alike: else the time of a large layer is in part that of page tables. Training
+    # keeps torch's default, in which fresh memory is a part of a step. Torch, which is imported later, looks at its
+    # first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def build() -> None:

@@ -70,17 +70,34 @@ def given(args: Sequence[str]) -> dict[str, Any]:
             key, equals, value = option[2:].partition("=")
             value = value if equals else following
             if key in ("config", "c"):
-                settings |= _flat(read_yaml(Path(value)))
+                settings |= flat(read_yaml(Path(value)))
             else:
                 settings[key.replace(".init_args", "")] = _value(value)
     return settings
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def check_devices(settings: Mapping[str, Any]) -> None:
+    """Refuse more than one device, before torch is imported; by what `given` returns.
+
+    Raises:
+        UserError: more than one process would train.
+    """
+    for key in ("trainer.devices", "trainer.num_nodes"):
+        value = settings.get(key)
+        several = len(value) != 1 if isinstance(value, list) else value not in (None, 0, 1, "auto")
+        if several:
+            raise UserError(f"{key} is {value}: a run trains on one device for now: give 1")
+    strategy = settings.get("trainer.strategy", settings.get("trainer.strategy.class_path"))
+    if strategy not in (None, "auto", "single_device"):
+        raise UserError(f"trainer.strategy is {strategy}: a run trains on one device for now: leave it out")
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested config by their dotted keys, without `init_args`."""
     for key, value in content.items():
         name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
         if isinstance(value, Mapping):
-            yield from _flat(value, name)
+            yield from flat(value, name)
         else:
             yield name, value
 

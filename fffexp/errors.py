@@ -38,9 +38,6 @@ _NOISE = re.compile(
 
 def one_line(message: str) -> str:
     """The key and the causes out of jsonargparse's messages, which list every type that it tried."""
-    if linked := re.search(r"argument (\S+) --> (\S+): invalid|Linked \"(\S+)\" must be given via \"(\S+)\"", message):
-        source, target = linked[1] or linked[4], linked[2] or linked[3]
-        return f"{target} is linked to {source} and cannot be given: leave it out"
     message = re.sub(r"Type \S.*? expects a function or a callable class: ", "", message)
     message = re.sub(r"\.? Got value: .*", "", message)
     message = re.sub(
@@ -50,8 +47,8 @@ def one_line(message: str) -> str:
     message = re.sub(r'Parser key "[^"]+":', "", message)
     lines = [line.strip(" -\t") for line in message.splitlines()]
     causes = [line for line in lines if line and not _NOISE.match(line)]
-    # what is left of the last cause names the type that was wanted
-    return f"{'.'.join(keys)}: {'; '.join(causes)}" if keys else "; ".join(causes)
+    causes_in_one = "; ".join(causes).replace(":;", ":")
+    return f"{'.'.join(keys)}: {causes_in_one}" if keys else causes_in_one
 
 
 @contextmanager

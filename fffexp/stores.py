@@ -8,7 +8,7 @@ from pathlib import Path
 import sqlalchemy
 from filelock import FileLock
 
-from fffexp.errors import UserError
+from fffexp.errors import UserError, hide_password
 
 LOCK_S = 30.0  # creating a store takes a few seconds
 # any number that nobody else is likely to lock in the same PostgreSQL database
@@ -23,7 +23,7 @@ def store_lock(uri: str) -> Iterator[None]:
     locks of its own.
 
     Raises:
-        UserError: the store cannot be created or reached.
+        UserError: the store cannot be created or reached, or is of a kind that cannot be locked.
     """
     if uri.startswith("sqlite:///"):
         with _file_lock(uri):
@@ -33,8 +33,13 @@ def store_lock(uri: str) -> Iterator[None]:
             # held by the connection, so it goes with it
             connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({ADVISORY_KEY})"))
             yield
-    else:
+    elif uri.startswith(("http://", "https://")):
         yield
+    else:
+        raise UserError(
+            f"the store {hide_password(uri)} is of a kind that is not known here:"
+            " give sqlite:///FILE, postgresql+psycopg://... or, for tracking, http(s)://..."
+        )
 
 
 @contextmanager
@@ -56,19 +61,21 @@ def _file_lock(uri: str) -> Iterator[None]:
 
 @contextmanager
 def _connection(uri: str) -> Iterator[sqlalchemy.Connection]:
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
     try:
-        connection = engine.connect()
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        connection = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect()
+    except ImportError as error:
         raise UserError(
-            f"the store {uri} cannot be reached ({first_line(error)}): start it, or give another"
+            f"the store {hide_password(uri)} needs a driver ({first_line(error)}):"
+            " pip install 'fffexp[postgres]' and write postgresql+psycopg://..."
         ) from error
-    try:
+    except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
+        raise UserError(
+            f"the store {hide_password(uri)} cannot be reached ({first_line(error)}): start it, or give another"
+        ) from error
+    with connection:
         yield connection
-    finally:
-        connection.close()
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a database or server says first."""
-    return str(error).strip().splitlines()[0][:200]
+    """What an error of a database or server says first, without a password."""
+    return hide_password((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]

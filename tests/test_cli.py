@@ -253,7 +253,7 @@ def test_help_of_fit(capsys: pytest.CaptureFixture[str]) -> None:
         main(["fit", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--config", "--model.layer", "--data", "--tracking_uri", "--test", "--name"):
+    for option in ("--config", "--model.help", "--data", "--tracking_uri", "--test", "--name"):
         assert option in text
 
 

@@ -65,10 +65,9 @@ def test_a_deleted_experiment_is_restored(store: tuple[MlflowClient, str]) -> No
 
 def test_metrics_reach_the_store_whatever_their_number(store: tuple[MlflowClient, str], tmp_path: Path) -> None:
     with tracking.run(*store, "many", {}) as run:
-        logger = tracking.RunLogger(run)
         for step in range(700):
-            logger.log_metrics({"a": step, "b": float("nan"), "epoch": step}, step)
-        logger.finalize("success")
+            run.log_metrics({"a": step, "b": float("nan"), "epoch": step}, step)
+        run.finalize("success")
     assert history(tmp_path, run.id, "a") == list(range(700))
     assert len(history(tmp_path, run.id, "b")) == 700
     assert set(client(tmp_path).get_run(run.id).data.metrics) == {"a", "b"}

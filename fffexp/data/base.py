@@ -88,7 +88,8 @@ class ClassificationData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> Batches:
         """Shuffled by (seed, epoch)."""
-        return Batches(*self.train_data, self.batch_size, seed=self.seed, epoch=self._epoch, device=self._device())
+        order: dict[str, Any] = {"seed": self.seed, "epoch": self._epoch, "done": self._done}
+        return Batches(*self.train_data, self.batch_size, **order, device=self._device())
 
     def val_dataloader(self) -> Batches:
         """Large batches in order."""
@@ -111,6 +112,11 @@ class ClassificationData(LightningDataModule, ABC):
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0
+
+    def _done(self) -> int:
+        if self.trainer is None or not self.trainer.training:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def _device(self) -> torch.device:
         if self.trainer is None:

@@ -10,15 +10,16 @@ from torch import Tensor
 class Batches:
     """Every row once a pass, in order or shuffled; the last, smaller batch is kept.
 
-    The order is a function of (seed, epoch) alone, on every device, and the position within an epoch is kept
-    in Lightning's checkpoints, so that a resumed run sees the rows the uninterrupted one would have.
+    The order is a function of (seed, epoch) alone, on every device, so that a run that is resumed within an epoch
+    sees the rows the uninterrupted one would have.
 
     Args:
         inputs: (rows, ...).
         labels: (rows,).
         batch_size: Rows a batch, at least 1.
         seed: Shuffles by this seed; None keeps the order.
-        epoch: Tells the current epoch, read at the start of each pass.
+        epoch: Gives the current epoch; read at the start of each pass.
+        done: Gives the number of batches of that pass that a resumed run has had already.
         device: Where the whole tensors are put and the batches come from.
     """
 
@@ -30,6 +31,7 @@ class Batches:
         *,
         seed: int | None = None,
         epoch: Callable[[], int] = lambda: 0,
+        done: Callable[[], int] = lambda: 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.inputs = inputs.to(device)
@@ -37,8 +39,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = epoch
-        self._at = (0, 0)  # (epoch, batches already given in it)
-        self._resume_at: tuple[int, int] | None = None
+        self.done = done
 
     def __len__(self) -> int:
         return -(-len(self.inputs) // self.batch_size)
@@ -48,22 +49,19 @@ class Batches:
             inputs, labels = (torch.split(x, self.batch_size) for x in (self.inputs, self.labels))
             yield from zip(inputs, labels, strict=True)
             return
-        epoch = self.epoch()
-        # a full last pass, or one of another epoch, leaves nothing to skip
-        resume, self._resume_at = self._resume_at, None
-        skip = resume[1] % len(self) if resume and resume[0] == epoch else 0
-        batches = torch.split(self._order(self.seed, epoch), self.batch_size)
-        for given, rows in enumerate(batches[skip:], start=skip + 1):
-            self._at = (epoch, given)
+        for rows in torch.split(self._order(self.seed, self.epoch()), self.batch_size)[self.done() :]:
             yield self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the current pass stands; Lightning saves it with the loops."""
-        return {"epoch": self._at[0], "batch": self._at[1]}
+        """Nothing: Lightning's progress is the position. That there is a state tells it that a pass can be resumed.
+
+        It would be of no use either: where the task asks for the number of steps, as for a one-cycle schedule, the
+        loader is set up before the checkpoint is read, and Lightning then leaves the loader's state out.
+        """
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue there, if the next pass is of the same epoch."""
-        self._at = self._resume_at = (state["epoch"], state["batch"])
+        """Nothing, see `state_dict`."""
 
     def _order(self, seed: int, epoch: int) -> Tensor:
         # SeedSequence mixes the pair, so that (0, 1) and (1, 0) are unrelated;

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fffexp.layers import FeedforwardLayer
+from fffexp.layers import Layer
 
-LayerFactory = Callable[[int, int], FeedforwardLayer]
+LayerFactory = Callable[[int, int], Layer]
 
 
 class MLP(nn.Module):

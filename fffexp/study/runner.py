@@ -47,7 +47,7 @@ class StudyRunner:
             for values in self.spec.corners(layer):
                 where = f"study {self.spec.name}, layer {layer} with {settings(values)}"
                 try:
-                    found = check(self.spec.arguments(layer, values, self.spec.seeds[0], test=False))
+                    found = check(self.spec.arguments(layer, values, self.spec.seeds[0], test=False)).layer
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from error
                 if found != layer:
@@ -83,7 +83,7 @@ class StudyRunner:
     def run(self) -> summary.Summary:
         """Do what is left, and summarise."""
         try:
-            run = tracking.Run.resume(self.client, self.run_id)
+            run = tracking.Run(self.client, run_id=self.run_id)
         except MlflowException as error:
             raise UserError(
                 f"study {self.spec.name} is not tracked in {self.uri}: give the --tracking_uri that it was begun with"

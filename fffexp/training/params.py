@@ -1,42 +1,39 @@
 """What is tracked of an experiment beside its metrics."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
 from fffexp.layers.base import SIZES
-from fffexp.training.classification import ClassificationTask
+from fffexp.training.task import Task
+
+OURS = ("fffexp", "torch", "lightning")  # packages whose classes are known by their bare names
 
 
-def flat_params(config: Namespace, model: ClassificationTask) -> dict[str, Any]:
-    """What is tracked of a config, under short flat names."""
-    settings = config.model
-    params: dict[str, Any] = {"layer": short(settings.layer), "seed": config.seed_everything}
-    params |= {f"layer.{name}": short(value) for name, value in init_args(settings.layer).items()}
-    params |= {"network": type(model.network).__name__}
-    params |= {f"network.{name}": value for name, value in init_args(settings.network).items()}
-    params |= total_sizes(model)
-    params |= {"data": short(config.data), "data.batch_size": config.data.init_args.batch_size}
-    params |= {"optimizer": short(settings.optimizer)}
-    params |= {"label_smoothing": settings.label_smoothing, "input_noise_std": settings.input_noise_std}
-    params |= {f"optimizer.{name}": value for name, value in init_args(settings.optimizer).items()}
-    if settings.lr_scheduler is not None:
-        params["lr_scheduler"] = short(settings.lr_scheduler)
-        params |= {f"lr_scheduler.{name}": value for name, value in init_args(settings.lr_scheduler).items()}
-    for name, value in (settings.aux_weights or {}).items():
-        arguments = ", ".join(f"{k}={v}" for k, v in init_args(value).items())
-        params[f"aux_weights.{name}"] = f"{short(value)}({arguments})" if arguments else value
+def flat_params(config: Namespace, task: Task) -> dict[str, Any]:
+    """What is tracked of a config, under short flat names: layer, layer.depth, optimizer, optimizer.lr, ..."""
+    params: dict[str, Any] = {"layer": None, "seed": config.seed_everything, "task": short(config.model)}
+    for name, value in init_args(config.model).items():
+        if isinstance(value, Mapping):  # aux_weights
+            params |= {f"{name}.{key}": _call(inner) for key, inner in value.items()}
+        elif value is not None or name == "layer":
+            params |= {name: short(value)} | {f"{name}.{key}": short(inner) for key, inner in init_args(value).items()}
+    params["network"] = type(task.network).__name__
+    params |= total_sizes(task)
+    params |= {"data": short(config.data), "data.batch_size": init_args(config.data).get("batch_size")}
+    params["optimizer"] = params.get("optimizer", "AdamW")
     params |= {"max_epochs": config.trainer.max_epochs, "precision": config.trainer.precision or "32-true"}
     params["threads"] = torch.get_num_threads()
     return params
 
 
-def total_sizes(model: ClassificationTask) -> dict[str, int]:
+def total_sizes(task: Task) -> dict[str, int]:
     """Sizes of all its feedforward layers together."""
     total = Counter(dict.fromkeys(SIZES, 0))
-    for layer in model.layers.values():
+    for layer in task.layers.values():
         total.update(layer.sizes())
     return dict(total)
 
@@ -47,10 +44,18 @@ def init_args(value: Any) -> dict[str, Any]:
 
 
 def short(value: Any) -> Any:
-    """The bare name of a class in a config; anything else as it is."""
-    return value.class_path.rsplit(".", 1)[-1] if isinstance(value, Namespace) and "class_path" in value else value
+    """The bare name of a class in a config, or the class path of one from elsewhere; anything else as it is."""
+    if not (isinstance(value, Namespace) and "class_path" in value):
+        return value
+    package, _, name = value.class_path.partition(".")
+    return name.rsplit(".", 1)[-1] if package in OURS else value.class_path
 
 
-def backends(model: ClassificationTask) -> str:
+def _call(value: Any) -> Any:
+    arguments = ", ".join(f"{name}={inner}" for name, inner in init_args(value).items())
+    return f"{short(value)}({arguments})" if arguments else short(value)
+
+
+def backends(task: Task) -> str:
     """Names of the backends of its layers."""
-    return ",".join(sorted({layer.inference_backend() for layer in model.layers.values()}))
+    return ",".join(sorted({layer.inference_backend() for layer in task.layers.values()}))

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from fffexp.data.base import ClassificationData, Rows
 from fffexp.data.batches import Batches
 from fffexp.errors import UserError
+from fffexp.layers.experts import GatedExperts
 from fffexp.timing import wait_for_timing
 from fffexp.training.callbacks.routing import BlockCounter, block_usage, dead_leaves
 from fffexp.training.callbacks.schedules import apply_schedules
@@ -199,7 +200,9 @@ class Replicas:
         for epoch in range(self.epochs):
             task.train()
             for layer in task.layers.values():
-                layer.vectorized = vectorised
+                layer.backend = "eager" if vectorised else "auto"  # what torch.vmap knows
+                if isinstance(layer, GatedExperts):
+                    layer.dense_training = vectorised
             prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
             right = torch.zeros_like(at)
             for parts in zip(*loaders, strict=True):
@@ -279,7 +282,7 @@ class Replicas:
     def _evaluate(self) -> None:
         self.task.eval()
         for layer in self.task.layers.values():
-            layer.vectorized = False
+            layer.backend = "auto"
 
     @torch.no_grad()
     def _replica(self, index: int, best: "_Best", losses: Tensor, test: bool) -> Replica:

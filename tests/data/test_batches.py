@@ -124,6 +124,21 @@ def test_resumed_run_sees_the_rows_of_the_uninterrupted_run(tmp_path: Path, limi
     assert resumed.seen == whole.seen[steps:]
 
 
+def test_a_schedule_that_asks_for_the_number_of_steps_does_not_lose_the_position(tmp_path: Path) -> None:
+    class OneCycle(Recorder):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            steps = int(self.trainer.estimated_stepping_batches)
+            return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)]
+
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+    whole, resumed = OneCycle(), OneCycle()
+    trainer(tmp_path, callbacks=[saving], max_epochs=3).fit(whole, Numbered(batch_size=20))
+    path = str(tmp_path / "step=3.ckpt")
+    trainer(tmp_path, enable_checkpointing=False, max_epochs=3).fit(resumed, Numbered(batch_size=20), ckpt_path=path)
+    assert resumed.seen == whole.seen[3:]
+
+
 @pytest.mark.parametrize("limit", [1.0, 3])
 def test_resumed_from_the_end_of_an_epoch(tmp_path: Path, limit: float) -> None:
     options = {"limit_train_batches": limit}

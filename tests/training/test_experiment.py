@@ -25,7 +25,7 @@ PARAMS = {
 LAYER_PARAMS = {
     "ff": {"width", "activation", "dropout"},
     "moe": {"num_experts", "expert_width", "top_k", "activation", "dropout"},
-    "fff": {"depth", "leaf_width", "region_leak", "sparse", "detach_router_input", "activation", "dropout"},
+    "fff": {"depth", "leaf_width", "region_leak", "trained", "detach_router_input", "activation", "dropout"},
 }
 OVER_TIME = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "stability/grad_norm"}
 FINAL = {
