@@ -17,7 +17,7 @@ COMMANDS: Mapping[str, Any] = {
     "test": "fffexp.cli:test",
     "predict": "fffexp.cli:predict",
     "study": {name: f"fffexp.study.commands:{name}" for name in ("run", "resume", "show")},
-    "bench": "fffexp.cli:bench",
+    "bench": {name: f"fffexp.bench.commands:{name}" for name in ("inference", "training", "model", "overhead")},
     "reproduce": "fffexp.cli:reproduce",
     "build": "fffexp.cli:build",
 }
@@ -106,30 +106,16 @@ def _experiment(*args: str) -> None:
         print(f"run {result.run_id}; compare runs: make ui")
 
 
-def bench(*args: str) -> None:
-    """Time the layers."""
-    if args[:1] in (("inference",), ("model",)):
-        _use_huge_pages()
-    from fffexp.bench.commands import main
-
-    main(list(args))
-
-
 def reproduce(*args: str) -> None:
     """Measure a paper's tables and figures again."""
     if args[:1] == ("figure3",):
-        _use_huge_pages()
+        from fffexp.bench.commands import use_huge_pages
+
+        use_huge_pages()
     from fffexp.paper.commands import main
 
     with terminated_by_signal():  # the processes that train end with this one
         main(list(args))
-
-
-def _use_huge_pages() -> None:
-    # For all contenders and limits alike: else the time of a large layer is in part that of page tables. Training
-    # keeps torch's default, in which fresh memory is a part of a step. Torch, which is imported later, looks at its
-    # first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def build() -> None:

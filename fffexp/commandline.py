@@ -13,6 +13,7 @@ Write a plain function and add its name to the table in cli.py:
 - A parameter without a default is positional, any other is an option of its name, which is never abbreviated.
 - `list[T]` and `list[T] | None` take several values after the option, each checked as a T.
 - `bool` is a flag without a value, False by default.
+- Each field of a default that is a dataclass is an option of its own: `def train(setting: Setting = Setting())`.
 - Any other type is parsed and checked by jsonargparse: PositiveInt, Literal, Path, `float | None`, ...
 - The first line of the docstring is the description and each Args entry the help of its option.
 
@@ -26,6 +27,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -64,30 +66,41 @@ def run_command(function: Callable[..., object], args: Sequence[str], name: str 
         values = parser.parse_args(list(args)).as_dict()
     except ArgumentError as error:
         raise UserError(f"{one_line(str(error))} (see {parser.prog} --help)") from error
+    for parameter in inspect.signature(function).parameters.values():
+        group: Any = parameter.default
+        if is_dataclass(group) and not isinstance(group, type):
+            values[parameter.name] = type(group)(**{each.name: values.pop(each.name) for each in fields(group)})
     function(**values)
 
 
 def command_parser(function: Callable[..., object], name: str = "") -> ArgumentParser:
     """The parser of a function's command line."""
-    described = parse_docstring(inspect.getdoc(function) or "")
-    texts = {param.arg_name: param.description for param in described.params}
-    parser = ArgumentParser(
-        prog=f"fffexp {name}".strip(), description=described.description, exit_on_error=False, allow_abbrev=False
-    )
+    text = parse_docstring(inspect.getdoc(function) or "").description
+    parser = ArgumentParser(prog=f"fffexp {name}".strip(), description=text, exit_on_error=False, allow_abbrev=False)
+    _add_options(parser, function)
+    return parser
+
+
+def _add_options(parser: ArgumentParser, function: Callable[..., object], defaults: object = None) -> None:
+    """Options of a function or, with defaults, of the fields of their dataclass."""
+    texts = {param.arg_name: param.description for param in parse_docstring(inspect.getdoc(function) or "").params}
     hints = typing.get_type_hints(function)
-    for parameter in inspect.signature(function).parameters.values():
-        kind, required = hints[parameter.name], parameter.default is parameter.empty
-        options: dict[str, Any] = {"help": texts.get(parameter.name) or ""}
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, default = hints[name], parameter.default if defaults is None else getattr(defaults, name)
+        if is_dataclass(default):
+            _add_options(parser, kind, default)
+            continue
+        required = default is parameter.empty
+        options: dict[str, Any] = {"help": texts.get(name) or ""}
         if not required:
-            options["default"] = parameter.default
+            options["default"] = default
         if kind is bool:
             options["action"] = ActionYesNo(no_prefix=None)  # type: ignore[arg-type] # None leaves the second option out
         elif element := _element(kind):
             options |= {"type": element, "nargs": "+"}
         else:
             options["type"] = kind
-        parser.add_argument(parameter.name if required else f"--{parameter.name}", **options)
-    return parser
+        parser.add_argument(name if required else f"--{name}", **options)
 
 
 def _element(kind: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fffexp.kernels.naive import Blocks
-from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE, SwitchMoE
+from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE
 
 IN, OUT = 6, 4
 
@@ -72,7 +72,10 @@ def inputs(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Te
 
 def routing_tensors(layer: FeedforwardLayer) -> dict[str, Tensor]:
     routing = layer.routing
-    return {} if routing is None else {f.name: getattr(routing, f.name) for f in fields(routing)}
+    if routing is None:
+        return {}
+    parts = routing if isinstance(routing, tuple) else (routing,)
+    return {f"{index}.{f.name}": getattr(part, f.name) for index, part in enumerate(parts) for f in fields(part)}
 
 
 def loss_of(layer: FeedforwardLayer, output: Tensor) -> Tensor:
@@ -110,6 +113,9 @@ CASES = (
     Case(NoisyTopKMoE, {"num_experts": 3, "expert_width": 2, "top_k": 3}, (6, 9, 6, 9, 114, 156)),
     # 5*6 + 5 experts * (6*3 + 3 + 3*4 + 4); 2 * (5*6 + 3*10)
     Case(SwitchMoE, {"num_experts": 5, "expert_width": 3}, (15, 20, 3, 8, 215, 120)),
+    # 2 trees * (3 nodes * (6 + 1) + 4 leaves * (6*3 + 3 + 3*4 + 4)) + 6*2 + 2 + 2*4 + 4
+    # 2 trees * 2 * (2*6 + 3*10) + 2 * 2*10
+    Case(Forest, {"trees": 2, "depth": 2, "leaf_width": 3, "master_width": 2}, (26, 32, 8, 12, 364, 208)),
 )
 
 # Options to draw, and the parameters they should give: (inputs, outputs, **options) -> scalars.
@@ -132,6 +138,20 @@ DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Cal
         ),
         lambda i, o, num_experts, expert_width, top_k: (
             num_experts * (2 * i + expert_width * (i + 1) + (expert_width + 1) * o)
+        ),
+    ),
+    Forest: (
+        st.fixed_dictionaries(
+            {
+                "trees": st.integers(1, 3),
+                "depth": st.integers(0, 3),
+                "leaf_width": st.integers(1, 3),
+                "master_width": st.integers(0, 3),
+            }
+        ),
+        lambda i, o, trees, depth, leaf_width, master_width: (
+            trees * ((2**depth - 1) * (i + 1) + 2**depth * (leaf_width * (i + 1) + (leaf_width + 1) * o))
+            + (master_width * (i + 1 + o) + o if master_width else 0)
         ),
     ),
     SwitchMoE: (

@@ -30,7 +30,7 @@ GROUND = {name.split(".")[1] for name in FILES if name.count(".") == 1 and FILES
 GROUND -= {"__main__", "cli", "tracking"}
 TASKS = GROUND | {"routing", "layers", "models", "data", "tracking"}
 MAY_IMPORT = {
-    **dict.fromkeys(GROUND, GROUND),
+    **dict.fromkeys(sorted(GROUND), GROUND),
     "environment": GROUND | {"kernels"},  # names the compiler
     "routing": set(),
     "kernels": {"routing"},

@@ -1,139 +1,211 @@
-"""`fffexp bench inference|training|model|fit`: arguments to measurements to a table and JSON."""
+"""`fffexp bench inference|training|model|overhead`: a command line to measurements to a table and JSON."""
 
-import argparse
 import ctypes
-import itertools
-import json
+import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from fffexp.commandline import NonNegativeInt, PositiveFloat, PositiveInt, check_file
+from fffexp.errors import UserError, one_line
+from fffexp.files import hold
+from fffexp.report.tables import table
 
-from fffexp.bench import inference, model, training
-from fffexp.bench.arguments import Parser, natural, positive
-from fffexp.bench.contenders import LAYERS, Point
-from fffexp.bench.machine import measure_limits
-from fffexp.bench.records import Record, header, row, write
-from fffexp.environment import environment
-from fffexp.errors import UserError
+if TYPE_CHECKING:
+    from fffexp.bench.contenders import Point
+    from fffexp.bench.records import ResultsFile, Timed
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-def main(args: list[str]) -> int:
-    """Parse and run."""
-    parser = Parser(prog="fffexp bench", description="Time the layers.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, batches, depths, k in (
-        ("inference", inference.run_point, (1, 16, 256, 2048), (2, 5, 8, 11), 1),
-        ("training", training.run_point, (256,), (5, 7), 2),
-    ):
-        told = f"{name} of layers of equal training width, interleaved, beside the machine's limits"
-        sub = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
-        _arguments(sub, batches, depths, k)
-        sub.add_argument("--peers", action="store_true", help="also fastfeedforward from PyPI, where it is installed")
-        sub.set_defaults(run=run)
-    told = "an MLP and a transformer block with each layer: the layer's speedup is not the model's"
-    sub = commands.add_parser("model", help=told, description=told, allow_abbrev=False)
-    _arguments(sub, (128, 2048), (5, 8), 1)
-    told = "what the framework costs beside a bare PyTorch loop, on Fashion-MNIST"
-    sub = commands.add_parser("fit", help=told, description=told, allow_abbrev=False)
-    for option, default in (("--epochs", 1), ("--rounds", 5), ("--threads", 1)):
-        sub.add_argument(option, type=positive, default=default)
-    found = parser.parse_args(args)
-    if found.command == "fit":
-        from fffexp.bench.overhead import fit
-
-        fit(found.epochs, found.rounds, found.threads)
-    elif found.command == "model":
-        _models(found)
-    else:
-        _points(found, found.run)
-    return 0
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def _arguments(sub: argparse.ArgumentParser, batches: tuple[int, ...], depths: tuple[int, ...], k: int) -> None:
-    several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
-    sub.add_argument("--layers", nargs="+", default=list(LAYERS), metavar="LAYER", help=" ".join(LAYERS))
-    sub.add_argument("--depths", type=natural, default=list(depths), **several, help="2^depth leaves, experts")
-    sub.add_argument("--leaf_width", type=positive, default=32, metavar="N")
-    sub.add_argument("--in_features", type=positive, default=768, metavar="N")
-    sub.add_argument("--out_features", type=positive, default=768, metavar="N")
-    sub.add_argument("--batch_sizes", type=positive, default=list(batches), **several)
-    sub.add_argument("--threads", type=positive, default=[1], **several)
-    sub.add_argument("--top_k", type=positive, default=k, metavar="N", help="experts of a sample")
-    sub.add_argument("--device", default="cpu")
-    sub.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    sub.add_argument("--backend", choices=["auto", "native", "triton", "eager"], default="auto")
-    sub.add_argument("--json", type=Path, metavar="FILE")
+@dataclass(frozen=True)
+class Setting:
+    """What is timed.
+
+    Args:
+        layers: public names such as FF, or class paths such as own.MyLayer of a file own.py in the current folder; all
+            public ones by default.
+        depths: each layer has 2^depth leaves or experts, and a dense one as many neurons as all of them.
+        leaf_width: hidden neurons of a leaf or expert.
+        in_features: size of an input.
+        out_features: size of an output.
+        batch_sizes: rows of an input.
+        threads: of torch.
+        top_k: experts of a sample, where a layer leaves the choice.
+        device: cpu, cuda, cuda:N or mps.
+        dtype: of weights and inputs.
+        backend: a kernel by name; auto takes the fastest that serves.
+        layer_args: further arguments of constructors, such as {"own.MyLayer": {"rank": 4}}; else a constructor gets
+            those of width, depth, leaf_width, num_experts, expert_width and top_k that it has.
+        seconds: of timing at each point.
+        json: file for the records; those that it has already are not measured again.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    depths: list[NonNegativeInt] = field(default_factory=lambda: [2, 5, 8, 11])
+    leaf_width: PositiveInt = 32
+    in_features: PositiveInt = 768
+    out_features: PositiveInt = 768
+    batch_sizes: list[PositiveInt] = field(default_factory=lambda: [1, 16, 256, 2048])
+    threads: list[PositiveInt] = field(default_factory=lambda: [1])
+    top_k: PositiveInt = 1
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    backend: Literal["auto", "native", "triton", "eager"] = "auto"
+    layer_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: PositiveFloat = 2.0
+    json: Path | None = None
+
+    def point(self, depth: int) -> "Point":
+        """Sizes of the layers of a depth."""
+        import torch
+
+        from fffexp.bench.contenders import Point
+
+        sizes = (self.in_features, self.out_features, depth, self.leaf_width, self.top_k)
+        return Point(*sizes, getattr(torch, self.dtype), self.device, self.backend, self.layer_args)
 
 
-def _models(found: argparse.Namespace) -> None:
-    _check(found)
-    where, records = environment(found.threads, found.device), []
-    print(model.header(), flush=True)
-    for depth, threads in itertools.product(found.depths, found.threads):
-        for record in model.run_point(found.layers, _point(found, depth), found.batch_sizes, threads):
-            records.append(record)
-            print(model.row(record), flush=True)
-            if found.json:
-                content = {"environment": where, "records": model.as_json(records)}
-                found.json.write_text(json.dumps(content, indent=1) + "\n")
+TRAINING = Setting(depths=[5, 7], batch_sizes=[256], top_k=2, seconds=3.0)
+MODEL = Setting(depths=[5, 8], batch_sizes=[128, 2048])
 
 
-def _point(found: argparse.Namespace, depth: int) -> Point:
-    sizes = (found.in_features, found.out_features, depth, found.leaf_width)
-    return Point(*sizes, found.top_k, DTYPES[found.dtype], found.device, found.backend)
+def inference(setting: Setting = Setting(), peers: bool = False) -> None:  # it is frozen
+    """Time inference of layers of equal training width, interleaved, beside the machine's limits.
+
+    Args:
+        setting: what is timed.
+        peers: also fastfeedforward from PyPI, where it is installed.
+    """
+    use_huge_pages()
+    from fffexp.bench.inference import run_point
+
+    _time_layers("inference", setting, peers, run_point)
 
 
-def _check(found: argparse.Namespace) -> None:
-    kind, _, index = found.device.partition(":")
-    if kind not in ("cpu", "cuda") or not (index or "0").isdigit():
-        raise UserError(f"--device {found.device}: give cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {found.device}: torch sees no such CUDA device here")
-    for name in found.layers:
-        if name not in LAYERS:
-            raise UserError(f"--layers: {name!r} is not one of {', '.join(LAYERS)}")
-    if found.json:  # before minutes are spent on what cannot be written
-        try:
-            found.json.parent.mkdir(parents=True, exist_ok=True)
-            found.json.open("a").close()
-        except OSError as error:
-            raise UserError(f"--json {found.json}: {error.strerror}") from error
+def training(setting: Setting = TRAINING, peers: bool = False) -> None:
+    """Time training steps of layers of equal training width, interleaved: forward, backward and optimizer.
+
+    Args:
+        setting: what is timed.
+        peers: also fastfeedforward from PyPI, where it is installed.
+    """
+    from fffexp.bench.training import run_point
+
+    _time_layers("training", setting, peers, run_point)
 
 
-def _points(found: argparse.Namespace, run: Callable[..., object]) -> None:
-    _check(found)
-    _steady_memory()
-    dtype, limits = DTYPES[found.dtype], {}
-    for threads in found.threads:
-        torch.set_num_threads(threads)
-        limits[threads] = measure_limits(dtype, found.device)
-        each = limits[threads]
-        gemm, read = each.gemm_flops_per_s / 1e9, each.read_bytes_per_s / 1e9
-        print(
-            f"limits, {threads} threads, {found.dtype}: products {gemm:.1f} GFLOP/s, memory {read:.1f} GB/s", flush=True
-        )
-    where = environment(found.threads, found.device)
-    print(
-        f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {where['instruction_set'] or 'no kernel'}"
-        + (", huge pages" if where["huge_pages"] else "")
-    )
-    print(f"{found.in_features} -> {found.out_features}, blocks of {found.leaf_width}; medians")
-    print(header(found.command), flush=True)
-    records: list[Record] = []
-    for depth in found.depths:
-        point = _point(found, depth)
-        for record in run(found.layers, point, found.batch_sizes, limits, found.peers):  # type: ignore[attr-defined] # both give records
-            records.append(record)
-            print(row(record), flush=True)
-            if found.json:  # as they come: nothing that is measured is lost
-                write(found.json, where, {str(t): each for t, each in limits.items()}, records)
-    if found.json:
-        print(f"written to {found.json}")
+def model(setting: Setting = MODEL) -> None:
+    """Time an MLP and a transformer block with each layer: the layer's speedup is not the model's.
+
+    Args:
+        setting: what is timed.
+    """
+    use_huge_pages()
+    from fffexp.bench.model import row, run_point
+
+    def measure(setting: Setting, results: "ResultsFile") -> Iterable["Timed"]:
+        for depth in setting.depths:
+            batches, point = setting.batch_sizes, setting.point(depth)
+            yield from run_point(setting.layers, point, batches, setting.threads, results.has, setting.seconds)
+
+    _run("model", setting, measure, row)
+
+
+def overhead(
+    layers: list[str] | None = None, epochs: PositiveInt = 1, rounds: PositiveInt = 5, threads: PositiveInt = 1
+) -> None:
+    """Time a fit of Fashion-MNIST against a bare PyTorch loop, in turn, without validation and tracking.
+
+    Args:
+        layers: public names or class paths; all public ones by default.
+        epochs: of one timing.
+        rounds: timings of each.
+        threads: of torch.
+    """
+    from fffexp.bench.overhead import compare
+
+    print(table(compare(layers or [], epochs, rounds, threads), {"bare, s": ".3f", "fit, s": ".3f", "ratio": ".3f"}))
+
+
+def use_huge_pages() -> None:
+    """For all contenders and limits alike: else the time of a large layer is in part that of page tables.
+
+    To be called before torch is imported, which looks at its first allocation. Training keeps torch's default, in which
+    fresh memory is a part of a step.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def _time_layers(task: str, setting: Setting, peers: bool, run_point: Callable[..., Iterable["Timed"]]) -> None:
+    import torch
+
+    from fffexp.bench.machine import measure_limits
+    from fffexp.bench.records import row
+
+    def measure(setting: Setting, results: "ResultsFile") -> Iterable["Timed"]:
+        limits = {}
+        for threads in setting.threads:
+            torch.set_num_threads(threads)
+            limits[threads] = results.limits(threads) or measure_limits(getattr(torch, setting.dtype), setting.device)
+            results.set_limits(threads, limits[threads])
+            gemm, read = limits[threads].gemm_flops_per_s / 1e9, limits[threads].read_bytes_per_s / 1e9
+            print(f"limits, {threads} threads, {setting.dtype}: products {gemm:.1f} GFLOP/s, memory {read:.1f} GB/s")
+        for depth in setting.depths:
+            point = setting.point(depth)
+            yield from run_point(
+                setting.layers, point, setting.batch_sizes, limits, peers, results.has, setting.seconds
+            )
+
+    _run(task, setting, measure, row)
+
+
+def _run(
+    task: str,
+    setting: Setting,
+    measure: Callable[[Setting, "ResultsFile"], Iterable["Timed"]],
+    row: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> None:
+    """Measure, write records as they come, and print the table of all that the file has."""
+    from fffexp.bench.contenders import layer_class, public_layers
+    from fffexp.bench.records import FORMATS, SETTING, ResultsFile
+    from fffexp.environment import environment
+
+    _check_device(setting.device)
+    setting = replace(setting, layers=setting.layers or list(public_layers()))
+    for name in (*setting.layers, *setting.layer_args):
+        layer_class(name)
+    check_file("--json", setting.json)
+    with hold(setting.json):
+        where = environment(setting.threads, setting.device)
+        common = {key: task if key == "task" else getattr(setting, key) for key in SETTING}
+        results = ResultsFile(setting.json, common, where)
+        kernels = where["instruction_set"] or "no kernel"
+        print(f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {kernels}", end="")
+        print(", huge pages" if where["huge_pages"] else "", flush=True)
+        _steady_memory()
+        for record in measure(setting, results):
+            results.add(record)
+            start = [record.layer, record.backend, f"width {record.training_width}", f"batch {record.batch_size}"]
+            print(*start, f"threads {record.threads}", sep=", ", flush=True)
+    print(f"\n{setting.in_features} -> {setting.out_features}, leaves and experts of {setting.leaf_width}; medians\n")
+    print(table([row(record) for record in results.records], FORMATS))
+    if setting.json:
+        print(f"written to {setting.json}")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        known = torch.device(device).type in DEVICES
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: torch cannot use it here ({one_line(str(error))}): give cpu") from error
+    if not known:
+        raise UserError(f"--device {device}: give {', '.join(DEVICES)} or one with a number, such as cuda:1")
 
 
 def _steady_memory() -> None:

@@ -1,21 +1,18 @@
-"""`fffexp bench inference`: layers of equal training width, interleaved, beside what the machine could do."""
+"""Inference of layers of equal training width, interleaved, beside what the machine could do."""
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fffexp.bench.contenders import PEER, Contender, Point, fast_ffs, inputs, make
+from fffexp.bench.contenders import Contender, Point, make
 from fffexp.bench.machine import Limits, last_level_cache_bytes
-from fffexp.bench.records import Record, of_one
-from fffexp.layers import FF
-from fffexp.timing import interleaved, median_ratio
-from fffexp.timing import rotating as over_batches
+from fffexp.bench.records import Record, describe, make_record, speedups
+from fffexp.timing import interleaved, rotating
 
-POINT_S = 2.0  # of timing, for one point
 # Inputs rotate until the weights that they touch exceed so many last-level caches, or are nearly the whole layer.
 CACHES, WHOLE = 4, 0.95
 MAX_INPUT_BYTES = 2**29
@@ -25,61 +22,79 @@ def run_point(
     names: Sequence[str],
     point: Point,
     batch_sizes: Sequence[int],
-    limits: dict[int, Limits],
-    peers: bool,
+    limits: Mapping[int, Limits],
+    peers: bool = False,
+    done: Callable[[Mapping[str, Any]], bool] = lambda timed: False,
+    seconds: float = 2.0,
 ) -> Iterator[Record]:
-    """Records of all layers, of one depth, at every batch size and number of threads."""
+    """Records of all layers, of one depth, at every batch size and number of threads.
+
+    Args:
+        names: public names or class paths of layers.
+        point: sizes of the layers.
+        batch_sizes: rows of an input.
+        limits: what the machine can do, by number of threads.
+        peers: whether the reference package joins.
+        done: whether there is a record of what `describe` says of a contender: it is timed again only beside others.
+        seconds: of timing for one batch size and number of threads.
+    """
     contenders = make(names, point, peers)
-    with torch.inference_mode():
-        for batch_size, threads in itertools.product(batch_sizes, limits):
-            torch.set_num_threads(threads)
-            yield from _measure(contenders, point, batch_size, threads, limits[threads])
+    for batch_size, threads in itertools.product(batch_sizes, limits):
+        timed = {c.name: describe("inference", c, point, batch_size, threads) for c in contenders}
+        wanted = {c.name for c in contenders if not done(timed[c.name])}
+        records = _measure(contenders, point, timed, limits[threads], seconds) if wanted else []
+        yield from (record for record in records if record.layer in wanted)
 
 
+@torch.inference_mode()
 def _measure(
-    contenders: list[Contender], point: Point, batch_size: int, threads: int, limits: Limits
-) -> Iterator[Record]:
+    contenders: list[Contender], point: Point, timed: Mapping[str, dict[str, Any]], limits: Limits, point_s: float
+) -> list[Record]:
+    batch_size, threads = (timed[contenders[0].name][name] for name in ("batch_size", "threads"))
+    records = []
     for contender in contenders:
-        assert isinstance(contender.module, nn.Module)
         contender.module.eval()
-    batches = rotating(contenders, point, batch_size)
+    batches = beyond_caches([c.layer for c in contenders], point, batch_size)
     errors = {contender.name: contender.check(batches[0]) for contender in contenders}
     calls: dict[str, Callable[[Tensor], object]] = {c.name: c.module for c in contenders}
-    dense = next((c.layer for c in contenders if c.name == "FF"), None)
-    others: dict[str, Callable[[Tensor], Tensor]] = {}
-    if isinstance(dense, FF):
-        others = fast_ffs(dense)
-        for other in others.values():
-            assert torch.allclose(other(batches[0]), dense(batches[0]), rtol=1e-2, atol=1e-2)
-    rotated = {name: over_batches(call, batches) for name, call in (calls | others).items()}
-    seconds = interleaved(rotated, POINT_S, device=point.device, threads=threads)
-    records = [
-        _record(c, point, batch_size, threads, limits, seconds[c.name], errors[c.name], batches) for c in contenders
-    ]
-    for record in records:
-        if "FF" in seconds and record.layer != "FF":
-            record.speedup_over_ff = median_ratio(seconds["FF"], seconds[record.layer])
-        if record.layer == "FFF":
-            if "NoisyTopKMoE" in seconds:
-                record.speedup_over_moe = median_ratio(seconds["NoisyTopKMoE"], seconds["FFF"])
-            if PEER in seconds:
-                record.speedup_over_peer = median_ratio(seconds[PEER], seconds["FFF"])
-    ff = of_one(records, "FF")
-    if ff:
-        name, fastest = min(((n, statistics.median(seconds[n])) for n in others), key=lambda pair: pair[1])
-        if fastest < ff.median_s:
-            ff.fastest_ff, ff.fastest_ff_s = name, fastest
-    yield from records
+    forms: dict[str, list[str]] = {c.name: [] for c in contenders}
+    for contender in contenders:
+        for name, form in {} if contender.is_peer else contender.layer.fast_forms().items():
+            contender.compare(form(batches[0]), contender.module(batches[0]), 1e3, f"output by {name}")
+            forms[contender.name].append(name)
+            calls[f"{contender.name} {name}"] = form
+    rotated = {name: rotating(call, batches) for name, call in calls.items()}
+    seconds = interleaved(rotated, point_s, device=point.device, threads=threads)
+    for c in contenders:
+        scalars = c.layer.weights_read(batches[0]) + batch_size * (point.in_features + point.out_features)
+        record = make_record(
+            timed[c.name],
+            c,
+            seconds,
+            limits,
+            flops=batch_size * c.layer.flops_per_sample,
+            bytes=scalars * point.dtype.itemsize,
+            max_abs_error=errors[c.name],
+            visited_share=visited_share(c.layer.route, batches, c.layer.num_experts),
+            peak_bytes=_peak(c.module, batches[0], point.device),
+            **speedups(c, contenders, seconds),
+        )
+        for name in forms[c.name]:
+            median = statistics.median(seconds[f"{c.name} {name}"])
+            if median < (record.fastest_ff_s or record.median_s):
+                record.fastest_ff, record.fastest_ff_s = name, median
+        records.append(record)
+    return records
 
 
-def rotating(contenders: Sequence[Contender], point: Point, batch_size: int) -> list[Tensor]:
+def beyond_caches(layers: Sequence[Any], point: Point, batch_size: int) -> list[Tensor]:
     """Batches whose weights, of each sparse layer, do not fit the caches together, or are the whole layer."""
-    sparse = {id(c.layer): c.layer for c in contenders if c.layer.num_experts > 1}.values()
+    sparse = {id(layer): layer for layer in layers if layer.num_experts > 1}.values()
     size = batch_size * point.in_features * point.dtype.itemsize
     most = max(8, MAX_INPUT_BYTES // size)
     count = 8
     while True:
-        batches = inputs(point, batch_size, count)
+        batches = point.inputs(batch_size, count)
         enough = True
         for layer in sparse:
             touched = layer.weights_read(torch.cat(batches)) * point.dtype.itemsize
@@ -90,69 +105,15 @@ def rotating(contenders: Sequence[Contender], point: Point, batch_size: int) -> 
         count = min(2 * count, most)
 
 
-def _record(
-    contender: Contender,
-    point: Point,
-    batch_size: int,
-    threads: int,
-    limits: Limits,
-    seconds: list[float],
-    error: float,
-    batches: list[Tensor],
-) -> Record:
-    layer = contender.layer
-    scalars = layer.weights_read(batches[0]) + batch_size * (point.in_features + point.out_features)
-    flops, size = batch_size * layer.flops_per_sample, scalars * point.dtype.itemsize
-    return Record(
-        task="inference",
-        **describe(contender, point, batch_size, threads),
-        **percentiles(seconds),
-        flops=flops,
-        bytes=size,
-        limit_s=max(flops / limits.gemm_flops_per_s, size / limits.read_bytes_per_s),
-        max_abs_error=error,
-        visited_share=visited_share(layer.route, batches, layer.num_experts),
-        peak_bytes=_peak(contender.module, batches[0], point.device),
-    )
-
-
-def describe(contender: Contender, point: Point, batch_size: int, threads: int) -> dict[str, Any]:
-    """What a record says of its contender."""
-    layer, blocks = contender.layer, 2**point.depth
-    moe, dense = contender.name == "NoisyTopKMoE", contender.name == "FF"
-    return {
-        "layer": contender.name,
-        "backend": contender.backend,
-        "in_features": point.in_features,
-        "out_features": point.out_features,
-        "training_width": layer.training_width,
-        "inference_width": layer.inference_width,
-        "depth": None if moe or dense else point.depth,
-        "leaf_width": None if dense else point.leaf_width,
-        "num_experts": blocks if moe else None,
-        "top_k": min(point.top_k, blocks) if moe else None,
-        "batch_size": batch_size,
-        "threads": threads,
-        "dtype": str(point.dtype).removeprefix("torch."),
-        "device": point.device,
-    }
-
-
-def percentiles(seconds: list[float]) -> dict[str, Any]:
-    """Median, 10th and 90th percentile."""
-    tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
-    return {"median_s": statistics.median(seconds), "p10_s": tenths[0], "p90_s": tenths[-1]}
-
-
-def visited_share(route: Callable[[Tensor], Tensor], batches: list[Tensor], blocks: int) -> float:
-    """Of the blocks, those that any of the batches reaches."""
-    return len(torch.cat([route(batch).flatten() for batch in batches]).unique()) / blocks
+def visited_share(route: Callable[[Tensor], Tensor], batches: Sequence[Tensor], experts: int) -> float:
+    """Of the leaves or experts, those that any of the batches reaches."""
+    return len(torch.cat([route(batch).flatten() for batch in batches]).unique()) / experts
 
 
 def _peak(module: Callable[[Tensor], object], x: Tensor, device: str) -> int | None:
     if not device.startswith("cuda"):
         return None
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats(device)
     module(x)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)

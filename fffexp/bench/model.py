@@ -1,15 +1,16 @@
-"""`fffexp bench model`: the speedup of a layer beside that of the model it stands in."""
+"""The speedup of a layer beside that of the model it stands in."""
 
-import copy
+import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fffexp.bench import inference
-from fffexp.bench.contenders import Point, make
+from fffexp.bench.contenders import Point, make, public_layers
+from fffexp.bench.records import Timed, describe
 from fffexp.layers import FeedforwardLayer
 from fffexp.models.transformer import TransformerBlock
 from fffexp.timing import interleaved, median_ratio, rotating
@@ -20,17 +21,11 @@ CLASSES = 10
 BATCHES = 8
 
 
-@dataclass(frozen=True)
-class ModelRecord:
+@dataclass(kw_only=True)
+class ModelRecord(Timed):
     """Medians in seconds; speedups over FF of the same training width, in the layer alone and in the whole model."""
 
     model: str
-    layer: str
-    backend: str
-    training_width: int
-    inference_width: int
-    batch_size: int
-    threads: int
     layer_s: float
     model_s: float
     layer_share: float
@@ -53,71 +48,66 @@ class MLP(nn.Module):
         return output
 
 
-def run_point(names: Sequence[str], point: Point, batch_sizes: Sequence[int], threads: int) -> Iterator[ModelRecord]:
+def _block(layer: FeedforwardLayer) -> nn.Module:
+    features = layer.in_features
+    return TransformerBlock(lambda i, o: layer, features, HEADS if features % HEADS == 0 else 1)
+
+
+BODIES: dict[str, Callable[[FeedforwardLayer], nn.Module]] = {"MLP": MLP, "transformer block": _block}
+
+
+def run_point(
+    names: Sequence[str],
+    point: Point,
+    batch_sizes: Sequence[int],
+    threads: Sequence[int],
+    done: Callable[[Mapping[str, Any]], bool] = lambda timed: False,
+    seconds: float = 2.0,
+) -> Iterator[ModelRecord]:
     """Records of an MLP and a transformer block with each layer; a batch of the block is rows of 128 tokens."""
-    contenders = make(["FF", *(name for name in names if name != "FF")], point, peers=False)
-    torch.set_num_threads(threads)
-    dense = contenders[0].layer
-    heads = HEADS if point.in_features % HEADS == 0 else 1
-    bodies: dict[str, Callable[[FeedforwardLayer], nn.Module]] = {
-        "MLP": MLP,
-        "transformer block": lambda layer: TransformerBlock(lambda i, o: layer, point.in_features, heads),
+    dense = next(iter(public_layers()))
+    contenders = make([dense, *(name for name in names if name != dense)], point)
+    for (body, build), batch_size, count in itertools.product(BODIES.items(), batch_sizes, threads):
+        if body != "MLP" and point.in_features != point.out_features:
+            continue
+        timed = {c.name: describe("model", c, point, batch_size, count) | {"model": body} for c in contenders}
+        wanted = [c.name for c in contenders if not done(timed[c.name])]
+        if not wanted:
+            continue
+        rows = (batch_size,) if body == "MLP" else (max(1, batch_size // TOKENS), min(batch_size, TOKENS))
+        batches = [torch.randn(*rows, point.in_features).to(point.device, point.dtype) for _ in range(BATCHES)]
+        calls: dict[str, Callable[[], object]] = {}
+        with torch.inference_mode():
+            for c in contenders:
+                model = build(c.layer).to(point.device, point.dtype).eval()
+                c.check(batches[0].flatten(0, -2))
+                calls |= {f"layer {c.name}": rotating(c.layer, batches), f"model {c.name}": rotating(model, batches)}
+            spent = interleaved(calls, seconds, device=point.device, threads=count)
+        for name in wanted:
+            layer_s, model_s = (statistics.median(spent[f"{part} {name}"]) for part in ("layer", "model"))
+            over = [median_ratio(spent[f"{part} {dense}"], spent[f"{part} {name}"]) for part in ("layer", "model")]
+            yield ModelRecord(
+                **timed[name],
+                layer_s=layer_s,
+                model_s=model_s,
+                layer_share=layer_s / model_s,
+                layer_speedup=over[0],
+                model_speedup=over[1],
+            )
+
+
+def row(r: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as a row of the table; times in microseconds."""
+    return {
+        "model": r["model"],
+        "layer": r["layer"],
+        "backend": r["backend"],
+        "width": r["training_width"],
+        "batch": r["batch_size"],
+        "threads": r["threads"],
+        "layer, us": 1e6 * r["layer_s"],
+        "model, us": 1e6 * r["model_s"],
+        "layer's share": r["layer_share"],
+        "layer x FF": r["layer_speedup"],
+        "model x FF": r["model_speedup"],
     }
-    with torch.inference_mode():
-        for body, build in bodies.items():
-            if body == "transformer block" and point.in_features != point.out_features:
-                continue
-            torch.manual_seed(0)
-            skeleton = build(dense).to(point.device, point.dtype).eval()
-            for batch_size in batch_sizes:
-                shape: tuple[int, ...] = (batch_size, point.in_features)
-                if body == "transformer block":
-                    shape = (max(1, batch_size // TOKENS), min(batch_size, TOKENS), point.in_features)
-                batches = [torch.randn(shape, device=point.device, dtype=point.dtype) for _ in range(BATCHES)]
-                calls: dict[str, Callable[[], object]] = {}
-                for contender in contenders:
-                    contender.layer.eval()
-                    contender.check(batches[0].flatten(0, -2))
-                    model = copy.copy(skeleton)  # shares all weights but the layer's
-                    model._modules = {**skeleton._modules, "layer": contender.layer}
-                    calls[f"layer {contender.name}"] = rotating(contender.layer, batches)
-                    calls[f"model {contender.name}"] = rotating(model, batches)
-                seconds = interleaved(calls, inference.POINT_S, device=point.device, threads=threads)
-                for contender in contenders:
-                    name = contender.name
-                    layer_s, model_s = (statistics.median(seconds[f"{part} {name}"]) for part in ("layer", "model"))
-                    yield ModelRecord(
-                        body,
-                        name,
-                        contender.backend,
-                        contender.layer.training_width,
-                        contender.layer.inference_width,
-                        batch_size,
-                        threads,
-                        layer_s,
-                        model_s,
-                        layer_s / model_s,
-                        median_ratio(seconds["layer FF"], seconds[f"layer {name}"]),
-                        median_ratio(seconds["model FF"], seconds[f"model {name}"]),
-                    )
-
-
-def header() -> str:
-    """Of the table whose rows are `row`."""
-    return (
-        f"{'model':20}{'layer':14}{'backend':9}{'w':>7}{'batch':>7}{'layer, ms':>11}{'model, ms':>11}"
-        f"{'share':>7}{'layer x':>9}{'model x':>9}"
-    )
-
-
-def row(record: ModelRecord) -> str:
-    """A record as a line of the table."""
-    r = record
-    start = f"{r.model:20}{r.layer:14}{r.backend:9}{r.training_width:7}{r.batch_size:7}"
-    times = f"{1e3 * r.layer_s:11.3f}{1e3 * r.model_s:11.3f}{r.layer_share:7.0%}"
-    return start + times + f"{r.layer_speedup:9.4g}{r.model_speedup:9.3g}"
-
-
-def as_json(records: Sequence[ModelRecord]) -> list[dict[str, object]]:
-    """For the file."""
-    return [asdict(record) for record in records]

@@ -1,68 +1,64 @@
-"""`fffexp bench fit`: what the framework costs beside a bare PyTorch loop."""
+"""What the framework costs beside a bare PyTorch loop."""
 
 import logging
 import statistics
-import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 
+from fffexp.bench.contenders import layer_class, public_layers
 from fffexp.data import FashionMNIST
 from fffexp.data.base import ClassificationData
-from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
-from fffexp.models.mlp import MLP, LayerFactory
-from fffexp.timing import exclusive_timing
+from fffexp.layers import FeedforwardLayer
+from fffexp.models.mlp import MLP
+from fffexp.timing import interleaved, median_ratio
 from fffexp.training.classification import ClassificationTask
 
 
-def fit(epochs: int = 1, rounds: int = 5, threads: int = 1) -> None:
-    """Time epochs of Fashion-MNIST in a Lightning fit and in a bare loop, in turn.
+def compare(layers: Sequence[str], epochs: int, rounds: int, threads: int) -> list[dict[str, Any]]:
+    """Rows of a table: medians of epochs of Fashion-MNIST with layers of width 128, in a bare loop and in a fit.
 
     Args:
+        layers: public names or class paths; none for all public ones.
         epochs: epochs of one timing.
-        rounds: timings of each; the median of the paired ratios is printed.
+        rounds: timings of each; the ratio is the median of the paired ones.
         threads: threads of torch.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch.set_num_threads(threads)
-    data = FashionMNIST()
+    data, rows = FashionMNIST(), []
     data.setup()
-    layers: dict[str, LayerFactory] = {
-        "FF w=128": lambda i, o: FF(i, o, 128),
-        "NoisyTopKMoE 8x16 k=2": lambda i, o: NoisyTopKMoE(i, o, 8, 16),
-        "FFF d=4 l=8": lambda i, o: FFF(i, o, 4, 8),
-    }
-    print("training passes alone, without validation, checkpoints and tracking")
-    print(f"{'layer':24}{'bare, s':>10}{'fit, s':>10}{'ratio':>8}   (medians of {rounds}, {threads} threads)")
-    for name, factory in layers.items():
-        pairs = [(_bare(data, factory, epochs), _lightning(data, factory, epochs)) for _ in range(rounds)]
-        bare, fitted = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratio = statistics.median(b / a for a, b in pairs)
-        print(f"{name:24}{bare:10.3f}{fitted:10.3f}{ratio:8.3f}")
+    for name in layers or public_layers():
+        kind = layer_class(name)
+
+        def factory(i: int, o: int, kind: type[FeedforwardLayer] = kind) -> FeedforwardLayer:
+            torch.manual_seed(0)
+            return kind.sized(i, o, depth=4, leaf_width=8, top_k=2)
+
+        network = MLP(factory, data.in_shape, data.num_classes)
+        task = ClassificationTask(factory, data.in_shape, data.num_classes, optimizer=torch.optim.AdamW)
+        calls = {"bare": partial(_bare, network, data, epochs), "fit": partial(_fit, task, data, epochs)}
+        seconds = interleaved(calls, 0.0, threads=threads, rounds=(rounds, rounds), block_s=0)
+        bare, fit = (statistics.median(seconds[way]) for way in calls)
+        ratio = median_ratio(seconds["fit"], seconds["bare"])
+        rows.append({"layer": name, "bare, s": bare, "fit, s": fit, "ratio": ratio})
+    return rows
 
 
-def _bare(data: ClassificationData, factory: LayerFactory, epochs: int) -> float:
-    torch.manual_seed(0)
-    network = MLP(factory, data.in_shape, data.num_classes)
-    layer = network.layer
-    assert isinstance(layer, FeedforwardLayer)
-    optimizer = torch.optim.AdamW(network.parameters())
-    batches = data.train_dataloader()
-    with exclusive_timing():
-        start = time.perf_counter()
-        for _ in range(epochs):
-            for x, y in batches:
-                optimizer.zero_grad()
-                F.cross_entropy(network(x), y).backward()
-                layer.routing = None
-                optimizer.step()
-        return time.perf_counter() - start
+def _bare(network: MLP, data: ClassificationData, epochs: int) -> None:
+    optimizer, batches = torch.optim.AdamW(network.parameters()), data.train_dataloader()
+    for _ in range(epochs):
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            network.layer.routing = None
+            optimizer.step()
 
 
-def _lightning(data: ClassificationData, factory: LayerFactory, epochs: int) -> float:
-    torch.manual_seed(0)
-    task = ClassificationTask(factory, data.in_shape, data.num_classes, optimizer=torch.optim.AdamW)
+def _fit(task: ClassificationTask, data: ClassificationData, epochs: int) -> None:
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -72,6 +68,4 @@ def _lightning(data: ClassificationData, factory: LayerFactory, epochs: int) -> 
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    start = time.perf_counter()
     trainer.fit(task, datamodule=data)
-    return time.perf_counter() - start

@@ -1,19 +1,48 @@
 """The contract that every feedforward layer keeps."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
+from weakref import ref
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from fffexp.kernels.naive import Blocks
+from fffexp.layers.blocks import BlockMLP
 
 RoutingMode = Literal["auto", "soft", "hard"]
+ROUTING_MODES = get_args(RoutingMode)
 AuxiliaryLoss = Callable[[Any], Tensor]
 SIZES = ("training_width", "training_size", "inference_width", "inference_size", "parameters", "flops_per_sample")
+
+# Training passes that are kept without having been read, where their graphs are gone.
+MAX_UNREAD = 16
+
+
+class _Pass:
+    """What a training pass decided, and whether it is over."""
+
+    def __init__(self, routing: Any) -> None:
+        self.routing = routing
+        self._ran: list[bool] = []
+        self._graph: Callable[[], Any] = bool
+
+    def watch(self, output: Tensor) -> None:
+        ran = self._ran
+
+        def note(_: Tensor) -> None:  # holds no tensor, for the graph holds it
+            ran.append(True)
+
+        output.register_hook(note)
+        self._graph = ref(note)
+
+    def over(self, crowded: bool) -> bool:
+        """Whether backward has run through it or, where it is crowded, its graph is gone."""
+        return bool(self._ran) or (crowded and self._graph() is None)
 
 
 class DenseBlocks(NamedTuple):
@@ -27,9 +56,10 @@ class FeedforwardLayer(nn.Module, ABC):
     """A layer that replaces an MLP: (..., in_features) -> (..., out_features), one tensor.
 
     Sizes are in neurons, as in paper.md section 1; `flops_per_sample` counts one inference pass, a
-    multiply-add as two. `decisions` matters to layers that harden: "auto" is soft in training and hard in
+    multiply-add as two. `routing_mode` matters to layers that harden: "auto" is soft in training and hard in
     evaluation, "hard" in training is straight-through. `backend` asks for a kernel of hard inference by name;
-    "auto" takes the fastest that serves.
+    "auto" takes the fastest that serves. `vectorized = True` asks for the form that torch.vmap takes: plain torch
+    operators of shapes that do not depend on the data.
     """
 
     has_soft_mode: ClassVar[bool] = False  # whether soft and hard decisions differ
@@ -37,57 +67,89 @@ class FeedforwardLayer(nn.Module, ABC):
     default_aux_weights: Mapping[str, float] = MappingProxyType({})  # by the recipes of configs/recipe/
     metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({})  # tracked quantities, functions of `routing`
     annealed_buffers: ClassVar[frozenset[str]] = frozenset()  # buffers that a schedule may set
+    baseline: ClassVar[str] = ""  # benchmarks record "speedup_over_BASELINE" of the layers after this one
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = positive("in_features", in_features)
         self.out_features = positive("out_features", out_features)
-        self.routing_mode: RoutingMode = "auto"
+        self._routing_mode: RoutingMode = "auto"
         self.backend = "auto"
-        self._routing: Any = None
-        self._ran_twice = False
+        self.vectorized = False
+        self._passes: list[_Pass] = []
+        self._overwritten = False
+
+    @property
+    def routing_mode(self) -> RoutingMode:
+        """ "auto", "soft" or "hard"; layers without a soft mode take all three.
+
+        Raises:
+            ValueError: it is set to something else.
+        """
+        return self._routing_mode
+
+    @routing_mode.setter
+    def routing_mode(self, value: RoutingMode) -> None:
+        if value not in ROUTING_MODES:
+            raise ValueError(f"routing_mode is {value!r}; it must be 'auto', 'soft' or 'hard'")
+        self._routing_mode = value
+
+    @property
+    def routings(self) -> list[Any]:
+        """What each training pass decided since the last clearing, but those that backward has run through.
+
+        Raises:
+            RuntimeError: passes under torch.compile, which keeps one, have overwritten another.
+        """
+        if self._overwritten:
+            raise RuntimeError(
+                f"{type(self).__name__} ran more than once under torch.compile, which keeps the last pass only: "
+                "read the auxiliary loss, or set layer.routing = None, after each pass"
+            )
+        return [each.routing for each in self._passes]
 
     @property
     def routing(self) -> Any:
-        """What the last training pass decided, or None; set it to None after each backward pass.
-
-        Raises:
-            RuntimeError: the layer ran more than once in training since `routing` was last set to None.
-        """
-        if self._ran_twice:
-            raise RuntimeError(
-                f"{type(self).__name__} ran more than once in training since its routing was read and cleared: "
-                "set layer.routing = None after each backward pass, and do not share a layer within a step"
-            )
-        return self._routing
+        """What the last training pass decided, or None; None, the only value it can be set to, clears all passes."""
+        return self._passes[-1].routing if self._passes else None
 
     @routing.setter
     def routing(self, value: None) -> None:
         if value is not None:
             raise ValueError("routing is written by the layer; it can only be cleared: layer.routing = None")
-        self._routing = None
-        self._ran_twice = False
+        self._passes, self._overwritten = [], False
 
-    def _record(self, routing: Any) -> None:
-        # a checkpoint computes the pass again within backward
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    def _record(self, routing: Any, output: Tensor) -> None:
+        """Keep what a training pass with gradients decided."""
+        if not torch.is_grad_enabled():
             return
-        self._ran_twice = self._routing is not None
-        self._routing = routing
+        if torch.compiler.is_compiling():
+            # guards would follow the length of a list that grows
+            self._overwritten = bool(self._passes)
+            self._passes = [_Pass(routing)]
+            return
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint computes the pass again within backward
+            return
+        new = _Pass(routing)
+        if output.requires_grad:
+            new.watch(output)
+        elif not self.vectorized:  # nothing here is trained; torch.vmap hides what is
+            self._passes.clear()
+        crowded = len(self._passes) >= MAX_UNREAD
+        self._passes = [each for each in self._passes if not each.over(crowded)] + [new]
 
     def __getstate__(self) -> dict[str, Any]:
-        # routing holds the graph of one pass: neither pickled nor copied
-        return {**self.__dict__, "_routing": None, "_ran_twice": False}
+        # routing holds the graph of a pass: neither pickled nor copied
+        return {**self.__dict__, "_passes": [], "_overwritten": False}
 
     @property
     def hard(self) -> bool:
         """Whether the next pass uses hard decisions."""
-        decisions = self.routing_mode
-        if decisions == "auto":
-            return not self.training
-        if decisions not in ("soft", "hard"):
-            raise ValueError(f"decisions is {decisions!r}; it must be 'auto', 'soft' or 'hard'")
-        return decisions == "hard"
+        return not self.training if self._routing_mode == "auto" else self._routing_mode == "hard"
+
+    def anneal(self, name: str, value: float) -> None:
+        """Set one of `annealed_buffers`."""
+        self.get_buffer(name).fill_(value)
 
     def inference_backend(self) -> str:
         """The backend that the next hard inference runs on."""
@@ -100,6 +162,11 @@ class FeedforwardLayer(nn.Module, ABC):
     @property
     def sparse_gradients(self) -> bool:
         """Whether gradients hold only the rows in use, which most optimizers refuse."""
+        return False
+
+    @property
+    def vectorizable(self) -> bool:
+        """Whether it can run under torch.vmap over stacked parameters, with `vectorized` set."""
         return False
 
     def check_trainable(self) -> None:
@@ -180,6 +247,66 @@ class FeedforwardLayer(nn.Module, ABC):
         widths = self.training_width, self.training_size, self.inference_width, self.inference_size
         return dict(zip(SIZES, (*widths, self.parameter_count, self.flops_per_sample), strict=True))
 
+    @classmethod
+    def sized(
+        cls, in_features: int, out_features: int, depth: int, leaf_width: int, top_k: int = 1, **more: Any
+    ) -> Self:
+        """A layer of 2^depth * leaf_width hidden neurons in training, for benchmarks of layers of equal width.
+
+        Of width, depth, leaf_width, num_experts, expert_width, top_k and trainable, the constructor gets those that it
+        has parameters for.
+
+        Args:
+            in_features: size of the last dimension of the input.
+            out_features: size of the last dimension of the output.
+            depth: 2^depth leaves or experts.
+            leaf_width: hidden neurons of one of them.
+            top_k: experts of a sample, if there are as many; a gate that does not train at 1 is built all the same.
+            more: further arguments of the constructor; they come before those of the same name.
+        """
+        experts = 2**depth
+        sizes = {
+            "width": experts * leaf_width,
+            "depth": depth,
+            "leaf_width": leaf_width,
+            "num_experts": experts,
+            "expert_width": leaf_width,
+            "top_k": min(top_k, experts),
+            "trainable": top_k > 1,
+        }
+        named = inspect.signature(cls).parameters
+        return cls(in_features, out_features, **{name: sizes[name] for name in sizes if name in named} | more)
+
+    def share_experts(self, other: "FeedforwardLayer") -> None:
+        """Take the other layer's leaves or experts for ours, if their shapes agree, to save memory."""
+        theirs = next((module for module in other.children() if isinstance(module, BlockMLP)), None)
+        for name, mine in self.named_children():
+            if theirs and isinstance(mine, BlockMLP) and mine.hidden_weight.shape == theirs.hidden_weight.shape:
+                setattr(self, name, theirs)
+
+    def fast_forms(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Other ways to compute inference, which may be faster, by name."""
+        return {}
+
+    def training_forms(self) -> dict[str, "FeedforwardLayer"]:
+        """Other ways to train this layer, on the same weights, by name."""
+        return {}
+
+    @property
+    def trains_all_experts(self) -> bool:
+        """Whether a training pass evaluates all leaves or experts for each sample."""
+        return not self.sparse_gradients
+
+    @property
+    def training_flops_per_sample(self) -> int:
+        """Operations of the products of one training pass, forward and backward, where the input needs no gradient."""
+        return self._training_flops(self.training_width, 2 * (self.training_size - self.training_width))
+
+    def _training_flops(self, width: int, router_products: int) -> int:
+        # both layers forward, the gradients of their weights and of the hidden activations; the router's likewise
+        hidden = width * (2 * (self.in_features + self.out_features) + self.out_features)
+        return 2 * (hidden + router_products * self.in_features)
+
 
 def positive(name: str, value: int) -> int:
     """Return value, or raise ValueError if it is below 1."""
@@ -214,3 +341,14 @@ def decision_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, in) -> (B, units) in at least float32, the same in training and inference, also under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return at_least_float32(nn.functional.linear(x.to(weight.dtype), weight, bias))
+
+
+def feedforward_layers(module: nn.Module) -> dict[str, FeedforwardLayer]:
+    """The feedforward layers in a module by their path in it: the outermost, for a layer speaks for its parts."""
+    found: dict[str, FeedforwardLayer] = {}
+    parts: set[nn.Module] = set()
+    for name, each in module.named_modules():
+        if isinstance(each, FeedforwardLayer) and each not in parts:
+            found[name] = each
+            parts.update(each.modules())
+    return found

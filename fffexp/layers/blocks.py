@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fffexp.kernels import eager, operators
 from fffexp.kernels.activations import activation_name
 from fffexp.kernels.naive import Blocks
+from fffexp.layers.random import Dropout
 
 _NAMES = ("hidden_weight", "hidden_bias", "output_weight", "output_bias")
 
@@ -30,7 +31,7 @@ class BlockMLP(nn.Module):
         self.hidden_bias = nn.Parameter(torch.empty(blocks, width))
         self.output_weight = nn.Parameter(torch.empty(blocks, width, out_features))
         self.output_bias = nn.Parameter(torch.empty(blocks, out_features))
-        self.hidden = nn.Sequential(activation(), nn.Dropout(dropout))
+        self.hidden = nn.Sequential(activation(), Dropout(dropout))
         for parameter, fan_in in zip(self.parameters(), (in_features, in_features, width, width), strict=False):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 

@@ -31,9 +31,6 @@ class GatedExperts(FeedforwardLayer):
         dropout: float,
     ) -> None:
         super().__init__(in_features, out_features)
-        # training passes evaluate all experts, those that are not chosen with a gate of 0: for narrow layers the faster
-        # way to the same result, and the one that torch.vmap takes as it is
-        self.dense_training = False
         positive("num_experts", num_experts)
         self.expert_width = positive("expert_width", expert_width)
         self.top_k = positive("top_k", top_k)
@@ -52,7 +49,7 @@ class GatedExperts(FeedforwardLayer):
     def dispatch(self, x: Tensor, expert_BK: Tensor, gates_BK: Tensor) -> Tensor:
         """(..., in), (B, K), (B, K) -> (..., out): each row through its own experts alone, summed by gate."""
         rows = self._rows(x)
-        if self.training and self.dense_training:
+        if self.vectorized:  # all experts, those that are not chosen with a gate of 0
             gates_BE = gates_BK.new_zeros(len(rows), self.num_experts).scatter(1, expert_BK, gates_BK)
             output = self.experts.mixture(rows, gates_BE)
         else:
@@ -63,6 +60,11 @@ class GatedExperts(FeedforwardLayer):
     def inference_backend(self) -> str:
         """The backend that the next inference runs on."""
         return self.experts.backend(self.backend)
+
+    @property
+    def vectorizable(self) -> bool:
+        """It always is."""
+        return True
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, k) experts of each row, without noise, best first."""
@@ -113,3 +115,13 @@ class GatedExperts(FeedforwardLayer):
         """The gate and k experts."""
         experts = self.inference_width * (self.in_features + self.out_features)
         return 2 * (self.num_experts * self.in_features + experts)
+
+    @property
+    def trains_all_experts(self) -> bool:
+        """Only the chosen."""
+        return False
+
+    @property
+    def training_flops_per_sample(self) -> int:
+        """The chosen experts, and what the gate is made of."""
+        return self._training_flops(self.inference_width, 2 * self.gate_products * self.num_experts)

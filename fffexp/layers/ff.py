@@ -1,13 +1,14 @@
 """The dense baseline."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fffexp.kernels.naive import Blocks
 from fffexp.layers.base import DenseBlocks, FeedforwardLayer, check_fits, positive, probability
+from fffexp.layers.random import Dropout
 
 
 class FF(FeedforwardLayer):
@@ -24,6 +25,8 @@ class FF(FeedforwardLayer):
         ValueError: a size below 1, or weights that do not fit in memory.
     """
 
+    baseline: ClassVar[str] = "ff"
+
     def __init__(
         self,
         in_features: int,
@@ -38,7 +41,7 @@ class FF(FeedforwardLayer):
         self.network = nn.Sequential(
             nn.Linear(in_features, width),
             activation(),
-            nn.Dropout(probability("dropout", dropout)),
+            Dropout(probability("dropout", dropout)),
             nn.Linear(width, out_features),
         )
 
@@ -54,6 +57,11 @@ class FF(FeedforwardLayer):
     def training_backend(self, x: Tensor) -> str:
         """Torch's own products."""
         return "linear"
+
+    @property
+    def vectorizable(self) -> bool:
+        """It always is."""
+        return True
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) zeros: there is one block."""
@@ -105,3 +113,9 @@ class FF(FeedforwardLayer):
     def flops_per_sample(self) -> int:
         """Two products."""
         return 2 * self.width * (self.in_features + self.out_features)
+
+    def fast_forms(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """By addmm on transposed copies of the weights."""
+        weight1, b1, weight2, b2 = (parameter.detach() for parameter in self.network.parameters())
+        w1, w2, activation = weight1.T.contiguous(), weight2.T.contiguous(), self.network[1]
+        return {"addmm": lambda x: torch.addmm(b2, activation(torch.addmm(b1, x, w1)), w2)}

@@ -1,5 +1,6 @@
 """The Fast Feedforward layer."""
 
+import copy
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -20,6 +21,7 @@ from fffexp.layers.base import (
     probability,
 )
 from fffexp.layers.blocks import BlockMLP, parameters
+from fffexp.layers.random import uniform_like
 from fffexp.routing import tree
 
 
@@ -96,8 +98,10 @@ class FFF(FeedforwardLayer):
         self.region_leak = probability("region_leak", region_leak)
         self.detach_router_input = detach_router_input
         probability("dropout", dropout)
-        per_leaf = in_features + 1 + leaf_width * (in_features + out_features + 1) + out_features
-        check_fits(2**depth * per_leaf, f"lower depth (it is {depth}) or leaf_width (it is {leaf_width})")
+        check_fits(
+            tree_scalars(in_features, out_features, depth, leaf_width),
+            f"lower depth (it is {depth}) or leaf_width (it is {leaf_width})",
+        )
         self.node_weight = nn.Parameter(torch.empty(2**depth - 1, in_features))
         self.node_bias = nn.Parameter(torch.empty(2**depth - 1))
         for parameter in (self.node_weight, self.node_bias):
@@ -111,7 +115,7 @@ class FFF(FeedforwardLayer):
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if self.training and self.sparse_gradients and self.routing_mode != "soft":
             output = self._sparse(rows)
-        elif self.training or not self.hard:
+        elif self.training or not self.hard or self.vectorized:
             output = self._soft(rows)
         elif arguments := self._modules["leaves"].compiled(self.backend):  # type: ignore[union-attr,operator] # self.leaves takes 0.7 us
             nodes = parameters(self, ("node_weight", "node_bias"))
@@ -121,7 +125,6 @@ class FFF(FeedforwardLayer):
         return output if x.dim() == 2 else output.reshape(*x.shape[:-1], self.out_features)
 
     def _sparse(self, rows: Tensor) -> Tensor:
-        _ = self.hard  # refuses decisions that there are not
         with torch.no_grad():
             leaf = self.route(rows).squeeze(1)
         rows = rows.to(self.node_weight.dtype)
@@ -129,43 +132,34 @@ class FFF(FeedforwardLayer):
         if self.trained == "chosen_leaf":
             return output
         nodes = self.node_weight, self.node_bias
-        log_p = sparse_kernels.path_log_probability(
-            self._deciding(rows), leaf, self.depth, *nodes, self.inverse_temperature
-        )
+        log_p = sparse_kernels.path_log_probability(self._deciding(rows), leaf, self.depth, *nodes, self._scale())
         return output * (log_p - log_p.detach()).exp().unsqueeze(1)
 
     def _soft(self, rows: Tensor) -> Tensor:
+        scale = self._scale()
         leaking = self.training and self.region_leak > 0
-        if not self.hard and not leaking and self.leaves.soft_backend(self.backend, rows) == "native":
+        if not self.hard and not leaking and self.training_backend(rows) == "native":
             nodes, leaves = (self.node_weight, self.node_bias), self.leaves
             assert leaves.compiled_activation is not None
-            output, logits, weights = soft.soft_tree(
-                rows,
-                *nodes,
-                self.inverse_temperature,
-                leaves.tensors(),
-                leaves.compiled_activation,
-                self.detach_router_input,
+            output, logits, soft_weights = soft.soft_tree(
+                rows, *nodes, scale, leaves.tensors(), leaves.compiled_activation, self.detach_router_input
             )
-            if self.training:
-                self._record(tree.TreeRouting(logits, at_least_float32(self.inverse_temperature), weights))
-            return output
-        return self.leaves.mixture(rows, self._leaf_weights(rows))
-
-    def _leaf_weights(self, rows: Tensor) -> Tensor:
-        logits = decision_logits(self._deciding(rows), self.node_weight, self.node_bias)
-        soft = choices = torch.sigmoid(logits * self.inverse_temperature)
-        if self.hard:
-            choices = tree.straight_through(soft, logits)
-        if self.training and self.region_leak:
-            swap = torch.rand_like(choices) < self.region_leak
-            choices = torch.where(swap, 1 - choices, choices)
-            soft = torch.where(swap, 1 - soft, soft)
-        weights = tree.leaf_mixture(choices, self.depth)
+            output = output.view_as(output)  # for routing holds the node that made it
+        else:
+            logits = decision_logits(self._deciding(rows), self.node_weight, self.node_bias)
+            choices = torch.sigmoid(logits * scale)
+            swap = uniform_like(choices) < self.region_leak if leaking else None
+            soft_weights = weights = tree.leaf_mixture(_swapped(choices, swap), self.depth)
+            if self.hard:
+                weights = tree.leaf_mixture(_swapped(tree.straight_through(choices, logits), swap), self.depth)
+            output = self.leaves.mixture(rows, weights)
         if self.training:
-            soft_weights = tree.leaf_mixture(soft, self.depth) if self.hard else weights
-            self._record(tree.TreeRouting(logits, at_least_float32(self.inverse_temperature), soft_weights))
-        return weights
+            self._record(tree.TreeRouting(logits, scale, soft_weights), output)
+        return output
+
+    def _scale(self) -> Tensor:
+        # a copy: schedules set the buffer between a pass and its backward
+        return at_least_float32(self.inverse_temperature).clone()
 
     def _deciding(self, rows: Tensor) -> Tensor:
         """The rows as the nodes see them."""
@@ -177,7 +171,14 @@ class FFF(FeedforwardLayer):
 
     def training_backend(self, x: Tensor) -> str:
         """The backend that the next training pass of x runs on."""
+        if self.vectorized:
+            return "eager"
         return "sparse" if self.sparse_gradients else self.leaves.soft_backend(self.backend, x)
+
+    @property
+    def vectorizable(self) -> bool:
+        """Unless its gradients are sparse."""
+        return not self.sparse_gradients
 
     @property
     def sparse_gradients(self) -> bool:
@@ -252,3 +253,29 @@ class FFF(FeedforwardLayer):
     def flops_per_sample(self) -> int:
         """The nodes on the path and one leaf."""
         return 2 * (self.depth * self.in_features + self.leaf_width * (self.in_features + self.out_features))
+
+    def training_forms(self) -> dict[str, FeedforwardLayer]:
+        """Training of the chosen leaves only, both ways."""
+        forms: dict[str, FeedforwardLayer] = {}
+        for trained in ("chosen_leaf", "chosen_path") if self.trained == "all" else ():
+            form = copy.copy(self)  # with the same parameters
+            form.trained, form.aux_losses, form.metrics = trained, {}, {}
+            forms[trained] = form
+        return forms
+
+    @property
+    def training_flops_per_sample(self) -> int:
+        """All leaves and nodes; or one leaf and its path, whose logits chosen_path computes again, with gradients."""
+        if self.trained == "all":
+            return super().training_flops_per_sample
+        return self._training_flops(self.leaf_width, self.depth * (1 if self.trained == "chosen_leaf" else 3))
+
+
+def _swapped(choices: Tensor, swap: Tensor | None) -> Tensor:
+    return choices if swap is None else torch.where(swap, 1 - choices, choices)
+
+
+def tree_scalars(in_features: int, out_features: int, depth: int, leaf_width: int) -> int:
+    """Weights of a tree."""
+    per_leaf = leaf_width * (in_features + out_features + 1) + out_features
+    return (2**depth - 1) * (in_features + 1) + 2**depth * per_leaf

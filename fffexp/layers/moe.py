@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fffexp.layers.base import AuxiliaryLoss, decision_logits
 from fffexp.layers.experts import GatedExperts
+from fffexp.layers.random import normal_like
 from fffexp.routing import gate
 from fffexp.routing.blocks import block_counts
 
@@ -36,6 +37,7 @@ class NoisyTopKMoE(GatedExperts):
     default_aux_weights: Mapping[str, float] = MappingProxyType({"importance": 0.1})
     metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({"gate_entropy": gate.gate_entropy})
     gate_products: ClassVar[int] = 2
+    baseline: ClassVar[str] = "moe"
 
     def __init__(
         self,
@@ -59,17 +61,18 @@ class NoisyTopKMoE(GatedExperts):
         logits = clean
         if self.training:
             sigma = F.softplus(decision_logits(rows, self.noise_weight, None))
-            logits = clean + torch.randn_like(clean) * sigma
+            logits = clean + normal_like(clean) * sigma
         top = logits.topk(self.top_k, dim=1)
         gates = self.gates(top.values, logits)
+        output = self.dispatch(x, top.indices, gates)
         if self.training:
             if self.top_k < self.num_experts:
                 load = gate.chosen_probability(clean, sigma, logits, self.top_k).sum(0)
             else:
                 load = block_counts(top.indices, self.num_experts).to(gates.dtype)
             dense = torch.zeros_like(logits).scatter(1, top.indices, gates)
-            self._record(gate.GateRouting(gates_BE=dense, load_E=load))
-        return self.dispatch(x, top.indices, gates)
+            self._record(gate.GateRouting(gates_BE=dense, load_E=load), output)
+        return output
 
     def gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
         """(B, K), (B, E) -> (B, K): softmax over the chosen alone."""

@@ -51,9 +51,11 @@ class SwitchMoE(GatedExperts):
         """(..., in_features) -> (..., out_features)."""
         logits = decision_logits(self._rows(x), self.gate_weight, None)
         top = logits.topk(1, dim=1)
+        output = self.dispatch(x, top.indices, self.gates(top.values, logits))
         if self.training:
-            self._record(gate.SwitchRouting(gates_BE=torch.softmax(logits, dim=1), expert_B=top.indices.squeeze(1)))
-        return self.dispatch(x, top.indices, self.gates(top.values, logits))
+            routing = gate.SwitchRouting(gates_BE=torch.softmax(logits, dim=1), expert_B=top.indices.squeeze(1))
+            self._record(routing, output)
+        return output
 
     def gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
         """(B, 1), (B, E) -> (B, 1): softmax over all, of the chosen."""

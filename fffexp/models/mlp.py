@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fffexp.layers import Layer
+from fffexp.layers import FeedforwardLayer
 
-LayerFactory = Callable[[int, int], Layer]
+LayerFactory = Callable[[int, int], FeedforwardLayer]
 
 
 class MLP(nn.Module):

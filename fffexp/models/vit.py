@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fffexp.layers.random import Dropout
 from fffexp.models.mlp import LayerFactory
 from fffexp.models.transformer import TransformerBlock
 
@@ -51,7 +52,7 @@ class ViT(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, features))
         self.positions = nn.Parameter(torch.empty(1, tokens, features))
         nn.init.trunc_normal_(self.positions, std=0.02)
-        self.dropout = nn.Dropout(input_dropout)
+        self.dropout = Dropout(input_dropout)
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; it must be at least 1")
         layers = [layer] * num_blocks

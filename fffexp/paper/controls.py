@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from fffexp.bench.contenders import fast_ffs
 from fffexp.environment import environment
 from fffexp.layers import FF, FFF, FeedforwardLayer
 from fffexp.paper import runs
@@ -65,7 +64,7 @@ def _times(layer: FeedforwardLayer) -> dict[int, float]:
     ways: dict[int, list[str]] = {}
     for width in WIDTHS:
         dense = FF(layer.in_features, layer.out_features, width).eval()
-        named = {f"{width} {name}": way for name, way in ({"linear": dense} | fast_ffs(dense)).items()}
+        named = {f"{width} {name}": way for name, way in ({"linear": dense} | dense.fast_forms()).items()}
         ways[width] = list(named)
         calls |= named
     with torch.inference_mode():

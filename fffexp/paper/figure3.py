@@ -22,6 +22,7 @@ from fffexp.paper.results import load, save
 
 # The paper's FF reach width 32 * 2^5; wider ones are what FFF saves.
 FF_DEPTH = 5
+POINT_S = 2.0  # of timing, for one batch size and depth
 STYLES = {
     "FF": ("#0072B2", "o"),
     "MoE k=1": ("#009E73", "s"),
@@ -65,7 +66,7 @@ def measure(
         if k == 1 and depth <= ff_depth:
             names = ["FF", *names]
         point = Point(in_features, out_features, depth, leaf_width, k, torch.float32, "cpu", "auto")
-        for record in run_point(names, point, [batch_size], {threads: limits}, peers=False):
+        for record in run_point(names, point, [batch_size], {threads: limits}, seconds=POINT_S):
             found["records"].append(asdict(record) | {"depth_of_point": depth, "k_of_point": k})
             print(f"2^{depth:<3} batch {batch_size:<5} {series(record):8} {1e6 * record.median_s:12.1f} us", flush=True)
         save(path, found)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from fffexp.errors import UserError
-from fffexp.layers import FeedforwardLayer
+from fffexp.layers import FeedforwardLayer, feedforward_layers
 from fffexp.layers.base import RoutingMode
+from fffexp.layers.random import normal_like
 from fffexp.training.callbacks.routing import RoutingMonitor
 from fffexp.training.callbacks.schedules import Schedules
 from fffexp.training.callbacks.speed import TrainingSpeed
@@ -129,7 +130,7 @@ class Task(LightningModule, ABC):
     @property
     def layers(self) -> dict[str, FeedforwardLayer]:
         """The feedforward layers of the network by their path in it."""
-        return {name: m for name, m in self.network.named_modules() if isinstance(m, FeedforwardLayer)}
+        return feedforward_layers(self.network)
 
     def check(self) -> None:
         """Refuse settings that do not fit the network; at the start of a fit, and earlier for an early message.
@@ -247,7 +248,7 @@ class Task(LightningModule, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """(samples, ...) -> what the network makes of it, with noise on the input in training."""
         if self.training and self.input_noise_std:
-            x = x + self.input_noise_std * torch.randn_like(x)
+            x = x + self.input_noise_std * normal_like(x)
         outputs: Tensor = self.network(x)
         return outputs
 

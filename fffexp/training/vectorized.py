@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from fffexp.data.base import ClassificationData, Rows
 from fffexp.data.batches import Batches
 from fffexp.errors import UserError
-from fffexp.layers.experts import GatedExperts
 from fffexp.timing import wait_for_timing
 from fffexp.training.callbacks.routing import BlockCounter, block_usage, dead_leaves
 from fffexp.training.callbacks.schedules import apply_schedules
@@ -200,9 +199,7 @@ class Replicas:
         for epoch in range(self.epochs):
             task.train()
             for layer in task.layers.values():
-                layer.backend = "eager" if vectorised else "auto"  # what torch.vmap knows
-                if isinstance(layer, GatedExperts):
-                    layer.dense_training = vectorised
+                layer.vectorized = vectorised
             prefixed = {f"task.network.{name}": p for name, p in self.parameters.items()}
             right = torch.zeros_like(at)
             for parts in zip(*loaders, strict=True):
@@ -282,7 +279,7 @@ class Replicas:
     def _evaluate(self) -> None:
         self.task.eval()
         for layer in self.task.layers.values():
-            layer.backend = "auto"
+            layer.vectorized = False
 
     @torch.no_grad()
     def _replica(self, index: int, best: "_Best", losses: Tensor, test: bool) -> Replica:

@@ -8,26 +8,41 @@ import pytest
 import torch
 
 from fffexp import FF, FFF
-from fffexp.bench import inference
 from fffexp.bench.model import MLP
 from fffexp.cli import main
 from fffexp.models.transformer import TransformerBlock
 
-SIZES = ["--leaf_width", "4", "--in_features", "24", "--out_features", "24", "--depths", "3", "--batch_sizes", "130"]
+SIZES = [
+    "--leaf_width",
+    "4",
+    "--in_features",
+    "24",
+    "--out_features",
+    "24",
+    "--depths",
+    "3",
+    "--batch_sizes",
+    "130",
+    "--seconds",
+    "0.01",
+]
 
 
 def test_models_and_layers_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "POINT_S", 0.01)
-    path = tmp_path / "model.json"
-    assert main(["bench", "model", *SIZES, "--json", str(path)]) == 0
-    records = json.loads(path.read_text())["records"]
-    assert [(r["model"], r["layer"]) for r in records] == [
+    monkeypatch.setenv("FFFEXP_TIMING_LOCK", str(tmp_path / "timing.lock"))
+    command = ["bench", "model", *SIZES, "--layers", "NoisyTopKMoE", "FFF", "--seconds", "0.01"]
+    command += ["--json", str(tmp_path / "model.json")]
+    assert main(command) == 0
+    content = json.loads((tmp_path / "model.json").read_text())
+    assert [(r["model"], r["layer"]) for r in content["records"]] == [
         (model, layer) for model in ("MLP", "transformer block") for layer in ("FF", "NoisyTopKMoE", "FFF")
     ]
-    for r in records:
+    for r in content["records"]:
         assert r["layer_share"] == pytest.approx(r["layer_s"] / r["model_s"])
-        if r["layer"] == "FF":
-            assert r["layer_speedup"] == r["model_speedup"] == 1
+        assert (r["layer_speedup"] == r["model_speedup"] == 1) == (r["layer"] == "FF")
+        assert (r["in_features"], r["training_width"], r["batch_size"]) == (24, 32, 130)
+    assert main(command) == 0
+    assert json.loads((tmp_path / "model.json").read_text()) == content, "what is there is kept"
 
 
 def test_the_block_is_torchs_own_encoder_layer() -> None:

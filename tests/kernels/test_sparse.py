@@ -71,9 +71,6 @@ def test_decisions_in_training() -> None:
     assert_close(layer(x), plain.eval()(x))
     layer.routing_mode = plain.routing_mode = "soft"
     assert_close(layer(x), plain(x))
-    layer.routing_mode = "nonsense"  # type: ignore[assignment] # on purpose
-    with pytest.raises(ValueError, match="decisions is 'nonsense'"):
-        layer(x)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 63])
@@ -143,9 +140,9 @@ def test_dropout() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="sparse is 'soft'"):
+    with pytest.raises(ValueError, match="trained is 'soft'"):
         make(2, trained="soft")
-    with pytest.raises(ValueError, match=r"region_leak is 0\.1 but sparse"):
+    with pytest.raises(ValueError, match=r"region_leak is 0\.1 but trained"):
         make(2, trained="chosen_leaf", region_leak=0.1)
     assert not make(2, trained="chosen_leaf").aux_losses
     assert make(2).aux_losses

@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_all_close, assert_close
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fffexp.layers
+from fffexp import auxiliary_loss
 from fffexp.layers import FeedforwardLayer
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -162,7 +164,7 @@ def routing_tensors_as_float(layer: FeedforwardLayer) -> dict[str, Tensor]:
 def test_state_dict_round_trip(case: Case) -> None:
     layer = case.make(seed=0)
     for name in layer.annealed_buffers:
-        getattr(layer, name).fill_(3)
+        layer.anneal(name, 3)
     layer(inputs(5))
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
@@ -181,45 +183,94 @@ def test_state_dict_round_trip(case: Case) -> None:
 def test_copies_leave_routing_behind(case: Case, duplicate: Any) -> None:
     layer = case.make()
     layer(inputs(5))
-    kept = layer.routing
     twin = duplicate(layer)
     assert twin.routing is None
-    assert layer.routing is kept
+    assert len(layer.routings) == bool(layer.aux_losses)
     twin(inputs(5))
     layer(inputs(5))
-    if kept is not None:
-        assert duplicate(layer).routing is None  # nor is it copied that the layer ran twice
     assert torch.equal(run(twin.eval(), inputs(5)), run(layer.eval(), inputs(5)))
 
 
 @every_case
-def test_routing_is_written_once_and_cleared(case: Case) -> None:
+def test_routing_accumulates_until_it_is_cleared(case: Case) -> None:
     layer = case.make()
     assert layer.routing is None
+    assert layer.routings == []
     layer.eval()(inputs(5))
     assert layer.routing is None, "written in evaluation"
-    layer.train()(inputs(5))
+    layer.train()
+    with torch.no_grad():
+        layer(inputs(5))
+    assert layer.routing is None, "written without gradients"
+    outputs = [layer(inputs(rows)) for rows in (5, 3)]
     if not layer.aux_losses:
         assert layer.routing is None
-        layer(inputs(5))
-        assert layer.routing is None
+        assert layer.routings == []
         return
-    assert all(t.shape[:1] in ((), (5,), (layer.num_experts,)) for t in routing_tensors(layer).values())
-    first = layer.routing
-    layer.routing = None
-    assert layer.routing is None
-    layer(inputs(5))
-    assert layer.routing is not first
-    for _ in range(2):  # two passes in a step, then three
-        layer(inputs(5))
-        with pytest.raises(RuntimeError, match=r"more than once.*routing = None"):
-            _ = layer.routing
-    layer.routing = None
-    assert layer.routing is None
-    layer(inputs(5))
-    assert layer.routing is not None
+    assert all(t.shape[:1] in ((), (3,), (layer.num_experts,)) for t in routing_tensors(layer).values())
+    assert len(layer.routings) == 2
+    assert layer.routings[-1] == layer.routing
+    assert outputs[0].requires_grad
     with pytest.raises(ValueError, match="only be cleared"):
-        layer.routing = first
+        layer.routing = layer.routing
+    layer.routing = None
+    assert layer.routing is None
+    assert layer.routings == []
+
+
+@every_case
+def test_the_auxiliary_loss_is_the_sum_over_the_passes(case: Case) -> None:
+    layer = case.make()
+    if not layer.aux_losses:
+        return
+    weights = dict.fromkeys(layer.aux_losses, 0.5)
+    single = 0.0
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        layer(inputs(9, seed=seed))
+        single += auxiliary_loss(layer, weights).item()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        layer(inputs(9, seed=seed))
+    total = auxiliary_loss(layer, weights)
+    assert total.item() == pytest.approx(single, rel=1e-5)
+    total.backward()
+    with pytest.raises(RuntimeError, match="no layer made a training pass"):
+        auxiliary_loss(layer, weights)
+
+
+@every_case
+def test_passes_whose_backward_has_run_make_room(case: Case) -> None:
+    layer = case.make()
+    for _ in range(3):  # a loop that reads no routing
+        layer(inputs(9)).sum().backward()
+        assert len(layer.routings) == bool(layer.aux_losses)
+    for _ in range(40):  # nor runs backward
+        layer(inputs(9))
+    assert len(layer.routings) <= 20
+
+
+@every_case
+def test_a_pass_keeps_the_temperature_it_had(case: Case) -> None:
+    for dtype in (torch.float32, torch.float64):  # in float32 on the compiled kernel, where there is one
+        layer = case.make().to(dtype)
+        output = layer(inputs(9, dtype=dtype))
+        before = {name: loss(layer.routing).item() for name, loss in layer.aux_losses.items()}
+        for name in layer.annealed_buffers:
+            layer.anneal(name, 300.0)
+        assert {name: loss(layer.routing).item() for name, loss in layer.aux_losses.items()} == before
+        loss_of(layer, output).backward()
+        assert all(gradient.isfinite().all() for gradient in parameter_gradients(layer).values())
+
+
+@every_case
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_within_backward_is_not_recorded(case: Case, reentrant: bool) -> None:
+    layer, x = case.make(), inputs(9).requires_grad_()
+    output = checkpoint(layer, x, use_reentrant=reentrant)
+    assert len(layer.routings) == (0 if reentrant else bool(layer.aux_losses))
+    output.sum().backward()
+    assert len(layer.routings) == (0 if reentrant else bool(layer.aux_losses))
 
 
 @every_case
@@ -290,16 +341,27 @@ def test_weights_read(case: Case) -> None:
 def test_mistakes_are_named(case: Case) -> None:
     sizes = {"in_features": IN, "out_features": OUT, **case.options}
     for name in sizes:
-        wrong = -1 if name == "depth" else 0
+        wrong = -1 if name in ("depth", "master_width") else 0
         with pytest.raises(ValueError, match=f"{name} is {wrong}; it must be at least {wrong + 1}"):
             case.layer(**sizes | {name: wrong})
     for dropout in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match="dropout is"):
             case.make(dropout=dropout)
+
+
+@every_case
+def test_routing_mode(case: Case) -> None:
     layer = case.make()
-    layer.routing_mode = "sharp"
-    with pytest.raises(ValueError, match=r"'sharp'.*'auto', 'soft' or 'hard'"):
-        _ = layer.hard
+    assert layer.routing_mode == "auto"
+    for mode in ("soft", "hard", "auto"):
+        layer.routing_mode = mode
+        layer.train().eval()
+        assert layer.routing_mode == mode
+    layer.routing_mode = "soft"
+    for wrong in ("sharp", "Hard", None, ["soft"]):
+        with pytest.raises(ValueError, match=r"routing_mode is .*; it must be 'auto', 'soft' or 'hard'"):
+            layer.routing_mode = wrong
+    assert layer.routing_mode == copy.deepcopy(layer).routing_mode == "soft"
 
 
 @every_case

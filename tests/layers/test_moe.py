@@ -20,11 +20,12 @@ def make(num_experts: int = EXPERTS, k: int = K, dtype: torch.dtype = torch.floa
     return randomized(NoisyTopKMoE(IN, OUT, num_experts, WIDTH, k, **options)).to(dtype)
 
 
-def fix_noise(monkeypatch: pytest.MonkeyPatch, rows: int, experts: int = EXPERTS, seed: int = 3) -> Tensor:
-    """Let the layer draw these values."""
-    eps = torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    monkeypatch.setattr(torch, "randn_like", lambda like: eps.to(like.dtype))
-    return eps
+def fix_noise(rows: int, experts: int = EXPERTS, seed: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What the layer draws next."""
+    torch.manual_seed(seed)
+    eps = torch.randn(rows, experts, dtype=dtype)
+    torch.manual_seed(seed)
+    return eps.double()
 
 
 def noisy_logits(layer: NoisyTopKMoE, x: Tensor, eps: Tensor) -> Tensor:
@@ -39,12 +40,10 @@ def train_loss(layer: NoisyTopKMoE, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("k", range(1, EXPERTS + 1))
 @pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.Tanh])
-def test_training_equals_naive_with_every_gradient(
-    monkeypatch: pytest.MonkeyPatch, k: int, activation: type[torch.nn.Module], dense: bool
-) -> None:
+def test_training_equals_naive_with_every_gradient(k: int, activation: type[torch.nn.Module], dense: bool) -> None:
     layer, x = make(k=k, activation=activation), inputs(9, dtype=torch.float64)
-    layer.dense_training = dense
-    eps = fix_noise(monkeypatch, 9)
+    layer.vectorized = dense
+    eps = fix_noise(9)
     wanted = {"x": x.requires_grad_(), **dict(layer.named_parameters())}
     expected = naive.moe(x, noisy_logits(layer, x, eps), k, blocks_of(layer.experts), activation())
     output = layer(x)
@@ -70,12 +69,12 @@ def test_batches_that_fill_no_tile(batch: int) -> None:
     assert_close(layer(x), naive.moe(x, x @ layer.gate_weight.T, K, blocks_of(layer.experts), torch.relu))
 
 
-def test_load_is_the_probability_of_being_chosen_when_one_noise_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_is_the_probability_of_being_chosen_when_one_noise_is_redrawn() -> None:
     layer, draws = make(), 200_000
     generator = torch.Generator().manual_seed(5)
     for seed in range(3):
         x = inputs(1, seed=seed, dtype=torch.float64)
-        eps = fix_noise(monkeypatch, 1, seed=seed)
+        eps = fix_noise(1, seed=seed)
         layer(x)
         for expert in range(EXPERTS):
             redrawn = eps.repeat(draws, 1)
@@ -86,9 +85,9 @@ def test_load_is_the_probability_of_being_chosen_when_one_noise_is_redrawn(monke
         layer.routing = None
 
 
-def test_gates_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gates_are_those_of_the_definition() -> None:
     layer, x = make(), inputs(20, dtype=torch.float64)
-    logits = noisy_logits(layer, x, fix_noise(monkeypatch, 20))
+    logits = noisy_logits(layer, x, fix_noise(20))
     layer(x)
     kept = logits >= logits.sort(dim=1, descending=True).values[:, K - 1 : K]
     assert_close(layer.routing.gates_BE, torch.softmax(logits.masked_fill(~kept, -math.inf), dim=1))
@@ -146,12 +145,12 @@ def test_at_initialisation_every_expert_is_equally_likely(k: int) -> None:
     assert (layer.routing.load_E / rows - k / EXPERTS).abs().max() < 0.0142
 
 
-def test_initial_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initial_gate() -> None:
     layer = NoisyTopKMoE(IN, OUT, EXPERTS, WIDTH, EXPERTS)
     assert {name for name, _ in layer.named_parameters(recurse=False)} == {"gate_weight", "noise_weight"}  # no bias
     assert not layer.gate_weight.any()
     assert not layer.noise_weight.any()
-    eps = fix_noise(monkeypatch, 9)
+    eps = fix_noise(9, dtype=torch.float32)
     layer(inputs(9))
     assert_close(layer.routing.gates_BE, torch.softmax(math.log(2) * eps, dim=1))  # softplus(0) = ln 2
 

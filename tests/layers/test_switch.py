@@ -22,7 +22,7 @@ def make(num_experts: int = EXPERTS, dtype: torch.dtype = torch.float64) -> Swit
 @pytest.mark.parametrize(("training", "dense"), [(True, False), (True, True), (False, False)])
 def test_equals_naive_with_every_gradient(training: bool, dense: bool) -> None:
     layer, x = make().train(training), inputs(9, dtype=torch.float64)
-    layer.dense_training = dense
+    layer.vectorized = dense
     wanted = {"x": x.requires_grad_(), **dict(layer.named_parameters())}
     expected = naive.switch(x, x @ layer.gate_weight.T, blocks_of(layer.experts), torch.relu)
     output = layer(x)

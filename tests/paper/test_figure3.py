@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fffexp.bench import inference
 from fffexp.bench.machine import Limits
 from fffexp.cli import main
 from fffexp.paper import figure3
@@ -59,8 +58,7 @@ def test_break_even_is_the_width_from_which_fff_stays_ahead(ratios: tuple[float,
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "POINT_S", 0.01)
-    monkeypatch.setattr(inference, "BLOCK_S", 1e-4)
+    monkeypatch.setattr(figure3, "POINT_S", 0.01)
     monkeypatch.setattr(figure3, "measure_limits", lambda dtype, device: Limits(1e11, 1e10))
 
 

@@ -17,7 +17,7 @@ def apply_schedules(task: LightningModule, progress: float) -> None:
         task.aux_weights[name] = value
         for layer in task.layers.values():
             if name in layer.annealed_buffers:
-                getattr(layer, name).fill_(value)
+                layer.anneal(name, value)
 
 
 class Schedules(Callback):

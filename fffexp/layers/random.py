@@ -1,0 +1,111 @@
+"""Random numbers of training passes: torch's own, and under torch.vmap those that each seed would draw alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_generators: ContextVar[Sequence[torch.Generator] | None] = ContextVar("seed generators", default=None)
+
+
+@contextmanager
+def seed_generators(generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Within it a pass under torch.vmap draws from one generator per row of the mapped dimension.
+
+    A row gets the numbers that it would get alone from the device's default generator in the same state. What is drawn
+    from has to have the mapped dimension.
+    """
+    token = _generators.set(generators)
+    try:
+        yield
+    finally:
+        _generators.reset(token)
+
+
+def normal_like(x: Tensor) -> Tensor:
+    """Standard normal numbers of the shape, dtype and device of x."""
+    return _draw(_normal, x)
+
+
+def uniform_like(x: Tensor) -> Tensor:
+    """Numbers from [0, 1) of the shape, dtype and device of x."""
+    return _draw(_uniform, x)
+
+
+class Dropout(nn.Dropout):
+    """torch's dropout, which draws for each seed under `seed_generators`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Same shape; each element zero with probability p in training, the others divided by 1 - p."""
+        if not self.training or not self.p or torch.compiler.is_compiling() or _generators.get() is None:
+            return F.dropout(input, self.p, self.training, self.inplace)
+        return input * _draw(_Mask(self.p), input)
+
+
+# A draw of (x, generator); None is the default generator.
+_Draw = Callable[[Tensor, torch.Generator | None], Tensor]
+
+
+def _normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
+def _uniform(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
+class _Mask:
+    """0 or 1 / (1 - p), as F.dropout draws them."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
+        if generator is None:
+            return F.dropout(ones, self.p)
+        if not x.is_cuda:
+            return ones.bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
+        # the fused kernel takes its numbers in an order of its own, and no generator
+        default = torch.cuda.default_generators[x.device.index]
+        kept = default.get_state()
+        default.set_state(generator.get_state())
+        mask = F.dropout(ones, self.p)
+        generator.set_state(default.get_state())
+        default.set_state(kept)
+        return mask
+
+
+def _draw(draw: _Draw, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or _generators.get() is None:
+        return draw(x, None)
+    drawn: Tensor = _PerSeed.apply(x.detach(), draw)
+    return drawn
+
+
+class _PerSeed(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, draw: _Draw) -> Tensor:
+        return draw(x, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, draw: _Draw) -> tuple[Tensor, int]:
+        generators = _generators.get()
+        assert generators is not None
+        assert in_dims[0] is not None
+        rows = x.unbind(in_dims[0])
+        if len(rows) != len(generators):
+            raise ValueError(f"there are {len(generators)} seed generators for {len(rows)} rows of torch.vmap")
+        return torch.stack([draw(row, generator) for row, generator in zip(rows, generators, strict=True)]), 0
