@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fffexp import timing
 from fffexp.layers import FF, FFF
 from fffexp.training.callbacks.routing import dead_leaves
 from fffexp.training.callbacks.speed import TrainingSpeed
@@ -179,9 +178,3 @@ def test_dead_leaves() -> None:
         # below 0 nothing is above 1, so one leaf can never be reached
         assert dead_leaves(task, torch.tensor(inputs).unsqueeze(1).split(2)) == {"stability/dead_leaves": dead}
     assert dead_leaves(ClassificationTask(partial(FF, width=2), (1,), 2), [torch.zeros(3, 1)]) == {}
-
-
-def test_training_looks_for_timings() -> None:
-    before = timing._looked
-    train(1)
-    assert timing._looked > before
