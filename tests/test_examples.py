@@ -10,7 +10,11 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+# the shortest stands for all where there is little time
+PATHS = [pytest.param(path, marks=[] if path.stem == "plain_pytorch" else pytest.mark.slow) for path in EXAMPLES]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_an_example(path: Path, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from processes import ROOT, digits, enter, user_environment, with_store
 
-from fffexp.training.experiment import Context, run
+from fffexp.training.experiment import Context, Result, run
 
 LIMIT_S = 120
 pytestmark = pytest.mark.slow
@@ -58,11 +58,11 @@ def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, bytes
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, list[str]]]:
-    """Port of a server over two runs, and their ids."""
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, dict[str, Result]]]:
+    """Port of a server over two runs, and their results by id."""
     enter(with_store(tmp_path), monkeypatch)
-    results = [run(digits(layer), Context(quiet=True)) for layer in ("ff", "fff")]
-    ids = [result.run_id for result in results if result]
+    done = [run(digits(layer), Context(quiet=True)) for layer in ("ff", "fff")]
+    results = {result.run_id: result for result in done if result}
     port = free_port()
     with (tmp_path / "server.log").open("w") as log:
         process = subprocess.Popen(
@@ -83,7 +83,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[in
                 if ask(port, "GET", "/health")[0] == 200:
                     break
             time.sleep(0.2)
-        yield port, ids
+        yield port, results
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -93,8 +93,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[in
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_the_runs_can_be_compared(server: tuple[int, list[str]]) -> None:
-    port, ids = server
+def test_the_runs_can_be_compared(server: tuple[int, dict[str, Result]]) -> None:
+    port, results = server
     status, page = ask(port, "GET", "/")
     assert status == 200
     assert b"<html" in page.lower()
@@ -104,15 +104,15 @@ def test_the_runs_can_be_compared(server: tuple[int, list[str]]) -> None:
     status, body = ask(port, "POST", "/api/2.0/mlflow/runs/search", {"experiment_ids": [experiment]})
     assert status == 200
     runs = json.loads(body)["runs"]
-    assert sorted(r["info"]["run_id"] for r in runs) == sorted(ids)
+    assert sorted(r["info"]["run_id"] for r in runs) == sorted(results)
     for found in runs:
         params = {p["key"]: p["value"] for p in found["data"]["params"]}
         metrics = {m["key"]: m["value"] for m in found["data"]["metrics"]}
         assert params["layer"] in ("FF", "FFF")
         assert set(params) >= {"training_width", "inference_size", "flops_per_sample"}
-        assert 0 <= metrics["test/accuracy"] <= 1
+        assert metrics["test/accuracy"] == results[found["info"]["run_id"]].metrics["test/accuracy"]
         assert metrics["speed/latency_b256_ms"] > 0
         assert found["info"]["status"] == "FINISHED"
-    status, body = ask(port, "GET", f"/get-artifact?path=config.yaml&run_uuid={ids[0]}")
+    status, body = ask(port, "GET", f"/get-artifact?path=config.yaml&run_uuid={next(iter(results))}")
     assert status == 200
     assert b"class_path" in body

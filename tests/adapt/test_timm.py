@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 TIMM = Path(sys.prefix) / "timm"
-pytestmark = pytest.mark.skipif(not TIMM.is_dir(), reason="make setup installs timm into .venv/timm")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not TIMM.is_dir(), reason="make test-all installs timm into .venv/timm"),
+]
 SWIGLU = """
 import json
 from timm_models import FFF, SIZES, partial, replace_feedforward, timm
