@@ -1,5 +1,6 @@
 """YAML files and command lines as they are, read before anything large is imported."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +59,55 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not YAML: it is not UTF-8 text") from error
 
 
+def load_config(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a YAML file, on top of those of the files that its key `configs` lists, relative to it.
+
+    Later files win, and the file itself over them. Mappings are merged key by key, but for one that names another
+    class than the one below it.
+
+    Raises:
+        UserError: a file cannot be read, or includes itself, or see `parse_yaml`.
+    """
+    path = path.resolve()
+    if path in within:
+        raise UserError(f"{path}: configs: the file includes itself")
+    content = read_yaml(path)
+    pieces = content.pop("configs", [])
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        raise UserError(f"{path}: configs must be a list of paths")
+    settings: dict[str, Any] = {}
+    for piece in pieces:
+        settings = _merged(settings, load_config(path.parent / piece, (*within, path)))
+    return _merged(settings, content)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**below, **above}
+    for key, value in above.items():
+        under = below.get(key)
+        if isinstance(value, Mapping) and isinstance(under, Mapping):
+            same = value.get("class_path", under.get("class_path")) == under.get("class_path")
+            merged[key] = _merged(under, value) if same else value
+    return merged
+
+
+def expand(args: Sequence[str]) -> list[str]:
+    """The command line with the settings of each --config file that lists `configs` in its place.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    expanded = list(args)
+    for index, option in enumerate(args):
+        name, equals, value = option.partition("=")
+        at = index if equals else index + 1
+        if name in ("--config", "-c") and at < len(args):
+            path = Path(value if equals else args[at])
+            if path.is_file() and "configs" in read_yaml(path):
+                expanded[at] = name * bool(equals) + equals + json.dumps(load_config(path))
+    return expanded
+
+
 def given(args: Sequence[str]) -> dict[str, Any]:
     """What a command line of `fffexp fit` sets, its --config files included, by dotted keys without `init_args`.
 
@@ -70,7 +120,7 @@ def given(args: Sequence[str]) -> dict[str, Any]:
             key, equals, value = option[2:].partition("=")
             value = value if equals else following
             if key in ("config", "c"):
-                settings |= flat(read_yaml(Path(value)))
+                settings |= flat(load_config(Path(value)))
             else:
                 settings[key.replace(".init_args", "")] = _value(value)
     return settings

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from processes import CONFIGS, ROOT, artifact, enter, runs, with_store
 
+from fffexp.configs import load_config
 from fffexp.study.spec import load
 from fffexp.training.experiment import Context, check, run
 
@@ -46,7 +47,7 @@ def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def content(path: Path) -> Any:
-    return yaml.safe_load(path.read_text())
+    return load_config(path)
 
 
 def data_arguments(path: Path, fashion: Path) -> list[str]:
@@ -65,7 +66,7 @@ def test_an_experiment_stands_alone(path: Path, fashion: Path, workplace: Path) 
     said = content(path)
     assert written["name"] == said["name"]
     assert result.params["layer"] == said["model"]["layer"]["class_path"].rsplit(".", 1)[-1]
-    assert written["model"]["layer"]["init_args"].items() >= said["model"]["layer"]["init_args"].items()
+    assert written["model"]["init_args"]["layer"]["init_args"].items() >= said["model"]["layer"]["init_args"].items()
 
 
 @pytest.mark.parametrize("network", [(), ("model/vit",)], ids=["mlp", "vit"])
@@ -139,7 +140,13 @@ def test_every_data_config_is_accepted_without_a_network(
 
 
 def test_every_config_is_run_here() -> None:
-    known = {*EXPERIMENTS, *LAYERS, *RECIPES, *(CONFIGS / "data").glob("*.yaml")}
+    known = {
+        *EXPERIMENTS,
+        *LAYERS,
+        *RECIPES,
+        *(CONFIGS / "recipe" / "weights").glob("*.yaml"),
+        *(CONFIGS / "data").glob("*.yaml"),
+    }
     known |= {CONFIGS / f"{piece}.yaml" for piece in ("model/one_cycle", "model/vit", "trainer/averaged")}
     assert set(CONFIGS.rglob("*.yaml")) == known
     assert STUDIES

@@ -113,7 +113,7 @@ class ExperimentCLI(LightningCLI):
                 "enable_progress_bar": False,
             },
             parser_kwargs={**strict, self._wanted: strict},
-            args=list(args),
+            args=configs.expand(args),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

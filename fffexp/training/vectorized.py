@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, LearningRateMonitor, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,6 +22,7 @@ from fffexp.data.base import ClassificationData, Rows
 from fffexp.data.batches import Batches
 from fffexp.errors import UserError
 from fffexp.timing import wait_for_timing
+from fffexp.training.callbacks.averaging import WeightAveraging
 from fffexp.training.callbacks.routing import BlockCounter, block_usage, dead_leaves
 from fffexp.training.callbacks.schedules import apply_schedules
 from fffexp.training.callbacks.stability import count_spikes, late_deviation
@@ -47,7 +48,7 @@ _PLAIN = {
     "val_check_interval": 1.0,
 }
 # An average is made here too, and the others change nothing that is trained.
-_CALLBACKS = (EMAWeightAveraging, Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar)
+_CALLBACKS = (WeightAveraging, Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar)
 # Rows of an evaluation pass.
 EVALUATION_ROWS = 8192
 
@@ -137,7 +138,7 @@ class Replicas:
             )
         self.epochs = trainer.max_epochs
         self.data: list[ClassificationData] = [experiment.datamodule for experiment in experiments]
-        self.decay = _decay(trainer.callbacks)  # type: ignore[attr-defined] # set by a connector
+        self.averaging = _averaging(trainer.callbacks)  # type: ignore[attr-defined] # set by a connector
         if any(isinstance(schedule, Adaptive) for schedule in self.task.schedules.values()):
             raise UserError("an Adaptive schedule differs from seed to seed: use another, or fffexp fit")
         if any(layer.sparse_gradients for layer in self.task.layers.values()):
@@ -215,7 +216,7 @@ class Replicas:
                 course[at, step] = loss_S.detach()
                 loss_S.sum().backward()
                 optimizer.step()
-                self._average()
+                self._average(step)
                 step += 1
                 if scheduler is not None and interval == "step":
                     scheduler.step()
@@ -251,14 +252,14 @@ class Replicas:
         if self.averaged is not None:
             self.averaged = {name: average[rows] for name, average in self.averaged.items()}
 
-    def _average(self) -> None:
-        if self.decay is None:
+    def _average(self, step: int) -> None:
+        if self.averaging is None:
             return
         if self.averaged is None:
             self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
             return
         for name, average in self.averaged.items():
-            average.lerp_(self.parameters[name].detach(), 1 - self.decay)
+            average.lerp_(self.parameters[name].detach(), self.averaging.share(step))
 
     @torch.no_grad()
     def _observe(self, best: "_Best", live: Sequence[int], epoch: int, train_accuracy: bool) -> None:
@@ -356,14 +357,5 @@ def _refuse(trainer: Trainer) -> None:
             raise UserError(f"{type(callback).__name__} is a callback that training of many seeds at once cannot have")
 
 
-def _decay(callbacks: Sequence[Callback]) -> float | None:
-    """Of the exponential weight average, None without one."""
-    for callback in callbacks:
-        if isinstance(callback, EMAWeightAveraging):
-            starts = callback.update_starting_at_step, callback.update_starting_at_epoch
-            if (callback.update_every_n_steps, *starts) != (1, None, None):
-                raise UserError("replicas average weights from the first step on and after each: leave those options")
-            average = callback._kwargs["avg_fn"]
-            # torch keeps the decay in a closure: 1 averaged with 0
-            return float(average(torch.ones(()), torch.zeros(()), torch.ones(())))
-    return None
+def _averaging(callbacks: Sequence[Callback]) -> WeightAveraging | None:
+    return next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)

@@ -23,8 +23,8 @@ def arguments(layer: str, *more: str) -> list[str]:
 
 
 AVERAGED = (
-    '--trainer.callbacks=[{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", '
-    '"init_args": {"decay": 0.9, "use_buffers": false}}]'
+    '--trainer.callbacks=[{"class_path": "fffexp.training.callbacks.averaging.WeightAveraging", '
+    '"init_args": {"decay": 0.9}}]'
 )
 STEPS = "--model.lr_scheduler=torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size=1"
 

@@ -1,0 +1,48 @@
+"""A config file that is put together from others."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fffexp.configs import expand, load_config
+from fffexp.errors import UserError
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_pieces_are_merged_from_below(tmp_path: Path) -> None:
+    write(tmp_path / "base/a.yaml", "{x: {class_path: A, init_args: {p: 1, q: 2}}, y: {class_path: A, init_args: {}}}")
+    write(tmp_path / "base/b.yaml", "{configs: [a.yaml], x: {init_args: {q: 3}}, z: [1, 2]}")
+    whole = write(tmp_path / "c.yaml", "{configs: [base/b.yaml], y: {class_path: B}, z: [3]}")
+    assert load_config(whole) == {
+        "x": {"class_path": "A", "init_args": {"p": 1, "q": 3}},
+        "y": {"class_path": "B"},  # another class takes nothing of the first
+        "z": [3],
+    }
+
+
+def test_a_command_line_gets_what_the_file_means(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain.yaml", "x: 1")
+    whole = write(tmp_path / "whole.yaml", "{configs: [plain.yaml], y: 2}")
+    args = expand(["fit", f"--config={plain}", f"--config={whole}", "--config", str(whole), "--x=3"])
+    assert args[:2] == ["fit", f"--config={plain}"]
+    assert (args[3], args[5]) == ("--config", "--x=3")
+    assert yaml.safe_load(args[2].removeprefix("--config=")) == yaml.safe_load(args[4]) == {"x": 1, "y": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("configs: [there.yaml]", "there.yaml cannot be read"),
+        ("configs: [mine.yaml]", "includes itself"),
+        ("configs: other.yaml", "configs must be a list of paths"),
+    ],
+)
+def test_mistakes(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path / "mine.yaml", text))
