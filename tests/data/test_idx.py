@@ -90,11 +90,9 @@ def test_folders_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     assert FashionMNIST().source("test", "labels") == "data/fashion_mnist/t10k-labels-idx1-ubyte"
 
 
-def test_debians_fashion_mnist() -> None:
-    root = Path(FashionMNIST.folders[-1])
-    if not root.is_dir():
-        pytest.skip("Debian's package dataset-fashion-mnist is not installed")
-    data = FashionMNIST(str(root), normalize="standard")
+@pytest.mark.slow
+def test_the_real_fashion_mnist(fashion_mnist: Path) -> None:
+    data = FashionMNIST(str(fashion_mnist), normalize="standard")
     assert data.in_shape == (1, 28, 28)
     data.setup()
     parts = (data.train_data, data.val_data, data.test_data)
