@@ -157,13 +157,13 @@ class ClassificationData(LightningDataModule, ABC):
             )
         if not (finite := inputs.isfinite()).all():
             row = int(finite.logical_not().nonzero()[0, 0])
-            raise UserError(f"{images_name} has a NaN or inf in row {row}: mend or remove that row")
+            raise UserError(f"{images_name} has a NaN or inf in row {row}: fix or remove that row")
         wrong = ((labels < 0) | (labels >= self.num_classes)).nonzero()
         if len(wrong):
             row = int(wrong[0, 0])
             raise UserError(
                 f"{labels_name} has the label {int(labels[row])} in row {row},"
-                f" outside 0 to {self.num_classes - 1}: mend the labels, or give the right number of classes"
+                f" outside 0 to {self.num_classes - 1}: fix the labels, or give the right number of classes"
             )
         return inputs, labels
 

@@ -1,5 +1,6 @@
 """Image data sets from the Hugging Face hub; they need a network once, then they are in its cache."""
 
+import logging
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -64,12 +65,14 @@ def fetch(path: str, config: str | None, part: Part) -> Any:
         import datasets
     except ImportError as error:
         raise UserError(f"{path} needs the package datasets: pip install 'fffexp[hub]'") from error
+    for package in ("datasets", "huggingface_hub"):
+        logging.getLogger(package).setLevel(logging.ERROR)  # each retry is reported otherwise
     try:
         return datasets.load_dataset(path, config, split=part)
-    except ConnectionError as error:
+    except Exception as error:  # each library below has its own for a hub that is out of reach
         raise UserError(
-            f"{path} cannot be fetched, the Hugging Face hub is out of reach:"
-            " mend the network connection, or use data on disk (fffexp.data.IDX)"
+            f"{path} cannot be fetched from the Hugging Face hub ({type(error).__name__}):"
+            " check the network connection, or use data on disk (fffexp.data.IDX)"
         ) from error
 
 

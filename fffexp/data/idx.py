@@ -17,7 +17,7 @@ from fffexp.errors import UserError
 # the third byte of an IDX file; all are big endian
 DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 DIMENSIONS: dict[Kind, int] = {"images": 3, "labels": 1}
-MEND = "fetch it again (make data)"
+FETCH = "fetch it again (make data)"
 
 
 class IDX(ClassificationData):
@@ -53,7 +53,7 @@ class IDX(ClassificationData):
         images = read_idx(self._files[part, "images"], "images")
         labels = read_idx(self._files[part, "labels"], "labels")
         if labels.dtype.kind == "f":
-            raise UserError(f"{self.source(part, 'labels')} holds {labels.dtype}, not whole numbers: {MEND}")
+            raise UserError(f"{self.source(part, 'labels')} holds {labels.dtype}, not whole numbers: {FETCH}")
         return pixels(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -74,7 +74,7 @@ def read_idx(path: Path, kind: Kind) -> np.ndarray[Any, Any]:
     expected = math.prod(shape) * dtype.itemsize
     if len(body) != expected:
         problem = "is truncated" if len(body) < expected else "is too long"
-        raise UserError(f"{path} {problem}, it holds {len(body)} bytes of data instead of {expected}: {MEND}")
+        raise UserError(f"{path} {problem}, it holds {len(body)} bytes of data instead of {expected}: {FETCH}")
     return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
@@ -87,19 +87,19 @@ def read_header(path: Path, kind: Kind) -> tuple[np.dtype[Any], tuple[int, ...]]
 def _header(path: Path, file: BufferedIOBase, kind: Kind) -> tuple[np.dtype[Any], tuple[int, ...]]:
     magic = _read(path, file, 4)
     if len(magic) < 4:
-        raise UserError(f"{path} is truncated, it holds {len(magic)} bytes in all: {MEND}")
+        raise UserError(f"{path} is truncated, it holds {len(magic)} bytes in all: {FETCH}")
     zeros, code, dimensions = struct.unpack(">HBB", magic)
     if zeros or code not in DTYPES:
-        raise UserError(f"{path} is not an IDX file, it begins with 0x{magic.hex()}: {MEND}")
+        raise UserError(f"{path} is not an IDX file, it begins with 0x{magic.hex()}: {FETCH}")
     if dimensions != DIMENSIONS[kind]:
         other = next((k for k, n in DIMENSIONS.items() if n == dimensions), "neither images nor labels")
         raise UserError(
             f"{path} should hold {kind} ({DIMENSIONS[kind]} dimensions) but has {dimensions}"
-            f" (as for {other}): the file has the wrong name; rename it, or {MEND}"
+            f" (as for {other}): the file has the wrong name; rename it, or {FETCH}"
         )
     sizes = _read(path, file, 4 * dimensions)
     if len(sizes) < 4 * dimensions:
-        raise UserError(f"{path} is truncated, its header ends early: {MEND}")
+        raise UserError(f"{path} is truncated, its header ends early: {FETCH}")
     return np.dtype(DTYPES[code]), struct.unpack(f">{dimensions}I", sizes)
 
 
@@ -110,16 +110,16 @@ def _open(path: Path) -> BufferedIOBase:
             packed = file.read(2) == b"\x1f\x8b"
         return gzip.GzipFile(path) if packed else path.open("rb")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions, or {MEND}") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): fix its permissions, or {FETCH}") from error
 
 
 def _read(path: Path, file: BufferedIOBase, size: int) -> bytes:
     try:
         return file.read(size)
     except EOFError as error:
-        raise UserError(f"{path} is truncated, its gzip stream ends early: {MEND}") from error
+        raise UserError(f"{path} is truncated, its gzip stream ends early: {FETCH}") from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}): {MEND}") from error
+        raise UserError(f"{path} is damaged ({error}): {FETCH}") from error
 
 
 def _find(folders: tuple[str, ...]) -> dict[tuple[Part, Kind], Path]:
@@ -131,7 +131,7 @@ def _find(folders: tuple[str, ...]) -> dict[tuple[Part, Kind], Path]:
         for (part, kind), path in paths.items():
             if path is None:
                 name = f"{PREFIXES[part]}-{kind}-idx{DIMENSIONS[kind]}-ubyte[.gz]"
-                raise UserError(f"{folder / name} is missing: {MEND}, or give --data.root FOLDER")
+                raise UserError(f"{folder / name} is missing: {FETCH}, or give --data.root FOLDER")
         return {key: path for key, path in paths.items() if path}
     raise UserError(
         f"no IDX files (train-images-idx3-ubyte[.gz], ...) in {', '.join(folders)}:"
