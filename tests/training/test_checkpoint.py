@@ -78,7 +78,7 @@ def test_a_noisy_run_that_is_resumed_equals_the_uninterrupted_one(workplace: Pat
 
 
 def test_a_checkpoint_within_an_epoch_goes_on_at_its_batch() -> None:
-    class InterruptAtStep(Callback):
+    class AtStep(Callback):
         def on_train_batch_start(
             self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
         ) -> None:
@@ -88,7 +88,7 @@ def test_a_checkpoint_within_an_epoch_goes_on_at_its_batch() -> None:
     whole = fit(layer="moe")  # 5 batches an epoch, on a one-cycle schedule
     saving = ModelCheckpoint("outputs/within", "{step}", every_n_train_steps=7)
     with pytest.raises(KeyboardInterrupt):
-        fit(layer="moe", callbacks=[saving, InterruptAtStep()])
+        fit(layer="moe", callbacks=[saving, AtStep()])
     folder = CHECKPOINTS / runs(Path.cwd())[-1].info.run_id
     within = Path("outputs/within/step=7.ckpt").rename(folder / "within.ckpt")
     fit(f"--ckpt_path={within}", layer="moe")
