@@ -96,9 +96,9 @@ def test_a_network_without_layers() -> None:
 def test_recipes_go_on_top(recipe: Path) -> None:
     layer = recipe.stem.removesuffix("_narrow")
     layer = layer if (CONFIGS / "layer" / f"{layer}.yaml").is_file() else "fff"
-    pieces = ("data/digits", "model/one_cycle", "trainer/averaged", f"layer/{layer}")
+    pieces = ["data/digits", "model/one_cycle", "trainer/averaged", f"layer/{layer}"]
     if recipe.stem.startswith("paper"):  # a whole protocol, not ours
-        pieces = ("data/digits", "layer/fff")
+        pieces = ["data/digits", "layer/fff"]
     configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
     result = run(["fit", *configs, f"--config={recipe}", *SHORT, "--test=false"], Context(quiet=True))
     assert result is not None

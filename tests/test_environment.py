@@ -54,8 +54,10 @@ def test_a_package_within_another_repository_has_no_commit(tmp_path: Path) -> No
     (installed / "__init__.py").touch()
     (installed / "environment.py").write_text((ROOT / "fffexp" / "environment.py").read_text())
     code = "from fffexp.environment import git_commit; print(git_commit())"
-    command, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(installed.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=tmp_path)
+    env = {**os.environ, "PYTHONPATH": str(installed.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=tmp_path
+    )
     assert done.stdout.strip() == "None"
 
 

@@ -40,7 +40,7 @@ def test_a_task_trains_the_parts_of_a_forest() -> None:
     task.aux_weights = {"importance": 1.0}
     loss = task.training_step(batch, 0)
     importance = sum(tree.aux_losses["importance"](tree.routing) for tree in layer.trees)
-    assert float((loss - plain).detach()) == pytest.approx(float(importance.detach()), rel=1e-3)
+    assert float((loss - plain).detach()) == pytest.approx(float(importance), rel=1e-3)
     loss.backward()
     assert all(p.grad is not None for p in task.parameters())
 

@@ -110,7 +110,7 @@ def test_dropout_is_that_of_torch() -> None:
 
 def test_dropout_compiles_and_exports() -> None:
     ours, x = nn.Sequential(Dropout(0.3)), torch.randn(100, 30)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert torch.equal(alone(compiled, x, 1), alone(ours, x, 1))
     exported = torch.export.export(ours.eval(), (x,)).module()
     assert torch.equal(exported(x), x)
@@ -123,6 +123,7 @@ def test_gradients_pass_dropout_and_stop_at_noise() -> None:
         noise = torch.vmap(normal_like)(x)
     assert not noise.requires_grad
     dropped.sum().backward()
+    assert x.grad is not None
     assert torch.equal(x.grad, dropped)  # the mask
 
 

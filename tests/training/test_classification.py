@@ -1,7 +1,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -235,7 +235,7 @@ def test_a_non_finite_loss_stops_training_at_its_step() -> None:
 def test_stability_reports_the_course() -> None:
     task = make()
     trainer = fit(task, None, 3)
-    (stability,) = (c for c in trainer.callbacks if isinstance(c, Stability))
+    (stability,) = (c for c in cast(Any, trainer).callbacks if isinstance(c, Stability))
     results = stability.results()
     assert 1 <= results["epochs_to_best"] <= 3
     assert 1 <= results["epochs_to_fit"] <= 3
