@@ -77,7 +77,7 @@ class Replica:
             "test/accuracy": self.test_accuracy,
             "epochs_to_best": self.epochs_to_best,
             "routing/used_leaves": self.used_blocks,
-            "stability/val_accuracy_std": self.val_accuracy_std,
+            "stability/val_monitor_std": self.val_accuracy_std,
             "stability/loss_spikes": self.loss_spikes,
             "stability/dead_leaves": self.dead_blocks,
         }

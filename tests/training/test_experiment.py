@@ -30,7 +30,7 @@ LAYER_PARAMS = {
 OVER_TIME = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "stability/grad_norm"}
 FINAL = {
     *("test/accuracy", "test/loss", "epochs_to_best", "epochs_to_fit"),
-    *("stability/val_accuracy_std", "stability/loss_spikes", "stability/nonfinite_steps"),
+    *("stability/val_monitor_std", "stability/loss_spikes", "stability/nonfinite_steps"),
     *("speed/latency_b1_ms", "speed/latency_b256_ms", "speed/throughput_b2048", "speed/train_samples_per_s"),
     *("speed/reference_latency_b1_ms", "speed/reference_latency_b256_ms"),
     *("speed/latency_b1_ratio", "speed/latency_b256_ratio"),

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,15 +75,17 @@ def test_training_speed_without_training() -> None:
     assert TrainingSpeed().results() == {}
 
 
-def follow(values: Sequence[float], train_values: Sequence[float] | None = None) -> dict[str, float]:
-    """Results for accuracies after each epoch."""
+def follow(values: Sequence[float], train_values: Sequence[float] | None = None, mode: str = "max") -> dict[str, float]:
+    """Results for values of the monitored metric after each epoch."""
     stability = Stability()
+    stability.setup(Trainer(logger=False), SimpleNamespace(monitor="val/score", mode=mode), "fit")  # type: ignore[arg-type]
     state = {
-        "epochs": list(range(1, len(values) + 1)),
+        "epochs": len(values),
         "losses": [1.0] * 10,
+        "spikes": 0,
         "nonfinite_steps": 0,
-        "train_accuracy": list(train_values or values),
-        "val_accuracy": list(values),
+        "trained": dict(enumerate(train_values or values, 1)),
+        "validated": list(enumerate(values, 1)),
     }
     stability.load_state_dict(state)
     assert stability.state_dict() == state
@@ -93,6 +96,7 @@ def test_epochs_are_counted_from_1_to_the_first_of_the_best() -> None:
     results = follow([0.5, 0.9, 0.7, 0.9], [0.6, 0.7, 0.8, 0.8])
     assert results["epochs_to_best"] == 2
     assert results["epochs_to_fit"] == 3
+    assert follow([0.5, 0.3, float("nan"), 0.3], mode="min")["epochs_to_best"] == 2
 
 
 @pytest.mark.parametrize(
@@ -104,8 +108,8 @@ def test_epochs_are_counted_from_1_to_the_first_of_the_best() -> None:
         ([0.5], 0.0),
     ],
 )
-def test_val_accuracy_std_is_over_the_last_quarter(values: list[float], expected: float) -> None:
-    assert follow(values)["stability/val_accuracy_std"] == pytest.approx(expected)
+def test_val_monitor_std_is_over_the_last_quarter(values: list[float], expected: float) -> None:
+    assert follow(values)["stability/val_monitor_std"] == pytest.approx(expected)
 
 
 class Follow(Callback):
@@ -131,8 +135,8 @@ def test_stability_follows_every_epoch_and_not_the_sanity_check() -> None:
     follower = Follow()
     stability = train(5, follower)[Stability]
     state = stability.state_dict()
-    assert state["val_accuracy"] == follower.val
-    assert state["train_accuracy"] == follower.train
+    assert state["validated"] == list(enumerate(follower.val, 1))
+    assert state["trained"] == dict(enumerate(follower.train, 1))
     assert len(follower.val) == len(follower.train) == 5
     assert len(state["losses"]) == 5 * SAMPLES // BATCH
 

@@ -49,7 +49,7 @@ def test_a_seed_gives_what_fit_gives(
         assert replica.val_accuracy == pytest.approx(metrics["val/accuracy"], abs=0.004)
         assert replica.test_accuracy == pytest.approx(metrics["test/accuracy"], abs=0.004)
         assert (replica.epochs_to_best, replica.epochs) == (metrics["epochs_to_best"], 3)
-        assert replica.val_accuracy_std == pytest.approx(metrics["stability/val_accuracy_std"], abs=0.004)
+        assert replica.val_accuracy_std == pytest.approx(metrics["stability/val_monitor_std"], abs=0.004)
         assert replica.loss_spikes == pytest.approx(metrics["stability/loss_spikes"], abs=1)
         assert replica.dead_blocks == metrics.get("stability/dead_leaves")
         if layer == "ff":
@@ -149,7 +149,7 @@ def test_a_plateau_is_that_of_fit(monitor: str, tmp_path: Path, monkeypatch: pyt
     alone = run(["fit", *args, "--seed_everything=0"], Context(quiet=True))
     assert alone is not None
     assert replica.val_accuracy == pytest.approx(alone.metrics["val/accuracy"], abs=0.004)
-    assert replica.val_accuracy_std == pytest.approx(alone.metrics["stability/val_accuracy_std"], abs=0.004)
+    assert replica.val_accuracy_std == pytest.approx(alone.metrics["stability/val_monitor_std"], abs=0.004)
     other = [a.replace("factor=0.01", "factor=0.9") for a in args]
     assert Replicas(other, [0]).train()[0] != replica, "the plateau was met"
 

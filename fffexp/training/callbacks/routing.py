@@ -11,11 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from fffexp.layers import FeedforwardLayer
 from fffexp.routing.blocks import block_counts
+from fffexp.training.callbacks.stability import reading_interval
 
 # A leaf is in use if at least this share of the samples reaches it.
 IN_USE = 0.001
-# Entropies are read at about this many steps of an epoch.
-READINGS = 16
 
 
 class RoutingMonitor(Callback):
@@ -26,15 +25,15 @@ class RoutingMonitor(Callback):
 
     def __init__(self) -> None:
         self._readings: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        self._counter: BlockCounter | None = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Read the routing of a step before the task clears it."""
-        batch_idx = trainer.fit_loop.epoch_loop.batch_idx
-        if batch_idx % max(1, int(trainer.num_training_batches) // READINGS):
+        if trainer.fit_loop.epoch_loop.batch_idx % reading_interval(trainer):
             return
         with torch.no_grad():
             for path, layer in pl_module.layers.items():
-                for name, metric in layer.metrics.items():
+                for name, metric in layer.metrics.items() if layer.routing is not None else ():
                     self._readings[name][path].append(metric(layer.routing))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,10 +47,16 @@ class RoutingMonitor(Callback):
         """Count which blocks the hard passes use."""
         self._counter = BlockCounter(pl_module)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        if self._counter is not None:
+            self._counter.finish()
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the usage."""
+        assert self._counter is not None
         counts, rows = self._counter.finish(), self._counter.rows
-        usage = {path: block_usage(counts[path], rows[path]) for path in counts}
+        usage = {path: block_usage(counts[path], rows[path]) for path in counts if rows[path]}
         for name in ("used_leaves", "usage_cv"):
             log_by_layer(pl_module, f"routing/{name}", {path: values[name] for path, values in usage.items()})
 
@@ -76,8 +81,8 @@ class BlockCounter:
 
     def finish(self) -> dict[str, Tensor]:
         """Stop counting; (blocks,) rows per block, by layer."""
-        for hook in self._hooks:
-            hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
         return self._counts
 
 
@@ -94,7 +99,7 @@ def dead_leaves(task: LightningModule, inputs: Iterable[Tensor]) -> dict[str, fl
 
 def block_usage(counts: Tensor, rows: int) -> dict[str, Tensor]:
     """(blocks,) rows sent to each block, of so many -> blocks in use, coefficient of variation of the shares."""
-    shares = counts.double() / max(rows, 1)
+    shares = counts.cpu().double() / max(rows, 1)  # not every device has float64
     return {
         "used_leaves": (shares >= IN_USE).sum().float(),
         "usage_cv": (shares.std(correction=0) / shares.mean().clamp_min(1e-12)).float(),
@@ -105,6 +110,6 @@ def log_by_layer(pl_module: LightningModule, name: str, values: dict[str, Tensor
     """Log the mean over layers under the name, and each layer where there are several."""
     if not values:
         return
-    pl_module.log(name, torch.stack(list(values.values())).mean())
+    pl_module.log(name, float(torch.stack(list(values.values())).mean()))
     if len(values) > 1:
-        pl_module.log_dict({f"{name}/{path}": value for path, value in values.items()})
+        pl_module.log_dict({f"{name}/{path}": float(value) for path, value in values.items()})
