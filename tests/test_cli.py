@@ -71,6 +71,18 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         ([f"--ckpt_path={__file__}"], [__file__, "no checkpoint"]),
         (["--model.aux_weights.importance=-5"], ["aux_weights.importance is -5"]),
         (["--trainer.devices=0"], ["devices"]),
+        (["--trainer.devices=3"], ["trainer.devices is 3", "one device"]),
+        (["--trainer.devices=-1"], ["trainer.devices is -1", "one device"]),
+        (["--trainer.strategy=ddp_fork"], ["trainer.strategy is ddp_fork"]),
+        (["--seed_everything=1099511627776"], ["seed_everything", "4294967295"]),
+        (["--trainer.max_epochs=0"], ["trainer.max_epochs is 0"]),
+        (["--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val is -1"]),
+        (["--trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches is 0"]),
+        (["--name=../../x"], ["name is '../../x'"]),
+        (["--name=a\nb"], ["name is"]),
+        ([f"--name={'x' * 101}"], ["name is", "100"]),
+        (["--tracking_uri=postgresql+nonesuch://me:secret@127.0.0.1:9/x"], ["me:***@127.0.0.1"]),
+        (["--tracking_uri=mysql://me:secret@127.0.0.1:9/x"], ["me:***@127.0.0.1", "sqlite:///FILE"]),
         (["--trainer.max_epochs=-3"], ["max_epochs"]),
         (["--trainer.max_epochs=-1"], ["no end of the training", "max_epochs"]),
         (["--trainer.limit_train_batches=0"], ["no step to train"]),
@@ -97,6 +109,8 @@ def test_config_files(mistake: Callable[..., str], tmp_path: Path) -> None:
         ("just words", "bad.yaml"),
         ("modle: {layer: FFF}", "modle"),
         ("trainer: {max_epoch: 3}", "max_epoch"),
+        ("trainer: {max_epochs: 3}\ntrainer: {max_epochs: 4}", "bad.yaml, line 2: 'trainer' is given twice"),
+        ("a: &a [*a]", "bad.yaml, line 1: an alias contains itself"),
     ):
         bad.write_text(text)
         assert named in mistake(*digits(), f"--config={bad}"), text
