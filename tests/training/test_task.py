@@ -106,9 +106,9 @@ def test_a_regression_in_one_file(tmp_path: Path) -> None:
     assert float(metrics["val/loss"]) < 1.0 < float(Data().rows.tensors[1].var())
     gap = float(metrics["val/soft_loss"] - metrics["val/loss"])
     assert float(metrics["val/hardening_gap"]) == pytest.approx(gap)
+    assert results(trainer)["epochs_to_best"] <= 30
     (tested,) = trainer.test(task, Data(), verbose=False)
     assert tested["test/loss"] == pytest.approx(float(metrics["val/loss"]), rel=1e-5)
-    assert results(trainer)["epochs_to_best"] <= 30
     assert not Regression().unit_monitor
     assert ClassificationTask(TREE, (6,), 3).unit_monitor
 

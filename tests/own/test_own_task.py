@@ -1,0 +1,72 @@
+"""A task and its data in one file of a user's, through the command line."""
+
+from pathlib import Path
+
+import pytest
+from processes import CONFIGS, enter, with_store
+
+from fffexp.training.experiment import Context, check, run
+
+OWN = '''
+import torch
+import torch.nn.functional as F
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+from fffexp import Task
+from fffexp.models.mlp import MLP, LayerFactory
+
+
+class MyTask(Task):
+    """A mean squared error to minimise."""
+
+    def __init__(self, layer: LayerFactory, features: int = 5, **kwargs):
+        super().__init__(**kwargs)
+        self.network = MLP(layer, (features,), 1)
+
+    def loss(self, batch):
+        outputs = self(batch[0]).squeeze(1)
+        return F.mse_loss(outputs, batch[1]), outputs, batch[1]
+
+
+class MyData(LightningDataModule):
+    def __init__(self, rows: int = 256):
+        super().__init__()
+        x = torch.randn(rows, 5)
+        self.rows = TensorDataset(x, x.sum(1))
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, 32, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.rows, 64)
+
+    test_dataloader = val_dataloader
+'''
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    enter(with_store(tmp_path), monkeypatch)
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    layer = ["--model.layer=FFF", "--model.layer.depth=2", "--model.layer.leaf_width=4"]
+    return ["fit", "--model=own.MyTask", "--data=own.MyData", *layer, "--trainer.max_epochs=8"]
+
+
+def test_a_task_and_data_of_ones_own_are_fitted(arguments: list[str]) -> None:
+    told = check(arguments)
+    assert (told.monitor, told.mode, told.unit) == ("val/loss", "min", False)
+    result = run([*arguments, "--model.optimizer=Adam", "--model.optimizer.lr=0.05"], Context(quiet=True))
+    assert result is not None
+    assert result.params["layer"] == "FFF"
+    assert 0 < result.metrics["test/loss"] == pytest.approx(result.metrics["val/loss"], rel=1e-4)
+    assert result.metrics["val/loss"] < 2.5, "half of what the mean gives"
+    assert {"epochs_to_best", "speed/latency_b1_ms", "stability/val_monitor_std"} <= set(result.metrics)
+    assert "test/accuracy" not in result.metrics
+
+
+def test_it_takes_a_recipe(arguments: list[str]) -> None:
+    result = run([*arguments, f"--config={CONFIGS}/recipe/weights/fff.yaml"], Context(quiet=True))
+    assert result is not None
+    assert result.params["aux_weights.importance"] == 0.1
