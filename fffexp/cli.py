@@ -9,6 +9,7 @@ from typing import Any
 from fffexp import configs
 from fffexp.errors import NonFiniteLossError, UserError, report, terminated_by_signal
 
+STUDY = ("run", "resume", "show", "trials", "best", "delete", "clean")
 # "module:function" of each command; how a typed function becomes one, see commandline.py. Modules named here import
 # quickly, and their functions torch and the like only when called.
 COMMANDS: Mapping[str, Any] = {
@@ -16,7 +17,8 @@ COMMANDS: Mapping[str, Any] = {
     "validate": "fffexp.cli:validate",
     "test": "fffexp.cli:test",
     "predict": "fffexp.cli:predict",
-    "study": {name: f"fffexp.study.commands:{name}" for name in ("run", "resume", "show")},
+    "study": {name: f"fffexp.study.commands:{name}" for name in STUDY},
+    "report": "fffexp.study.commands:report",
     "bench": {name: f"fffexp.bench.commands:{name}" for name in ("inference", "training", "model", "overhead")},
     "reproduce": "fffexp.cli:reproduce",
     "build": "fffexp.cli:build",

@@ -145,7 +145,7 @@ def adjusted(ps: Sequence[float]) -> list[float]:
 
 
 def format_difference(test: Paired, scale: float = 1.0, digits: int = 2) -> str:
-    """`+1.93 [+1.75, +2.11], p 1e-05`, or `+0.10 [-0.20, +0.40], p 0.45, not significant`.
+    """`+1.93 [+1.75, +2.11], p 1.2e-05`, or `+0.10 [-0.20, +0.40], p 0.45, not significant`.
 
     Args:
         test: of a paired difference.
@@ -155,7 +155,7 @@ def format_difference(test: Paired, scale: float = 1.0, digits: int = 2) -> str:
     text = f"{scale * test.difference:+.{digits}f}"
     if test.interval is not None:
         low, high = (f"{scale * bound:+.{digits}f}" for bound in test.interval)
-        text += f" [{low}, {high}], p {test.p:.1g}"
+        text += f" [{low}, {high}], p {test.p:.2g}"
     return text + ("" if test.significant else ", not significant")
 
 

@@ -218,10 +218,18 @@ class Run(Logger):
 
 @contextmanager
 def run(
-    client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str], parent: str | None = None
+    client: MlflowClient,
+    experiment_id: str,
+    name: str,
+    tags: Mapping[str, str],
+    parent: str | None = None,
+    run_id: str | None = None,
 ) -> Iterator[Run]:
-    """A run that is FINISHED if the block ends well, KILLED if it was pruned, else FAILED at once."""
-    started = Run(client, experiment_id, name, tags, parent)
+    """A run that is FINISHED if the block ends well, KILLED if it was pruned, else FAILED at once.
+
+    With `run_id` an earlier run goes on.
+    """
+    started = Run(client, experiment_id, name, tags, parent, run_id)
     try:
         yield started
     except BaseException as error:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fffexp.paper import conversion, entropies, runs, table1, table2, table3
-from fffexp.report import listing
+from fffexp.report.trials import trials
+from fffexp.study.results import Results
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = (ROOT / "docs/findings.md").read_text()
@@ -34,8 +35,8 @@ def test_every_line_is_printed_by_the_command_above_it(command: str, block: str)
     elif "figure" in found:
         printed = entropies.report(found).splitlines()
     else:
-        against = int(words[words.index("--against") + 1]) if "--against" in words else None
-        printed = listing.trials(found, against).splitlines()
+        baseline = int(words[words.index("--baseline") + 1]) if "--baseline" in words else None
+        printed = trials(Results.from_json(found), baseline).splitlines()
     lines = block.splitlines()
     assert lines
     assert [line for line in lines if line not in printed] == []

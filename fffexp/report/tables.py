@@ -15,6 +15,7 @@ def table(
     rows: Sequence[Mapping[str, Any]],
     formats: Mapping[str, str] | None = None,
     width: int | None = None,
+    wrap: Sequence[str] = (),
     blank: str = "",
 ) -> str:
     """The rows under the names of their columns; numbers to the right, a column without any value left out.
@@ -22,7 +23,8 @@ def table(
     Args:
         rows: cells by the name of their column; the first row has all names, in order.
         formats: format specification of a column's numbers, such as {"mean": ".2f"}.
-        width: wraps what is wider, at the spaces of the widest columns; None never wraps.
+        width: wraps what is wider; None never wraps.
+        wrap: columns that may be wrapped.
         blank: in place of None.
     """
     if not rows:
@@ -31,7 +33,7 @@ def table(
     names = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
     for name in names:
         numbers = all(isinstance(row.get(name), int | float | None) for row in rows)
-        made.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+        made.add_column(Text(name), justify="right" if numbers else "left", no_wrap=name not in wrap, overflow="fold")
     for row in rows:
         made.add_row(*(Text(cell(row.get(name), (formats or {}).get(name, ""), blank)) for name in names))
     file = io.StringIO()

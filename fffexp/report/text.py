@@ -1,119 +1,172 @@
-"""A summary in words and tables."""
+"""Results in words and tables."""
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fffexp.study.summary import Summary, Trial, answer, finalist_trials, latency_ms
+from fffexp.report.tables import COLUMNS, table
+from fffexp.statistics import Interval, format_difference, paired_tests
+from fffexp.study.results import Answer, Results, Trial, answer
 
-COLUMNS = 120
-
-# what decides the size of a layer; other hyperparameters are called by their initials
-_SHORT = {
-    "width": "w",
-    "trees": "t",
-    "depth": "d",
-    "leaf_width": "l",
-    "master_width": "m",
-    "num_experts": "e",
-    "expert_width": "ew",
-    "top_k": "k",
-}
+DIFFERENCE = "difference to the best"
 
 
 def label(trial: Trial) -> str:
-    """Size of a trial's layer in a few characters: `d4 l8`; without known sizes, `#12`."""
-    known = [f"{short}{trial['params'][name]}" for name, short in _SHORT.items() if name in trial["params"]]
-    return " ".join(known) or f"#{trial['number']}"
+    """Sizes of a trial's layer in a few characters: `d4 lw8`; without whole numbers, `#12`."""
+    sizes = [initials(n) + str(v) for n, v in trial.params.items() if isinstance(v, int) and not isinstance(v, bool)]
+    return " ".join(sizes) or f"#{trial.number}"
 
 
-def table(summary: Summary) -> str:
+def initials(name: str) -> str:
+    """`lw` of leaf_width."""
+    return "".join(word[0] for word in name.split("_") if word)
+
+
+def finalists(results: Results) -> str:
     """The finalists, fastest first, for a terminal of 120 columns."""
-    trials = finalist_trials(summary)
+    trials = results.finalist_trials()
     if not trials:
-        return f"study {summary['study']} has no finalists: no trial was completed"
-    short = _short_names(name for trial in trials for name in trial["params"])
-    head = [("", "no"), ("", "layer"), ("", "hyperparameters"), ("val acc", "%"), ("test acc", "%"), ("latency", "ms")]
-    head += [("FLOPs a", "sample"), ("infer.", "size"), ("", "params"), ("tied", "with")]
-    rows = [_row(trial, short, summary) for trial in trials]
-    widths = [max(map(len, column)) for column in zip(*(list(zip(*head, strict=True)) + rows), strict=True)]
-    # what is too long for the terminal is wrapped, and that can only be the hyperparameters
-    widths[2] = max(15, min(widths[2], COLUMNS - sum(widths[:2] + widths[3:]) - 2 * (len(widths) - 1)))
-    lines = [_line(cells, widths) for cells in zip(*head, strict=True)]
-    lines.append("  ".join("-" * width for width in widths))
-    for cells in rows:
-        for i, part in enumerate(textwrap.wrap(cells[2], widths[2]) or [""]):
-            lines.append(_line([*(cells[:2] if i == 0 else ["", ""]), part, *(cells[3:] if i == 0 else [])], widths))
-    notes = [
-        how_measured(summary),
-        '"tied with": finalists whose validation interval overlaps. "*": on the Pareto front of the search.',
-        "hyperparameters: " + ", ".join(f"{s} {name}" for name, s in short.items() if s not in (name, f"{name}=")),
+        return f"study {results.study} has no finalists: no trial was completed"
+    differences = to_best(results, trials)
+    rows = [
+        {
+            "trial": f"{trial.number}{'*' if trial.number in results.pareto else ''}",
+            "layer": trial.layer,
+            "hyperparameters": describe(trial),
+            title(results.monitor): value(trial.mean, trial.ci95, results.unit),
+            title(results.test_monitor): value(trial.test_mean, trial.test_ci95, results.unit),
+            "latency": latency(trial),
+            DIFFERENCE: differences.get(trial.number, ""),
+        }
+        for trial in trials
     ]
-    return "\n".join(lines + [""] + [line for note in notes for line in textwrap.wrap(note, COLUMNS)])
-
-
-def how_measured(summary: Summary) -> str:
-    """A sentence on intervals, seeds and the test set."""
-    counts = {len(trial["seeds"]) for trial in finalist_trials(summary) if trial["final"]}
-    if not counts:
-        return "No finalist has been trained on fresh seeds yet."
-    seeds = " to ".join(map(str, sorted({min(counts), max(counts)}))) + " fresh seed" + "s" * (counts != {1})
-    return (
-        f"±: half width of the 95% t interval of the mean over {seeds}, unseen by the search (-: undefined for one). "
-        "The test set was read once a training, after selection on validation."
-        + f" Latencies come from {summary['machines']} machines, and compare only within one."
-        * (summary["machines"] > 1)
+    notes = [how_measured(results), "*: on the Pareto front of the search."]
+    return "\n".join(
+        [
+            table(rows, width=COLUMNS, wrap=("hyperparameters", DIFFERENCE)),
+            "",
+            *(line for n in notes for line in textwrap.wrap(n, COLUMNS)),
+        ]
     )
 
 
-def show(summary: Summary, max_latency_ms: float | None = None) -> str:
+def listed(results: Results) -> str:
+    """All trials of a study that only lists points."""
+    rows = [
+        {
+            "trial": trial.number,
+            "layer": trial.layer,
+            "hyperparameters": describe(trial),
+            title(results.monitor): value(trial.mean, trial.ci95, results.unit),
+            title(results.test_monitor): value(trial.test_mean, trial.test_ci95, results.unit),
+            "error": trial.error,
+        }
+        for trial in results.trials
+    ]
+    return table(rows, width=COLUMNS, wrap=("hyperparameters", "error"))
+
+
+def to_best(results: Results, trials: Sequence[Trial]) -> dict[int, str]:
+    """Paired difference of each to the best of them, in the monitored metric; p is adjusted for all together."""
+    measured = [trial for trial in trials if trial.mean is not None]
+    if not measured:
+        return {}
+    best = results.best_of(measured)
+    others = [t for t in measured if t is not best and t.by_seed(results.monitor).keys() & {*best.seeds}]
+    tests = paired_tests([(t.by_seed(results.monitor), best.by_seed(results.monitor)) for t in others])
+    texts = {t.number: format_difference(test, results.scale) for t, test in zip(others, tests, strict=True)}
+    return texts | {best.number: "best"}
+
+
+def how_measured(results: Results) -> str:
+    """A sentence on intervals, seeds and the test set."""
+    counts = sorted({len(trial.seeds) for trial in results.finalist_trials() if trial.evaluation})
+    if not counts:
+        return "No finalist has been trained on fresh seeds yet."
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " fresh seed" + "s" * (counts != [1])
+    scale = " on the logit scale" * results.unit
+    return (
+        f"Brackets: 95% t interval{scale} of the mean over {seeds}, unseen by the search (none for one seed). "
+        "Differences: paired by seed, p of a t-test adjusted for all lines (Benjamini and Hochberg). "
+        "The test set was read once a training, after selection on validation."
+        + f" Latencies come from {results.machines} machines, and compare only within one."
+        * (results.machines > 1)
+    )
+
+
+def show(results: Results, max_latency_ms: float | None = None) -> str:
     """Which layer to use within a latency budget, in a few lines.
 
     Raises:
         UserError: no finalist was retrained, or none fits the budget.
     """
-    found = answer(summary, max_latency_ms)
+    found = answer(results, max_latency_ms)
     best, rival = found.best, found.rival
-    layer = best["params"]["layer"]
     within = "with any latency" if max_latency_ms is None else f"within {max_latency_ms:g} ms"
-    ties = ", ".join(map(str, best["ties"]))
     lines = [
-        f"study {summary['study']}: best finalist {within}, by validation accuracy on fresh seeds",
+        f"study {results.study}: best finalist {within}, by {title(results.monitor)} on fresh seeds",
         "",
-        f"  {layer} (trial {best['number']})",
-        *textwrap.wrap(
-            f"config               {describe(best)}", COLUMNS, initial_indent="  ", subsequent_indent=" " * 23
-        ),
-        f"  test accuracy        {accuracy(best['test_mean'], best['test_ci95'])}",
-        f"  validation accuracy  {accuracy(best['mean'], best['ci95'])}" + (f"  (tied with {ties})" if ties else ""),
-        f"  latency              {latency_text(best)} for a batch of 256",
+        f"  {best.layer} (trial {best.number}): {describe(best)}",
+        *measured(results, best),
     ]
-    if best["run_id"]:
-        lines.append(f"  MLflow run           {best['run_id']} (its config.yaml reruns it)")
-    lines.append("")
+    if best.run_id:
+        lines.append(f"  MLflow run: {best.run_id} (its config.yaml reruns it)")
+    if equal := not_worse(results, found):
+        lines.append(f"  not significantly worse: {', '.join(f'{t.layer} (trial {t.number})' for t in equal)}")
+    other = results.baseline if best.layer != results.baseline else "other layer"
     if rival is None:
-        other = "No other layer" if layer == "FF" else "No FF"
         why = "was retrained" if max_latency_ms is None else f"fits {max_latency_ms:g} ms"
-        lines.append(f"{other} among the finalists {why}.")
-    else:
-        which = "other layer" if layer == "FF" else "FF"
-        rival_layer = rival["params"]["layer"]
-        lines += [
-            f"best {which} {within}: {rival_layer} (trial {rival['number']}), {describe(rival)}",
-            f"  test accuracy        {accuracy(rival['test_mean'], rival['test_ci95'])}",
-            f"  latency              {latency_text(rival)}",
-            "",
-            f"test accuracy, {layer} minus {rival_layer}, paired over {found.seeds} seed{'s' * (found.seeds != 1)}:",
-            f"  {found.verdict()}",
-        ]
-    lines += ["", "Brackets are 95% t intervals over fresh seeds."]
-    return "\n".join(lines)
+        return "\n".join([*lines, "", f"No {other} among the finalists {why}."])
+    lines += [
+        "",
+        f"best {other} {within}: {rival.layer} (trial {rival.number}): {describe(rival)}",
+        *measured(results, rival),
+        "",
+        verdict(results, found),
+        "",
+        how_measured(results),
+    ]
+    return "\n".join(line for long in lines for line in textwrap.wrap(long, COLUMNS, subsequent_indent="  ") or [""])
+
+
+def measured(results: Results, trial: Trial) -> list[str]:
+    """The metrics of a finalist, a line each."""
+    return [
+        f"  {title(results.test_monitor)}: {value(trial.test_mean, trial.test_ci95, results.unit)}",
+        f"  {title(results.monitor)}: {value(trial.mean, trial.ci95, results.unit)}",
+        f"  latency: {latency(trial)} for a batch of 256",
+    ]
+
+
+def not_worse(results: Results, found: Answer) -> list[Trial]:
+    """Finalists within the budget that are not significantly worse than the best, by paired tests on validation."""
+    texts = to_best(results, found.fitting)
+    return [t for t in found.fitting if "not significant" in texts.get(t.number, "")]
+
+
+def verdict(results: Results, found: Answer) -> str:
+    """The paired difference of the best to its rival on the test set, in words."""
+    if found.rival is None:
+        return ""
+    a, b, test = found.best.layer, found.rival.layer, found.test
+    if test is None:
+        return f"{a} and {b} share no seed: no difference can be given"
+    seeds = f"{test.seeds} seed{'s' * (test.seeds != 1)}"
+    text = (
+        f"{title(results.test_monitor)}, {a} minus {b}, paired over {seeds}: {format_difference(test, results.scale)}"
+    )
+    return f"{text}: {a} is {'better' if results.sign * test.difference > 0 else 'worse'}" * test.significant or text
+
+
+def title(metric: str) -> str:
+    """`val accuracy` of val/accuracy."""
+    return metric.replace("/", " ")
 
 
 def describe(trial: Trial) -> str:
-    """Hyperparameters in full: `depth=4 leaf_width=8 lr=0.0123`."""
-    return settings({name: value for name, value in trial["params"].items() if name != "layer"})
+    """Hyperparameters: `depth=4 leaf_width=8 lr=0.0123`."""
+    return settings({name: value for name, value in trial.params.items() if name != "layer"})
 
 
 def settings(values: Mapping[str, Any]) -> str:
@@ -121,89 +174,24 @@ def settings(values: Mapping[str, Any]) -> str:
     return " ".join(f"{n}={v:.3g}" if isinstance(v, float) else f"{n}={v}" for n, v in values.items())
 
 
-def accuracy(mean: float | None, interval: Sequence[float] | None) -> str:
-    """`97.21% [96.80, 97.62]`, with `-` for what there is not."""
-    if mean is None:
+def value(mean: float | None, interval: Interval | None = None, unit: bool = True) -> str:
+    """`97.21% [96.80, 97.62]` of a share, `0.123 [0.119, 0.127]` of anything else, `-` of nothing."""
+    if mean is None or not math.isfinite(mean):
         return "-"
-    bounds = f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]" if interval else "[-]"
-    return f"{100 * mean:.2f}% {bounds}"
+    numbers = [f"{100 * x:.2f}" if unit else f"{x:.4g}" for x in (mean, *(interval or ()))]
+    return numbers[0] + "%" * unit + (f" [{numbers[1]}, {numbers[2]}]" if interval else "")
 
 
-def _short_names(names: Iterable[str]) -> dict[str, str]:
-    short: dict[str, str] = {}
-    # known names first, so that no other takes their letter
-    for name in sorted(dict.fromkeys(names), key=lambda name: name not in _SHORT):
-        letters = _SHORT.get(name, name if len(name) < 4 else "".join(word[0] for word in name.split("_") if word))
-        if name != "layer":
-            short[name] = f"{name}=" if letters in short.values() else letters
-    return short
-
-
-def _row(trial: Trial, short: Mapping[str, str], summary: Summary) -> list[str]:
-    sizes: Mapping[str, Any] = trial["sizes"] or {}
-    ms = latency_ms(trial)
-    return [
-        f"{trial['number']}{'*' if trial['number'] in summary['pareto'] else ' '}",
-        str(trial["params"]["layer"]),
-        " ".join(short[name] + _brief(value) for name, value in trial["params"].items() if name != "layer"),
-        _plus_minus(trial["mean"], trial["ci95"]),
-        _plus_minus(trial["test_mean"], trial["test_ci95"]),
-        "-" if ms is None else f"{ms:#.3g}",
-        count_text(sizes.get("flops_per_sample")),
-        count_text(sizes.get("inference_size")),
-        count_text(sizes.get("parameters")),
-        _ties(trial, len(summary["finalists"]) - 1),
-    ]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    left = (1, 2, 9)
-    padded = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False)))
-    return "  ".join(padded).rstrip()
-
-
-def _ties(trial: Trial, others: int) -> str:
-    if trial["ci95"] is None:
-        return "-"
-    if not trial["ties"]:
-        return "none"
-    if len(trial["ties"]) == others > 3:
-        return "all"
-    first = " ".join(map(str, trial["ties"][:2]))
-    more = len(trial["ties"]) - 2
-    return f"{first} +{more}" if more > 0 else first
-
-
-def _plus_minus(mean: float | None, interval: Sequence[float] | None) -> str:
-    if mean is None:
-        return "-"
-    return f"{100 * mean:.2f} ± " + (f"{50 * (interval[1] - interval[0]):.2f}" if interval else "-")
-
-
-def _brief(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if 10 <= abs(value) < 1e4 else f"{value:.2g}"
-    return str(value)
-
-
-def count_text(value: float | None) -> str:
+def count(number: float | None) -> str:
     """`812`, `12.3k`, `1.23M`."""
-    if value is None:
+    if number is None:
         return "-"
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:.0f}{unit}"
-    return f"{value:g}"
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number < 999.5 * size else f"{number / size:.0f}{unit}"
+    return f"{number:g}"
 
 
-def latency_text(trial: Trial) -> str:
-    """Median latency of a finalist with its unit."""
-    ms = latency_ms(trial)
-    return "-" if ms is None else f"{ms:#.3g} ms"
-
-
-def metric_text(value: float | None, name: str) -> str:
-    """A metric by what its name says it is: accuracies in percent."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{100 * value:.2f}%" if name.endswith("accuracy") else f"{value:#.3g}"
+def latency(trial: Trial) -> str:
+    """Median latency of a batch of 256 with its unit."""
+    return "-" if trial.latency_ms is None else f"{trial.latency_ms:#.3g} ms"

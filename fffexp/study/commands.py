@@ -1,15 +1,19 @@
-"""`fffexp study run|show|resume`."""
+"""`fffexp study ...` and `fffexp report`."""
 
 import json
+import shutil
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fffexp import paths
-from fffexp.commandline import PositiveInt
+from fffexp.commandline import NonNegativeInt, PositiveFloat, PositiveInt
 from fffexp.errors import UserError, terminated_by_signal
 
 if TYPE_CHECKING:
+    from fffexp.study.results import Results
     from fffexp.study.spec import StudySpec
+    from fffexp.study.store import Storage
 
 
 def run(file: Path, jobs: PositiveInt = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
@@ -18,8 +22,8 @@ def run(file: Path, jobs: PositiveInt = 1, storage: str | None = None, tracking_
     Args:
         file: study file, such as studies/digits_depth_leaf.yaml.
         jobs: worker processes on this machine.
-        storage: Optuna storage (default: FFFEXP_STORAGE, else sqlite:///outputs/optuna.db).
-        tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else sqlite:///outputs/mlflow.db).
+        storage: Optuna storage (default: FFFEXP_STORAGE, else optuna.db in outputs/).
+        tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/).
     """
     from fffexp.study.spec import load
 
@@ -33,67 +37,214 @@ def resume(name: str, jobs: PositiveInt = 1, storage: str | None = None, trackin
     Args:
         name: of the study.
         jobs: worker processes on this machine.
-        storage: Optuna storage (default: FFFEXP_STORAGE, else sqlite:///outputs/optuna.db).
-        tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else sqlite:///outputs/mlflow.db).
+        storage: Optuna storage (default: FFFEXP_STORAGE, else optuna.db in outputs/).
+        tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/).
     """
     import optuna
 
     from fffexp.study.spec import parse
-    from fffexp.study.store import open_storage
 
     url = paths.storage(storage)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    opened = open_storage(url)
-    known = [n for n in optuna.get_all_study_names(opened) if not n.endswith("/finalists")]
-    if name not in known:
-        raise UserError(f"no study {name!r} in {url}; there are: {', '.join(known) or 'none'}")
-    attrs = optuna.load_study(study_name=name, storage=opened).user_attrs
+    opened, _ = _find(name, url)
+    attrs = optuna.load_study(study_name=f"{name}/runs", storage=opened).user_attrs
     if "digest" not in attrs:
         raise UserError(f"study {name!r} was interrupted before it began: use `fffexp study run` with its file")
     spec = parse(attrs["text"], Path(attrs["folder"]), f"of study {name}")
     _run(spec, attrs["text"], jobs, url, tracking_uri)
 
 
-def show(name: str, max_latency_ms: float | None = None, trials: bool = False, against: int | None = None) -> None:
-    """Print the best finalist within a latency budget, beside the best FF; or all trials of the search.
+def show(name: str, max_latency_ms: PositiveFloat | None = None, format: Literal["text", "json"] = "text") -> None:
+    """Print the best finalist within a latency budget, beside the best of the study's first layer.
 
     Args:
-        name: of the study, or a summary.json.
+        name: of the study, or a results file such as summary.json.
         max_latency_ms: largest latency of a batch of 256, in milliseconds.
-        trials: print every trial, the best first, and how far it is from the best.
-        against: number of the trial, of whatever layer, to print the differences to instead.
+        format: json prints the finalists that fit as JSON, with the best and the test of its difference.
     """
-    from fffexp.report import listing, text
+    from fffexp.files import strict_json
+    from fffexp.report import text
+    from fffexp.study.results import answer
+
+    results = _results(name)
+    if format == "text":
+        print(text.show(results, max_latency_ms))
+        return
+    found = answer(results, max_latency_ms)
+    fitting = {trial.number for trial in found.fitting}
+    test = None if found.test is None else found.test._asdict() | {"significant": found.test.significant}
+    content = results.to_json()
+    content["trials"] = [trial for trial in content["trials"] if trial["number"] in fitting]
+    content |= {"best": found.best.number, "rival": found.rival and found.rival.number, "difference": test}
+    print(json.dumps(strict_json(content), indent=1))
+
+
+def trials(name: str, baseline: NonNegativeInt | None = None) -> None:
+    """Print all trials of a study, the best first, and how far each is from the best of its layer.
+
+    Args:
+        name: of the study, or a results file such as summary.json.
+        baseline: number of the trial, of whatever layer, to print the differences to instead.
+    """
+    from fffexp.report.trials import trials as table
+
+    print(table(_results(name), baseline))
+
+
+def best(name: str, tracking_uri: str | None = None) -> None:
+    """Print where the best trial's run, config and checkpoint are.
+
+    Args:
+        name: of the study, or a results file such as summary.json.
+        tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/).
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    from fffexp.report.text import describe, title, value
+    from fffexp.study.results import answer
+
+    results = _results(name)
+    if results.best is None:
+        raise UserError(f"study {results.study} has no completed trial yet")
+    evaluated = any(trial.evaluation for trial in results.trials)
+    trial = answer(results).best if evaluated else results.trial(results.best)
+    scores: dict[str, float] = {
+        run.get("run_id") or str(trial.run_id): results.sign * run[results.monitor] for run in trial.trainings
+    }
+    run_id = max(scores, key=lambda each: scores[each])
+    print(f"{trial.layer} (trial {trial.number}): {describe(trial)}")
+    print(f"{title(results.monitor)}: {value(trial.mean, trial.ci95, results.unit)}, the best of {len(scores)} runs:")
+    print(f"run: {run_id}")
+    try:
+        client = MlflowClient(paths.tracking_uri(tracking_uri))
+        folder = client.get_run(run_id).info.artifact_uri.removeprefix("file://")
+        checkpoints = [file.path for file in client.list_artifacts(run_id, "checkpoint")]
+    except MlflowException as error:
+        raise UserError(f"run {run_id} is not in this tracking store: give its --tracking_uri") from error
+    print(f"config: {folder}/config.yaml")
+    for path in checkpoints:
+        print(f"checkpoint: {folder}/{path}")
+
+
+def delete(name: str, storage: str | None = None) -> None:
+    """Delete a study and its results, so that its name is free; its runs stay in MLflow.
+
+    Args:
+        name: of the study.
+        storage: Optuna storage (default: FFFEXP_STORAGE, else optuna.db in outputs/).
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    opened, parts = _find(name, paths.storage(storage))
+    studies = [optuna.load_study(study_name=part, storage=opened) for part in parts]
+    with opened.exclusive():
+        for study in studies:
+            optuna.storages.fail_stale_trials(study)
+            if any("job" in t.user_attrs for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))):
+                raise UserError(f"study {name} is running: stop its commands, wait half a minute, and delete it then")
+        for part in sorted(parts, key=lambda part: part.endswith("/runs")):  # which says that it is begun
+            optuna.delete_study(study_name=part, storage=opened)
+    shutil.rmtree(paths.studies() / name, ignore_errors=True)
+    print(f"deleted study {name}; its runs are still in MLflow")
+
+
+def clean(storage: str | None = None, tracking_uri: str | None = None) -> None:
+    """Free what killed workers left behind: trials that seem to run, and checkpoints of runs that have ended.
+
+    Args:
+        storage: Optuna storage (default: FFFEXP_STORAGE, else optuna.db in outputs/).
+        tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/).
+    """
+    import optuna
+    from mlflow.exceptions import MlflowException
+    from optuna.trial import TrialState
+
+    from fffexp import tracking
+    from fffexp.study.store import GRACE_S, open_storage
+
+    opened, uri = open_storage(paths.storage(storage)), paths.tracking_uri(tracking_uri)
+    stale = removed = 0
+    for name in optuna.get_all_study_names(opened):
+        study = optuna.load_study(study_name=name, storage=opened)
+        running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        with opened.exclusive():
+            optuna.storages.fail_stale_trials(study)
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                begun = trial.datetime_start
+                if "job" not in trial.user_attrs and begun and time.time() - begun.timestamp() > GRACE_S:
+                    study.tell(trial.number, state=TrialState.FAIL)
+        stale += running - len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        client, _ = tracking.open_store(uri, name.partition("/")[0])  # which marks the runs of dead processes
+    for folder in paths.checkpoints().glob("*") if stale is not None else ():
+        try:
+            run = client.get_run(folder.name)
+        except MlflowException:
+            continue  # of another store
+        if run.info.status != "RUNNING" and "study" in run.data.tags:
+            shutil.rmtree(folder)
+            removed += 1
+    print(f"freed {stale} stale trials, removed {removed} checkpoint folders")
+
+
+def report(name: str) -> None:
+    """Write a study's report.html and figures again, and print its finalists.
+
+    Args:
+        name: of the study, or a results file such as summary.json.
+    """
+    from fffexp.report import page, text
+
+    results = _results(name)
+    folder = paths.studies() / results.study
+    page.write(results, folder)
+    print(text.finalists(results) if results.finalists else text.listed(results))
+    print(f"\nwritten to {folder}: report.html, pareto.png, history.png")
+
+
+def _results(name: str) -> "Results":
+    from fffexp.study.results import Results
 
     path = Path(name) if name.endswith(".json") else paths.studies() / name / "summary.json"
     if not path.is_file():
         raise UserError(f"{path} is not there: run the study first, from this folder (fffexp study run FILE)")
-    if trials and max_latency_ms is not None:
-        raise UserError("--trials lists the search, which --max_latency_ms does not choose from: leave one out")
-    if against is not None and not trials:
-        raise UserError("--against is for the list of trials: add --trials")
-    try:
-        summary = json.loads(path.read_text())
-        known = summary.keys() >= {"study", "trials", "finalists"}
-    except (ValueError, AttributeError):
-        known = False
-    if not known:
-        raise UserError(f"{path} is no summary of a study: give a study's name, or the summary.json of one")
-    print(listing.trials(summary, against) if trials else text.show(summary, max_latency_ms))
+    return Results.load(path)
+
+
+def _find(name: str, url: str) -> tuple["Storage", list[str]]:
+    """The storage, and the Optuna studies of a study.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    import optuna
+
+    from fffexp.study.store import open_storage
+
+    opened = open_storage(url)
+    names = optuna.get_all_study_names(opened)
+    known = [each.removesuffix("/runs") for each in names if each.endswith("/runs")]
+    if name not in known:
+        raise UserError(f"no study {name!r} in {url}; there are: {', '.join(known) or 'none'}")
+    return opened, [each for each in names if each.startswith(f"{name}/")]
 
 
 def _run(spec: "StudySpec", text: str, jobs: int, url: str, tracking_uri: str | None) -> None:
-    from fffexp.report.text import table
+    from fffexp.report.text import finalists, listed
     from fffexp.study.runner import StudyRunner
 
     uri = paths.tracking_uri(tracking_uri)
-    print(
-        f"study {spec.name}: {spec.trials} trials, {jobs} jobs; Ctrl-C stops, `fffexp study resume {spec.name}` goes on"
-    )
     with terminated_by_signal():
-        result = StudyRunner(spec, text, url, uri, jobs).run()
-    print(f"\n{table(result)}\n")
+        runner = StudyRunner(spec, text, url, uri, jobs)
+        print(
+            f"study {spec.name}: {len(spec.points())} trials, {jobs} jobs; Ctrl-C stops, "
+            f"`fffexp study resume {spec.name}` goes on",
+            flush=True,
+        )
+        results = runner.run()
+    print(f"\n{finalists(results) if results.finalists else listed(results)}\n")
     print(
-        f"took {result['wall_s']:.0f} s; written to {paths.studies() / spec.name}: report.html, pareto.png, history.png"
+        f"took {results.wall_s:.0f} s; written to {paths.studies() / spec.name}: report.html, pareto.png, history.png"
     )
-    print(f"next: make ui, or fffexp study show {spec.name} --max_latency_ms 0.5")
+    following = "study show {} --max_latency_ms 0.5" if results.finalists else "study trials {}"
+    print(f"next: make ui, or fffexp {following.format(spec.name)}")

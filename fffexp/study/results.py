@@ -128,9 +128,31 @@ class Results:
         """By its number."""
         return next(trial for trial in self.trials if trial.number == number)
 
+    @property
+    def scale(self) -> int:
+        """Factor of the monitored metric in print: shares are in percent."""
+        return 100 if self.unit else 1
+
+    @property
+    def baseline(self) -> str | None:
+        """The layer that others are compared with: the first of the study."""
+        return min(self.trials, key=lambda t: t.number).layer if self.trials else None
+
+    def best_of(self, trials: Sequence[Trial]) -> Trial:
+        """By the mean of the monitored metric, the first of equal ones."""
+        return max(trials, key=lambda t: -math.inf if t.mean is None else self.sign * t.mean)
+
     def finalist_trials(self) -> list[Trial]:
         """The finalists, fastest first; those without a latency come last."""
         return sorted(map(self.trial, self.finalists), key=lambda t: math.inf if (ms := t.latency_ms) is None else ms)
+
+    def selected_by(self, trial: Trial, metric: str | None = None) -> float | None:
+        """What selection sees of a trial: the mean of the monitored or another metric over its runs."""
+        metric = metric or self.monitor
+        if metric in self.metrics and trial.values:
+            return trial.values[self.metrics.index(metric)]
+        values = trial.by_seed(metric, trial.runs).values()
+        return basic.fmean(values) if values else None
 
     def update(self) -> None:
         """Compute seeds, means and intervals of every trial anew."""
@@ -193,20 +215,49 @@ class Results:
             raise UserError(f"{path} holds no results of a study ({error}): give the summary.json of one") from error
 
 
-def pareto_front(values: Sequence[Sequence[float]], directions: Sequence[str]) -> list[int]:
-    """Indices of the points that no other dominates; equal points all stay.
+@dataclass(frozen=True)
+class Answer:
+    """The best finalist within a latency budget, and the best of the layers that it is compared with.
 
-    Args:
-        values: one point a row, one objective a column.
-        directions: "maximize" or "minimize", one an objective.
+    Those are the study's first layer, or all others if the best is of the first. `test` is of best minus rival on the
+    test set, over the seeds that both have; None where there is none.
     """
-    signs = [{"maximize": 1.0, "minimize": -1.0}[direction] for direction in directions]
-    points = [tuple(s * v for s, v in zip(signs, row, strict=True)) for row in values]
 
-    def dominated(point: tuple[float, ...]) -> bool:
-        return any(o != point and all(x >= y for x, y in zip(o, point, strict=True)) for o in points)
+    best: Trial
+    rival: Trial | None
+    test: Paired | None
+    fitting: list[Trial]
 
-    return [i for i, point in enumerate(points) if not dominated(point)]
+
+def answer(results: Results, max_latency_ms: float | None = None) -> Answer:
+    """The best finalist within a latency budget, by the mean of the monitored metric over fresh seeds.
+
+    Raises:
+        UserError: no finalist was retrained, or none fits the budget.
+    """
+    name = results.study
+    trained = [t for t in results.finalist_trials() if t.mean is not None and (t.latency_ms or max_latency_ms is None)]
+    if not trained:
+        raise UserError(f"study {name} has no retrained finalist yet: go on with `fffexp study resume {name}`")
+    # from the fastest on, so that max takes the faster of two that are equal
+    fitting = [t for t in trained if max_latency_ms is None or (t.latency_ms or 0.0) <= max_latency_ms]
+    if not fitting:
+        raise UserError(
+            f"nothing in study {name} fits {max_latency_ms:g} ms: its fastest finalist takes "
+            f"{_up(trained[0].latency_ms or 0.0)} ms; raise --max_latency_ms to at least that"
+        )
+    best = results.best_of(fitting)
+    dense = best.layer == results.baseline
+    rivals = [trial for trial in fitting if (trial.layer == results.baseline) != dense]
+    rival = results.best_of(rivals) if rivals else None
+    test = results.compare(best, rival, results.test_monitor) if rival else None
+    return Answer(best, rival, test, fitting)
+
+
+def _up(value: float) -> str:
+    """Three digits, rounded up: a budget of that much is enough."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / step) * step:.3g}"
 
 
 def _finite(value: Any) -> bool:

@@ -1,36 +1,68 @@
-"""Optuna studies with a fixed list of trials to do, shared by any number of processes.
+"""Jobs in an Optuna storage, shared by any number of processes: none is done twice, and none is left out."""
 
-Every piece of work is a slot. A slot is enqueued as a waiting trial, taken by a worker, and enqueued again if
-that worker is interrupted or dies; so nothing is done twice and nothing is left out.
-"""
-
-from collections.abc import Mapping
-from typing import Any
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import optuna
-from optuna.storages import RDBStorage
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from fffexp.errors import UserError
 from fffexp.stores import first_line, store_lock
+
+# heartbeats, their retries and constraints are used knowingly, and pinned
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+# lists are written as JSON, as all values are, and come back as they were
+warnings.filterwarnings("ignore", "Choices for a categorical distribution should be a tuple", UserWarning)
 
 # a worker that has not been heard of for this long is taken for dead
 HEARTBEAT_S = 5
 GRACE_S = 20
 
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+_RETRY = RetryHeartbeatStaleTrialCallback()
 
 
-def open_storage(url: str) -> RDBStorage:
-    """The storage of studies.
+class Storage(RDBStorage):
+    """Optuna's, with states that change one at a time: SQLite would hand a waiting trial to two workers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._threads, self._held = threading.RLock(), False
+        super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """No other process changes the state of a trial in this block."""
+        with self._threads, nullcontext() if self._held else store_lock(self.url):
+            before, self._held = self._held, True
+            try:
+                yield
+            finally:
+                self._held = before
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's; a trial that is begun has a heartbeat before anybody can see it running."""
+        with self.exclusive():
+            if state == TrialState.RUNNING and self.get_trial(trial_id).state == TrialState.WAITING:
+                self.record_heartbeat(trial_id)
+            return super().set_trial_state_values(trial_id, state, values)
+
+
+def open_storage(url: str) -> Storage:
+    """The storage of studies; Optuna logs nothing but errors from then on.
 
     Raises:
         UserError: it cannot be reached.
     """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     try:
         with store_lock(url):
-            return RDBStorage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+            return Storage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
     except UserError:
         raise
     except Exception as error:  # every database and driver has errors of its own
@@ -39,51 +71,104 @@ def open_storage(url: str) -> RDBStorage:
         ) from error
 
 
+class Job(NamedTuple):
+    """What a trial of an Optuna study is to do: values that are given, and user attributes."""
+
+    values: dict[str, Any]
+    attrs: dict[str, Any]
+
+
+class Surplus(Exception):  # no error
+    """A trial that Optuna made because nothing waited any more."""
+
+
 def finished(trial: FrozenTrial) -> bool:
-    """Whether the slot of this trial needs no other: it has a result, or failed for a reason of its own."""
+    """Whether its job needs no other: it has a result, or failed for a reason of its own."""
     return trial.state in DONE or (trial.state == TrialState.FAIL and "error" in trial.user_attrs)
 
 
-def current(study: optuna.Study) -> dict[int, FrozenTrial]:
-    """For each slot the trial that stands for it: a finished one, else the newest."""
-    slots: dict[int, FrozenTrial] = {}
+def attempts(trial: FrozenTrial) -> int:
+    """How often its job was started."""
+    return len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) + (trial.state != TrialState.WAITING)
+
+
+def current(study: optuna.Study) -> dict[str, FrozenTrial]:
+    """For each job the trial that stands for it: a finished one, else the newest."""
+    trials: dict[str, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False):
-        slot = trial.user_attrs.get("slot")
-        if slot is not None and not (slot in slots and finished(slots[slot])):
-            slots[slot] = trial
-    return slots
+        job = trial.user_attrs.get("job")
+        if job is not None and not (job in trials and finished(trials[job])):
+            trials[job] = trial
+    return trials
 
 
-def fill(study: optuna.Study, url: str, work: Mapping[int, dict[str, Any]]) -> None:
-    """Enqueue every slot of the work that is neither finished, running nor waiting."""
-    with store_lock(url):
-        for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if "taken" not in running.user_attrs:  # its worker died within `take`, before the first heartbeat
-                study.tell(running.number, state=TrialState.FAIL)
-        optuna.storages.fail_stale_trials(study)
-        slots = current(study)
-        for slot, params in work.items():
-            trial = slots.get(slot)
-            if trial is None:
-                study.enqueue_trial(params, user_attrs={"slot": slot})
-            elif trial.state == TrialState.FAIL and not finished(trial):
-                # with what the interrupted trial had drawn, so that an interruption does not change the search
-                study.enqueue_trial({**params, **trial.params}, user_attrs={"slot": slot})
+class Queue:
+    """The jobs of an Optuna study.
 
+    A job is enqueued as a waiting trial, which one worker gets, and enqueued again if that worker is interrupted or
+    dies, with all that the trial had drawn and stored.
 
-def take(study: optuna.Study, url: str) -> optuna.Trial | None:
-    """A trial to work on, or None if none waits; its first heartbeat is written before anybody else can look."""
-    # SQLite would hand the same waiting trial to two workers
-    with store_lock(url):
-        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            return None
-        trial = study.ask()
-        study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined] # open_storage has heartbeats
-        trial.set_user_attr("taken", True)
-        return trial
+    Args:
+        storage: of the study.
+        study: whose trials are the jobs.
+        jobs: by their keys; may grow from call to call.
+    """
 
+    def __init__(self, storage: Storage, study: optuna.Study, jobs: Callable[[], Mapping[str, Job]]) -> None:
+        self.storage, self.study, self.jobs = storage, study, jobs
 
-def all_finished(study: optuna.Study, work: Mapping[int, dict[str, Any]]) -> bool:
-    """Whether every slot of the work is."""
-    slots = current(study)
-    return all(slot in slots and finished(slots[slot]) for slot in work)
+    def fill(self) -> None:
+        """Enqueue every job that is neither finished, running nor waiting."""
+        with self.storage.exclusive():
+            optuna.storages.fail_stale_trials(self.study)
+            trials = current(self.study)
+            for key, job in self.jobs().items():
+                trial = trials.get(key)
+                if trial is None:
+                    self.study.enqueue_trial(job.values, user_attrs={"job": key, **job.attrs})
+                elif trial.state == TrialState.FAIL and not finished(trial):
+                    _RETRY(self.study, trial)
+
+    def run_one(self, objective: Callable[[optuna.Trial], Any], errors: tuple[type[Exception], ...] = ()) -> bool:
+        """Do a job that waits, if there is one; whether there was.
+
+        Args:
+            objective: of the trial; what it raises makes the trial fail, and unless it is of `errors` is raised here.
+            errors: the trial's own, which is then finished.
+        """
+        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return False
+        raised: Exception | None = None
+
+        def checked(trial: optuna.Trial) -> Any:
+            nonlocal raised
+            if "job" not in trial.user_attrs:
+                raise Surplus
+            try:
+                return objective(trial)
+            except errors as error:
+                trial.set_user_attr("error", str(error))
+                raise
+            except SystemExit as stop:  # of SIGTERM, which Optuna would let pass with the trial still running
+                raise KeyboardInterrupt from stop
+            except Exception as error:
+                raised = error
+                raise
+
+        try:
+            self.study.optimize(checked, n_trials=1, catch=(Surplus, *errors))
+        except (UpdateFinishedTrialError, ValueError, AssertionError) as error:
+            # a trial that was given up in the meantime, because this machine slept, say, cannot end a second time;
+            # Optuna then says so by any of these
+            if error is raised and not isinstance(error, UpdateFinishedTrialError):
+                raise
+        return True
+
+    def finished(self) -> dict[str, FrozenTrial]:
+        """The trials of the jobs that are."""
+        trials = current(self.study)
+        return {key: trials[key] for key in self.jobs() if key in trials and finished(trials[key])}
+
+    def all_finished(self) -> bool:
+        """Whether every job is."""
+        return len(self.finished()) == len(self.jobs())

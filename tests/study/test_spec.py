@@ -1,6 +1,7 @@
 """What a study file may say, and how a mistake in it is told."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from processes import CONFIGS, digits, write_yaml
 
 from fffexp.cli import main
 from fffexp.errors import UserError
-from fffexp.study.plan import search_work
-from fffexp.study.spec import StudySpec, digest, load
+from fffexp.study.spec import StudySpec, digest, load, parse
 from fffexp.training.experiment import check
 
 CONTENT: dict[str, Any] = {
@@ -48,14 +48,18 @@ def spec(tmp_path: Path, **changes: Any) -> StudySpec:
 
 def width(**changes: Any) -> dict[str, Any]:
     layers = copy.deepcopy(CONTENT["layers"])
-    layers["FF"]["space"]["width"] = {"keys": ["model.layer.init_args.width"], **changes}
+    layers["FF"]["space"]["width"] = WIDTH | changes
     return {"layers": layers}
 
 
 def test_a_spec(tmp_path: Path) -> None:
     found = spec(tmp_path)
-    assert (found.name, found.trials, found.seeds, found.evaluation_seeds) == ("tiny", 3, [0, 1], [2, 3])
-    assert found.objectives == {"val/accuracy": "maximize", "speed/latency_b256_ms": "minimize"}
+    assert (found.name, len(found.points()), found.seeds, found.evaluation_seeds) == ("tiny", 3, [0, 1], [2, 3])
+    assert found.default_objectives("val/accuracy", "max") == {
+        "val/accuracy": "maximize",
+        "speed/latency_b256_ms": "minimize",
+    }
+    assert next(iter(found.default_objectives("val/loss", "min").items())) == ("val/loss", "minimize")
     assert found.folder == tmp_path
     space = found.layers["FF"].space
     assert (space["width"].low, space["width"].high, space["lr"].choices) == (4, 32, [0.01, 0.1])
@@ -80,9 +84,9 @@ def test_arguments_of_a_fit(tmp_path: Path) -> None:
 
 def test_one_value_may_go_to_several_keys(tmp_path: Path) -> None:
     changes = width(low=4, high=8)
-    changes["layers"]["FF"]["space"]["width"]["keys"] = ["a.b", "c"]
+    changes["layers"]["FF"]["space"]["width"]["keys"] = ["a.b", "d.e"]
     arguments = spec(tmp_path, **changes).arguments("FF", {"width": 8, "lr": 0.1}, 7, test=False)
-    assert {"--a.b=8", "--c=8"} <= set(arguments)
+    assert {"--a.b=8", "--d.e=8"} <= set(arguments)
 
 
 FIRST = [{"width": 8, "lr": 0.1}, {"lr": 0.01}]
@@ -90,31 +94,112 @@ FIRST = [{"width": 8, "lr": 0.1}, {"lr": 0.01}]
 
 def with_first(*first: dict[str, Any], **changes: Any) -> dict[str, Any]:
     layers = copy.deepcopy(CONTENT["layers"])
-    layers["FF"]["first"] = list(first)
+    layers["FF"]["initial_trials"] = list(first)
     return {"layers": layers} | changes
 
 
 def test_values_that_are_tried_first(tmp_path: Path) -> None:
-    work = search_work(spec(tmp_path, **with_first(*FIRST)))
-    assert work == {
-        0: {"layer": "FF", "FF.width": 8, "FF.lr": 0.1},
-        1: {"layer": "FF", "FF.width": 8, "FF.lr": 0.01},
-        2: {"layer": "FF"},
+    points = spec(tmp_path, **with_first(*FIRST)).points()
+    assert [point.values for point in points] == [{"width": 8, "lr": 0.1}, {"width": 8, "lr": 0.01}, {}]
+
+
+def listed(*points: dict[str, Any], **space: Any) -> dict[str, Any]:
+    return {"config": "ff.yaml", "space": space, "points": list(points)}
+
+
+WIDTH = {"keys": ["model.layer.init_args.width"]}
+
+
+def test_points_are_numbered_over_all_layers_in_turn(tmp_path: Path) -> None:
+    layers = {
+        "wide": listed({"width": 64}, width=WIDTH),
+        "FF": CONTENT["layers"]["FF"],
+        "narrow": listed({"width": 4}, {"width": 8}, width=WIDTH),
     }
+    found = spec(tmp_path, layers=layers)
+    assert [(point.number, point.label) for point in found.points()] == [
+        *((0, "wide"), (1, "FF"), (2, "narrow"), (3, "FF"), (4, "narrow"), (5, "FF"))
+    ]
+    assert [found.points()[number].values for number in (0, 1, 4)] == [{"width": 64}, {}, {"width": 8}]
+
+
+def test_a_study_of_points_needs_no_search(tmp_path: Path) -> None:
+    content = {key: CONTENT[key] for key in ("name", "configs", "seeds")}
+    space = {"width": WIDTH, "kind": {"keys": []}, "recipe": {"keys": ["config"]}}
+    points = [{"width": 4, "kind": "narrow", "recipe": "wide.yaml"}, {"width": 8, "kind": "wide"}]
+    (tmp_path / "wide.yaml").write_text("trainer: {max_epochs: 3}")
+    content |= {"layers": {"any label": listed(*points, **space)}, "test": True}
+    found, _ = load(write_yaml(tmp_path / "tiny.yaml", content))
+    args = found.arguments("any label", found.points()[1].values, 5, found.test)
+    assert f"--config={tmp_path / 'wide.yaml'}" == args[3], "on top of the layer's"
+    assert set(args[4:]) == {"--model.layer.init_args.width=8", "--name=tiny", "--seed_everything=5", "--test=true"}
+    assert check(args)
+
+
+def test_choices_with_names(tmp_path: Path) -> None:
+    adaptive = {"class_path": "fffexp.training.schedules.Adaptive", "init_args": {"start": 0.1}}
+    space = {"entropy": {"keys": ["model.aux_weights.hardening_mean"], "choices": {"none": 0.0, "adaptive": adaptive}}}
+    found = spec(tmp_path, layers={"FFF": {"config": "ff.yaml", "space": space}})
+    assert found.corners("FFF") == [{"entropy": "none"}, {"entropy": "adaptive"}]
+    args = found.arguments("FFF", {"entropy": "adaptive"}, 0)
+    (flag,) = (arg for arg in args if "hardening_mean" in arg)
+    assert json.loads(flag.partition("=")[2]) == adaptive
+
+
+def test_values_for_configs_make_no_class(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    command = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(made)]}}
+    space = {"x": {"keys": ["model.layer.init_args.width"], "choices": [command]}}
+    spec(tmp_path, overrides={"a.b": command}, layers={"FF": {"config": "ff.yaml", "space": space}})
+    assert not made.exists()
+
+
+def test_the_recipe_is_what_decides_a_result(tmp_path: Path) -> None:
+    found = spec(tmp_path)
+    first = found.recipe("FF", {"width": 8, "lr": 0.1})
+    assert found.recipe("FF", {"lr": 0.1, "width": 8}) == first
+    assert spec(tmp_path, name="other", seeds=[7]).recipe("FF", {"width": 8, "lr": 0.1}) == first
+    others = {
+        found.recipe("FF", {"width": 8, "lr": 0.01}),
+        spec(tmp_path, overrides={"trainer.max_epochs": 2}).recipe("FF", {"width": 8, "lr": 0.1}),
+        spec(tmp_path, vectorize_seeds=True, objectives=ACCURACY, patience=3).recipe("FF", {"width": 8, "lr": 0.1}),
+    }
+    (tmp_path / "ff.yaml").write_text("# a comment\n" + (tmp_path / "ff.yaml").read_text())
+    assert found.recipe("FF", {"width": 8, "lr": 0.1}) == first
+    (tmp_path / "ff.yaml").write_text((tmp_path / "ff.yaml").read_text().replace("128", "64"))
+    others.add(found.recipe("FF", {"width": 8, "lr": 0.1}))
+    assert len({first, *others}) == 5
+
+
+def test_a_study_may_be_edited_as_it_is_read(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "tiny.yaml", CONTENT)
+    found, text = load(path, lambda content: content.update(seeds=[8, 9]))
+    assert found.seeds == [8, 9]
+    assert parse(text, tmp_path, "edited").seeds == [8, 9]
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"layers": {}}, ["layers is empty"]),
-        ({"vectorize_seeds": True}, ["vectorize_seeds", "only objective"]),
-        (with_first({"width": 8}), ["first[0]: lr is missing"]),
-        (with_first(*FIRST, {"depth": 3}), ["first[2]: depth is not in the space"]),
-        (with_first(FIRST[0], {"width": 2}), ["first[1]: width = 2"]),
-        (with_first(FIRST[0], {"lr": 0.05}), ["first[1]: lr = 0.05"]),
-        (with_first(FIRST[0], {"width": "nine"}), ["first[1]: width = nine"]),
-        (with_first(FIRST[0], {"width": 8.5}), ["first[1]: width = 8.5"]),
-        (with_first(*FIRST, trials_per_layer=1), ["first has 2 entries", "trials_per_layer"]),
+        ({"vectorize_seeds": True, "objectives": ACCURACY | {"val/loss": "minimize"}}, ["vectorize_seeds", "timed"]),
+        ({"vectorize_seeds": True, "objectives": {"speed/latency_b1_ms": "minimize"}}, ["vectorize_seeds", "timed"]),
+        ({"test": True}, ["test", "finalists"]),
+        ({"patience": 3}, ["patience", "vectorize_seeds"]),
+        ({"overrides": {"trainer.limit_val_batches": 0}}, ["limit_val_batches", "selects"]),
+        ({"layers": {"FF/x": CONTENT["layers"]["FF"]}}, ["FF/x", "slash"]),
+        ({"layers": {"FF": listed(width=WIDTH)}}, ["layers.FF.points"]),
+        ({"layers": {"FF": listed({}, width=WIDTH)}}, ["points[0]: width is missing"]),
+        ({"layers": {"FF": listed({"widht": 3}, width=WIDTH)}}, ["points[0]: widht"]),
+        ({"layers": {"FF": listed({"c": "x.yaml"}, c={"keys": ["config"]})}}, ["x.yaml", "not there"]),
+        ({"layers": {"FF": {"space": CONTENT["layers"]["FF"]["space"]}}}, ["layers.FF.config is missing"]),
+        (with_first({"width": 8}), ["initial_trials[0]: lr is missing"]),
+        (with_first(*FIRST, {"depth": 3}), ["initial_trials[2]: depth is not in the space"]),
+        (with_first(FIRST[0], {"width": 2}), ["initial_trials[1]: width = 2"]),
+        (with_first(FIRST[0], {"lr": 0.05}), ["initial_trials[1]: lr = 0.05"]),
+        (with_first(FIRST[0], {"width": "nine"}), ["initial_trials[1]: width = nine"]),
+        (with_first(FIRST[0], {"width": 8.5}), ["initial_trials[1]: width = 8.5"]),
+        (with_first(*FIRST, trials_per_layer=1), ["initial_trials has 2 entries", "trials_per_layer"]),
         ({"vectorize_seeds": True, "objectives": ACCURACY, "pruner": MEDIAN}, ["vectorize_seeds", "pruner"]),
         ({"layers": {"FF": CONTENT["layers"]["FF"] | {"config": "nonesuch.yaml"}}}, ["nonesuch.yaml", "not there"]),
         ({"layers": {"FF": {"config": "ff.yaml", "space": {}}}}, ["layers.FF.space is empty"]),
@@ -128,7 +213,7 @@ def test_values_that_are_tried_first(tmp_path: Path) -> None:
         (width(low=1, high=2, choices=[1]), ["layers.FF.space.width"]),
         (width(low=9, high=4), ["layers.FF.space.width", "low is 9", "high is 4"]),
         (width(low=0, high=4, log=True), ["layers.FF.space.width", "log"]),
-        (width(set=[], low=1, high=4), ["layers.FF.space.width.set"]),
+        (width(keys=[], low=1, high=4), ["layers.FF.space.width.keys"]),
         (width(low="few", high=4), ["width", "low"]),
         ({"trials_per_layer": 0}, ["trials_per_layer"]),
         ({"trials_per_layer": "many"}, ["trials_per_layer"]),
@@ -137,8 +222,6 @@ def test_values_that_are_tried_first(tmp_path: Path) -> None:
         ({"evaluation_seeds": []}, ["evaluation_seeds"]),
         ({"evaluation_seeds": [3, 1]}, ["evaluation_seeds", "[1]"]),
         ({"objectives": {"val/accuracy": "up"}}, ["objectives"]),
-        ({"objectives": {}}, ["objectives"]),
-        ({"objectives": {"val/loss": "minimize"}}, ["objectives", "val/accuracy"]),
         ({"pruner": MEDIAN}, ["pruner"]),
         ({"constraints": {"speed/latency_b256_ms": 1.0}}, ["constraints"]),
         ({"sampler": {"class_path": "optuna.samplers.Nonesuch"}}, ["sampler", "Nonesuch"]),
@@ -147,6 +230,7 @@ def test_values_that_are_tried_first(tmp_path: Path) -> None:
         ({"budget": 3}, ["budget"]),
         ({"folder": "elsewhere"}, ["folder"]),
         ({"name": None}, ["name"]),
+        ({"name": "n" * 101}, ["name", "100"]),
         ({"name": "a/b"}, ["name", "a/b"]),
         ({"name": ".."}, ["name", "'..'"]),
         ({"seeds": [-1]}, ["seeds", "-1"]),
@@ -180,7 +264,7 @@ def test_a_single_objective_takes_constraints_and_a_pruner(tmp_path: Path) -> No
 @pytest.mark.parametrize("text", ["a: [", "a: b: c", "\t- x"])
 def test_what_is_not_yaml(text: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"tiny\.yaml is not YAML") as error:
+    with pytest.raises(UserError, match=r"study file .*tiny\.yaml") as error:
         load(tmp_path / "tiny.yaml")
     assert "\n" not in str(error.value)
 
@@ -188,7 +272,7 @@ def test_what_is_not_yaml(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "just words", "[1, 2]"])
 def test_what_is_not_a_mapping(text: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"tiny\.yaml: it is not a mapping"):
+    with pytest.raises(UserError, match=r"tiny\.yaml is not a mapping"):
         load(tmp_path / "tiny.yaml")
 
 

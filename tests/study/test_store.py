@@ -1,173 +1,248 @@
-"""Slots of work on a real SQLite storage."""
+"""Jobs on a real SQLite storage."""
 
 import itertools
+import multiprocessing
+import os
+import random
+import signal
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from fffexp.errors import UserError
 from fffexp.study import store
+from fffexp.study.store import Job, Queue, Storage
 
-WORK = {0: {"layer": "FF"}, 1: {"layer": "FFF"}, 2: {"layer": "FF"}}
+JOBS = {"a": Job({"x": 0.5}, {"number": 0}), "b": Job({}, {"number": 1}), "c": Job({}, {"number": 2})}
 names = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/optuna.db"
+class Oops(Exception):
+    pass
+
+
+def url_in(folder: Path) -> str:
+    return f"sqlite:///{folder}/optuna.db"
 
 
 @pytest.fixture(scope="module")
-def storage(url: str) -> RDBStorage:
-    return store.open_storage(url)
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return store.open_storage(url_in(tmp_path_factory.mktemp("store")))
 
 
-@pytest.fixture
-def study(storage: RDBStorage) -> optuna.Study:
+def make(storage: Storage, jobs: Mapping[str, Job] = JOBS) -> Queue:
     sampler = optuna.samplers.RandomSampler(seed=0)
-    return optuna.create_study(storage=storage, study_name=f"s{next(names)}", direction="maximize", sampler=sampler)
+    name = f"s{next(names)}"
+    study = optuna.create_study(storage=storage, study_name=name, direction="maximize", sampler=sampler)
+    return Queue(storage, study, lambda: jobs)
 
 
 @pytest.fixture
-def fill(study: optuna.Study, url: str) -> Callable[[], list[int]]:
-    """Fill, and tell the slots that wait."""
-
-    def call() -> list[int]:
-        store.fill(study, url, WORK)
-        waiting = study.get_trials(states=(TrialState.WAITING,))
-        return sorted(t.user_attrs["slot"] for t in waiting)
-
-    return call
+def queue(storage: Storage) -> Queue:
+    return make(storage)
 
 
-def take(study: optuna.Study, url: str) -> tuple[optuna.Trial, str, float]:
-    trial = store.take(study, url)
-    assert trial is not None
-    return trial, trial.suggest_categorical("layer", ["FF", "FFF"]), trial.suggest_float("x", 0, 1)
+def waiting(queue: Queue) -> list[str]:
+    queue.fill()
+    return sorted(t.user_attrs["job"] for t in queue.study.get_trials(states=(TrialState.WAITING,)))
 
 
-def test_every_slot_is_handed_out_once(study: optuna.Study, url: str, fill: Callable[[], list[int]]) -> None:
-    assert store.take(study, url) is None
-    assert fill() == [0, 1, 2]
-    assert fill() == [0, 1, 2]
-    assert not store.all_finished(study, WORK)
-    taken = [take(study, url) for _ in WORK]
-    assert {t.user_attrs["slot"]: {"layer": layer} for t, layer, _ in taken} == WORK
-    assert store.take(study, url) is None
-    assert fill() == [], "all are running"
-    for trial, *_ in taken:
-        assert not store.all_finished(study, WORK)
-        study.tell(trial, 0.5)
-    assert store.all_finished(study, WORK)
-    assert fill() == []
+def draw(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", 0, 1)
 
 
-def test_workers_that_take_at_once_get_different_trials(study: optuna.Study, storage: RDBStorage, url: str) -> None:
-    store.fill(study, url, {slot: {} for slot in range(12)})
+def raising(error: BaseException) -> Callable[[optuna.Trial], float]:
+    def objective(trial: optuna.Trial) -> float:
+        draw(trial)
+        raise error
 
-    def work(_: int) -> list[int]:
-        own = optuna.load_study(study_name=study.study_name, storage=storage)
-        return [trial.number for trial in iter(lambda: store.take(own, url), None)]
-
-    with ThreadPoolExecutor(4) as pool:
-        taken = [number for numbers in pool.map(work, range(4)) for number in numbers]
-    assert sorted(taken) == list(range(12))
+    return objective
 
 
-def test_an_interrupted_slot_is_filled_with_what_it_had_drawn(
-    study: optuna.Study, url: str, fill: Callable[[], list[int]]
-) -> None:
-    fill()
-    trial, layer, x = take(study, url)
-    slot = trial.user_attrs["slot"]
-    study.tell(trial, state=TrialState.FAIL)
-    assert not store.finished(study.trials[trial.number])
-    for _ in range(2):
-        take(study, url)
-    assert fill() == [slot]
-    assert fill() == [slot]
-    again = take(study, url)
-    assert again[0].user_attrs["slot"] == slot
-    assert again[1:] == (layer, x)
+def test_every_job_is_done_once(queue: Queue) -> None:
+    assert not queue.run_one(draw)
+    assert waiting(queue) == waiting(queue) == ["a", "b", "c"]
+    done = []
+    while queue.run_one(lambda trial: done.append(trial.user_attrs["job"]) or draw(trial)):  # type: ignore[func-returns-value] # None
+        assert queue.all_finished() is (len(done) == 3)
+    assert done == ["a", "b", "c"]
+    assert waiting(queue) == []
+    assert queue.finished()["a"].params == {"x": 0.5}, "the value that was given"
+    assert all(store.attempts(trial) == 1 for trial in queue.finished().values())
 
 
-def test_a_slot_interrupted_before_it_drew_is_filled(
-    study: optuna.Study, url: str, fill: Callable[[], list[int]]
-) -> None:
-    fill()
-    trial = store.take(study, url)
-    assert trial is not None
-    study.tell(trial, state=TrialState.FAIL)
-    assert fill() == [0, 1, 2]
-
-
-def test_a_trial_whose_worker_died_while_taking_it_is_filled(
-    study: optuna.Study, fill: Callable[[], list[int]]
-) -> None:
-    fill()
-    study.ask()
-    assert fill() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("end", ["complete", "pruned", "error"])
-def test_a_finished_slot_is_not(end: str, study: optuna.Study, url: str, fill: Callable[[], list[int]]) -> None:
-    fill()
-    trial, *_ = take(study, url)
-    if end == "complete":
-        study.tell(trial, 0.5)
-    elif end == "pruned":
-        study.tell(trial, state=TrialState.PRUNED)
-    else:
-        trial.set_user_attr("error", "the loss is nan")
-        study.tell(trial, state=TrialState.FAIL)
-    assert store.finished(study.trials[trial.number])
-    assert trial.user_attrs["slot"] not in fill()
-    assert len(fill()) == 2
-
-
-def test_current_is_the_finished_trial_of_a_slot_else_the_newest(
-    study: optuna.Study, url: str, fill: Callable[[], list[int]]
-) -> None:
-    fill()
-    first, *_ = take(study, url)
-    slot = first.user_attrs["slot"]
-    study.tell(first, state=TrialState.FAIL)
-    assert store.current(study)[slot].number == first.number
-    fill()
-    newest = store.current(study)[slot]
-    assert newest.number > first.number
-    while (second := take(study, url)[0]).user_attrs["slot"] != slot:
+def test_jobs_may_be_added(storage: Storage) -> None:
+    jobs = dict(JOBS)
+    queue = make(storage, jobs)
+    assert waiting(queue) == ["a", "b", "c"]
+    while queue.run_one(draw):
         pass
-    study.tell(second, 0.5)
-    study.enqueue_trial({}, user_attrs={"slot": slot})
-    assert store.current(study)[slot].number == second.number
-    assert set(store.current(study)) == set(WORK)
+    jobs["d"] = Job({}, {})
+    assert not queue.all_finished()
+    assert waiting(queue) == ["d"]
 
 
-def test_trials_without_a_slot_do_not_count(study: optuna.Study, fill: Callable[[], list[int]]) -> None:
-    study.enqueue_trial({})
-    assert store.current(study) == {}
-    assert not store.all_finished(study, WORK)
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_job_keeps_what_it_had(stop: BaseException, queue: Queue) -> None:
+    queue.fill()
+    queue.run_one(draw)
+    before = {}
+
+    def objective(trial: optuna.Trial) -> float:
+        before["x"] = draw(trial)
+        trial.set_user_attr("run/0", {"seed": 0})
+        raise stop
+
+    with pytest.raises(KeyboardInterrupt):
+        queue.run_one(objective)
+    assert "b" not in queue.finished()
+    assert waiting(queue) == waiting(queue) == ["b", "c"]
+    stored = []
+    while queue.run_one(lambda trial: stored.append(dict(trial.user_attrs)) or draw(trial)):  # type: ignore[func-returns-value] # None
+        pass
+    (again,) = (attrs for attrs in stored if attrs["job"] == "b")
+    assert again["run/0"] == {"seed": 0}
+    assert queue.finished()["b"].params == before
+    assert store.attempts(queue.finished()["b"]) == 2
 
 
-def test_the_slot_of_a_dead_worker_is_filled(url: str) -> None:
-    impatient = RDBStorage(url, heartbeat_interval=1, grace_period=1)
-    study = optuna.create_study(storage=impatient, study_name=f"s{next(names)}")
-    store.fill(study, url, {0: {}})
-    trial = store.take(study, url)
-    assert trial is not None
-    store.fill(study, url, {0: {}})
-    assert store.take(study, url) is None, "its heart beat a moment ago"
+def test_an_error_of_its_own_finishes_a_job(queue: Queue) -> None:
+    queue.fill()
+    assert queue.run_one(raising(Oops("the loss is nan")), (Oops,))
+    assert waiting(queue) == ["b", "c"]
+    assert queue.finished()["a"].user_attrs["error"] == "the loss is nan"
+
+
+def test_any_other_error_puts_it_back(queue: Queue) -> None:
+    queue.fill()
+    with pytest.raises(Oops):
+        queue.run_one(raising(Oops()))
+    with pytest.raises(ValueError, match="own"):
+        queue.run_one(raising(ValueError("own")))
+    assert waiting(queue) == ["a", "b", "c"]
+
+
+def test_a_pruned_job_is_finished(queue: Queue) -> None:
+    queue.fill()
+    assert queue.run_one(raising(optuna.TrialPruned()))
+    assert waiting(queue) == ["b", "c"]
+
+
+def test_a_trial_that_nobody_asked_for_does_not_count(storage: Storage) -> None:
+    queue = make(storage, {"a": JOBS["a"]})
+    queue.fill()
+    # what Optuna makes where another worker took the job between the look and the claim has no job
+    queue.study.enqueue_trial({})
+    assert queue.run_one(draw)
+    assert queue.run_one(draw)
+    assert set(queue.finished()) == {"a"}
+    assert Counter(t.state for t in queue.study.trials) == {TrialState.COMPLETE: 1, TrialState.FAIL: 1}
+
+
+def test_a_job_given_up_meanwhile_cannot_end_twice(queue: Queue) -> None:
+    queue.fill()
+
+    def asleep(trial: optuna.Trial) -> float:
+        queue.study.tell(trial.number, state=TrialState.FAIL)  # as another worker does, when the heart has stopped
+        return 0.5
+
+    assert queue.run_one(asleep)
+    assert waiting(queue) == ["a", "b", "c"]
+
+    def late(trial: optuna.Trial) -> float:
+        queue.study.tell(trial.number, state=TrialState.FAIL)
+        trial.set_user_attr("run/0", {})
+        return 0.5
+
+    assert queue.run_one(late)
+    assert waiting(queue) == ["a", "b", "c"]
+
+
+def slow(trial: optuna.Trial) -> float:
+    x = draw(trial)
+    time.sleep(random.random() * 0.3)
+    return x
+
+
+def work(url: str, name: str, keys: list[str], heartbeat_s: int) -> None:
+    queue = open_queue(url, name, keys, heartbeat_s)
+    random.seed(os.getpid())
+    while not queue.all_finished():
+        if not queue.run_one(slow):
+            queue.fill()
+            time.sleep(0.1)
+
+
+def open_queue(url: str, name: str, keys: list[str], heartbeat_s: int = 60) -> Queue:
+    engine = {"connect_args": {"timeout": 60}}
+    storage = Storage(url, engine_kwargs=engine, heartbeat_interval=heartbeat_s, grace_period=heartbeat_s)
+    jobs = {key: Job({}, {}) for key in keys}
+    return Queue(storage, optuna.load_study(study_name=name, storage=storage), lambda: jobs)
+
+
+def start(url: str, name: str, keys: list[str], heartbeat_s: int) -> Any:
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(url, name, keys, heartbeat_s))
+    process.start()
+    return process
+
+
+def assert_each_done_once(queue: Queue) -> None:
+    completed = [t for t in queue.study.trials if t.state == TrialState.COMPLETE]
+    assert Counter(t.user_attrs["job"] for t in completed) == Counter(dict.fromkeys(queue.jobs(), 1))
+    assert not [t for t in queue.study.trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+
+
+def test_processes_that_work_at_once(tmp_path: Path) -> None:
+    url, keys = url_in(tmp_path), [str(i) for i in range(30)]
+    optuna.create_study(storage=store.open_storage(url), study_name="s")
+    workers = [start(url, "s", keys, 60) for _ in range(3)]
+    for process in workers:
+        process.join(90)
+        assert process.exitcode == 0
+    queue = open_queue(url, "s", keys)
+    assert_each_done_once(queue)
+    assert {store.attempts(t) for t in queue.finished().values()} == {1}, "started once as well"
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_at_any_moment(tmp_path: Path) -> None:
+    url, keys = url_in(tmp_path), [str(i) for i in range(60)]
+    optuna.create_study(storage=store.open_storage(url), study_name="s")
+    workers = [start(url, "s", keys, 1) for _ in range(3)]
+    random.seed(0)
+    queue = open_queue(url, "s", keys, 1)
+    for _ in range(8):
+        time.sleep(1 + random.random())
+        victim = workers.pop(0)
+        if victim.is_alive():
+            os.kill(victim.pid, signal.SIGKILL)
+            workers.append(start(url, "s", keys, 1))
+    for process in workers:
+        process.join(120)
+        assert process.exitcode == 0
+    completed = Counter(t.user_attrs.get("job") for t in queue.study.trials if t.state == TrialState.COMPLETE)
+    assert completed == Counter(dict.fromkeys(keys, 1))
+
+
+def test_the_job_of_a_dead_worker_is_put_back(tmp_path: Path) -> None:
+    url = url_in(tmp_path)
+    optuna.create_study(storage=store.open_storage(url), study_name="s")
+    queue = open_queue(url, "s", ["a"], 1)
+    queue.fill()
+    (trial,) = queue.study.trials
+    # as a worker does that is killed before its first heartbeat
+    assert queue.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+    assert not queue.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING), "nobody else can take it"
+    assert waiting(queue) == [], "it was heard of a moment ago"
     time.sleep(2.5)
-    store.fill(study, url, {0: {}})
-    assert study.trials[trial.number].state == TrialState.FAIL
-    assert store.take(study, url) is not None
+    assert waiting(queue) == ["a"]
+    assert [t.state for t in queue.study.trials] == [TrialState.FAIL, TrialState.WAITING]
 
 
 def test_a_storage_out_of_reach(tmp_path: Path) -> None:
