@@ -248,7 +248,7 @@ def test_the_job_of_a_dead_worker_is_put_back(tmp_path: Path) -> None:
 def test_a_storage_out_of_reach(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for bad in (f"sqlite:///{tmp_path}/file/optuna.db", "nonesuch://x", "postgresql+psycopg://u:p@127.0.0.1:9/x"):
-        with pytest.raises(UserError, match="cannot be|not known|needs a driver") as error:
+        with pytest.raises(UserError, match=r"cannot be|not known|needs a driver") as error:
             store.open_storage(bad)
         assert "\n" not in str(error.value)
         assert bad in str(error.value) or "u:p" in bad
