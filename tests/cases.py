@@ -133,10 +133,15 @@ DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Cal
     NoisyTopKMoE: (
         st.integers(1, 6).flatmap(
             lambda experts: st.fixed_dictionaries(
-                {"num_experts": st.just(experts), "expert_width": st.integers(1, 5), "top_k": st.integers(1, experts)}
+                {
+                    "num_experts": st.just(experts),
+                    "expert_width": st.integers(1, 5),
+                    "top_k": st.integers(1, experts),
+                    "trainable": st.just(False),
+                }
             )
         ),
-        lambda i, o, num_experts, expert_width, top_k: (
+        lambda i, o, num_experts, expert_width, top_k, trainable: (
             num_experts * (2 * i + expert_width * (i + 1) + (expert_width + 1) * o)
         ),
     ),

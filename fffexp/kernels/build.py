@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 _SOURCES = Path(__file__).with_name("csrc")
 _FLAGS = ["-O3", "-fPIC", "-std=c++20", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
@@ -42,6 +41,8 @@ def build() -> Path:
     library = cache / f"operators-{key.hexdigest()[:16]}.so"
     if library.exists():
         return library
+    from filelock import FileLock  # comes with torch
+
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "build.lock"):

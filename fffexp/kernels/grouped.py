@@ -5,10 +5,12 @@ operator takes them all. Shape suffixes: R rows sorted by group, G groups, K sum
 """
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 @torch.library.custom_op("fffexp::grouped_mm", mutates_args=())
@@ -65,6 +67,11 @@ def _outer_backward(ctx: torch.autograd.function.FunctionCtx, grad_GKN: Tensor) 
 
 grouped_mm.register_autograd(_mm_backward, setup_context=_setup)
 grouped_outer.register_autograd(_outer_backward, setup_context=_setup)
+
+
+@register_flop_formula([torch.ops.fffexp.grouped_mm, torch.ops.fffexp.grouped_outer])
+def _flops(x_shape: torch.Size, other_shape: torch.Size, ends_shape: torch.Size, **_: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * other_shape[-1]
 
 
 def _used(ends_G: Tensor) -> list[tuple[int, int, int]]:

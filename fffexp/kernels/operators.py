@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fffexp.kernels.activations import GRADIENTS
 from fffexp.kernels.build import BuildError, build
@@ -88,6 +89,22 @@ def _register() -> None:
     ):
         torch.library.register_fake(f"fffexp::{name}", outputs)
         torch.library.register_autograd(f"fffexp::{name}", backward, setup_context=setup)
+
+
+@register_flop_formula([torch.ops.fffexp.fff, torch.ops.fffexp.fff_inference])
+def _fff_flops(x: torch.Size, nodes: torch.Size, _: Any, hidden: torch.Size, *rest: Any, **options: Any) -> int:
+    output_weight = rest[1]
+    return _route_flops(x, nodes) + 2 * x[0] * hidden[1] * (hidden[2] + output_weight[2])
+
+
+@register_flop_formula(torch.ops.fffexp.route)
+def _route_flops(x: torch.Size, nodes: torch.Size, *_: Any, **options: Any) -> int:
+    return 2 * x[0] * nodes[0].bit_length() * x[1]
+
+
+@register_flop_formula(torch.ops.fffexp.selected)
+def _selected_flops(_0: Any, block: torch.Size, _1: Any, hidden: torch.Size, *rest: Any, **options: Any) -> int:
+    return 2 * block[0] * block[1] * hidden[1] * (hidden[2] + rest[1][2])
 
 
 # looked up once: a small batch takes no longer than such a look

@@ -1,18 +1,19 @@
 """The contract that every feedforward layer keeps."""
 
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 from weakref import ref
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from fffexp.kernels.naive import Blocks
-from fffexp.layers.blocks import BlockMLP
+from fffexp.layers.blocks import BlockMLP, Device
 
 RoutingMode = Literal["auto", "soft", "hard"]
 ROUTING_MODES = get_args(RoutingMode)
@@ -60,7 +61,12 @@ class FeedforwardLayer(nn.Module, ABC):
     evaluation, "hard" in training is straight-through. `backend` asks for a kernel of hard inference by name;
     "auto" takes the fastest that serves. `vectorized = True` asks for the form that torch.vmap takes: plain torch
     operators of shapes that do not depend on the data.
+
+    The first evaluation on a CPU compiles the kernels, once for a machine (half a minute; one line on stderr says so).
+    Inputs of another floating dtype are cast to that of the weights, in training and evaluation.
     """
+
+    shape: ClassVar[tuple[str, ...]] = ()  # attributes that print(layer) shows beside the features
 
     has_soft_mode: ClassVar[bool] = False  # whether soft and hard decisions differ
     aux_losses: Mapping[str, AuxiliaryLoss] = MappingProxyType({})  # losses, functions of `routing`
@@ -71,8 +77,8 @@ class FeedforwardLayer(nn.Module, ABC):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.in_features = positive("in_features", in_features)
-        self.out_features = positive("out_features", out_features)
+        self.in_features = whole("in_features", in_features)
+        self.out_features = whole("out_features", out_features)
         self._routing_mode: RoutingMode = "auto"
         self.backend = "auto"
         self.vectorized = False
@@ -169,6 +175,10 @@ class FeedforwardLayer(nn.Module, ABC):
         """Whether it can run under torch.vmap over stacked parameters, with `vectorized` set."""
         return False
 
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, and set buffers to their first values."""
+
     def check_trainable(self) -> None:
         """Raise ValueError if this layer can be timed but not trained."""
 
@@ -231,11 +241,36 @@ class FeedforwardLayer(nn.Module, ABC):
     def weights_read(self, x: Tensor) -> int:
         """Distinct scalars of the weights that hard inference of x (rows, in_features) needs."""
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (rows, in_features)."""
-        if x.shape[-1] != self.in_features:  # else its elements might do for other rows
-            raise ValueError(f"x has {x.shape[-1]} features; this {type(self).__name__} takes {self.in_features}")
-        return x.reshape(-1, self.in_features)
+    def _checked(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """An input of the right width in the weights' dtype.
+
+        Raises:
+            ValueError: x is of another width.
+            TypeError: x holds no floating-point numbers.
+        """
+        if not x.dim() or x.shape[-1] != self.in_features:  # else its elements might do for other rows
+            width = x.shape[-1] if x.dim() else "no"
+            raise ValueError(f"x has {width} features; this {type(self).__name__} takes {self.in_features}")
+        if x.dtype is dtype:
+            return x
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}; {type(self).__name__} takes floating-point numbers: x.to({dtype})")
+        return x.to(dtype)
+
+    def _rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., in_features) -> (rows, in_features), checked."""
+        x = self._checked(x, dtype)
+        return x if x.dim() == 2 else x.reshape(-1, self.in_features)
+
+    def extra_repr(self) -> str:
+        """Shape and sizes, for print(layer)."""
+        s = self.sizes()
+        shape = ", ".join(f"{name}={getattr(self, name)}" for name in ("in_features", "out_features", *self.shape))
+        return (
+            f"{shape}\ntraining width {s['training_width']} (size {s['training_size']}), "
+            f"inference width {s['inference_width']} (size {s['inference_size']}), "
+            f"{s['parameters']:,} parameters, {s['flops_per_sample']:,} FLOPs per sample"
+        )
 
     @property
     def parameter_count(self) -> int:
@@ -308,28 +343,39 @@ class FeedforwardLayer(nn.Module, ABC):
         return 2 * (hidden + router_products * self.in_features)
 
 
-def positive(name: str, value: int) -> int:
-    """Return value, or raise ValueError if it is below 1."""
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
-    return value
+def whole(name: str, value: int, minimum: int = 1) -> int:
+    """Return value, or raise ValueError if it is no whole number or below the minimum."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+    return int(value)
 
 
 def probability(name: str, value: float) -> float:
     """Return value, or raise ValueError if it is not in [0, 1]."""
-    if not 0 <= value <= 1:
+    if not isinstance(value, Real) or not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}; it must be between 0 and 1")
     return value
 
 
-def check_fits(scalars: int, mend: str) -> None:
+def physical_memory() -> int | None:
+    """Bytes of this machine, or None where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def check_fits(scalars: int, fix: str, device: Device = None, dtype: torch.dtype | None = None) -> None:
     """Raise ValueError before weights are allocated that this machine's memory cannot hold."""
-    needed = scalars * torch.get_default_dtype().itemsize
-    total = psutil.virtual_memory().total
-    if needed > total and torch.get_default_device().type == "cpu":
+    needed = scalars * (dtype or torch.get_default_dtype()).itemsize
+    total = physical_memory()
+    kind = torch.device(device or torch.get_default_device()).type
+    if total is not None and needed > total and kind == "cpu":
         # whole numbers, for no float holds 2 to the power of an absurd depth
         size = f"{needed // 2**30:,}" if needed < 2**100 else f"2^{needed.bit_length() - 31}"
-        raise ValueError(f"the weights would take {size} GiB and this machine has {total / 2**30:,.1f} GiB: {mend}")
+        raise ValueError(f"the weights would take {size} GiB and this machine has {total / 2**30:,.1f} GiB: {fix}")
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """The two-layer networks that a tree or a gate chooses among."""
 
+import copy
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,11 +14,31 @@ from fffexp.kernels.activations import activation_name
 from fffexp.kernels.naive import Blocks
 from fffexp.layers.random import Dropout
 
+Activation = str | nn.Module | Callable[[], nn.Module]
+Device = torch.device | str | None
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    kind.__name__.lower(): kind
+    for kind in (
+        *(
+            nn.CELU,
+            nn.ELU,
+            nn.GELU,
+            nn.Hardsigmoid,
+            nn.Hardswish,
+            nn.Hardtanh,
+            nn.Identity,
+            nn.LeakyReLU,
+            nn.LogSigmoid,
+        ),
+        *(nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh),
+    )
+}
+
 _NAMES = ("hidden_weight", "hidden_bias", "output_weight", "output_bias")
 
 
 class BlockMLP(nn.Module):
-    """`blocks` networks Linear, activation, dropout, Linear of the same width, each initialised as an FF."""
+    """`blocks` networks Linear, activation, dropout, Linear of the same width; `reset_parameters` sets the weights."""
 
     def __init__(
         self,
@@ -23,17 +46,25 @@ class BlockMLP(nn.Module):
         out_features: int,
         blocks: int,
         width: int,
-        activation: Callable[[], nn.Module],
+        activation: Activation,
         dropout: float,
+        device: Device,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.hidden_weight = nn.Parameter(torch.empty(blocks, width, in_features))
-        self.hidden_bias = nn.Parameter(torch.empty(blocks, width))
-        self.output_weight = nn.Parameter(torch.empty(blocks, width, out_features))
-        self.output_bias = nn.Parameter(torch.empty(blocks, out_features))
-        self.hidden = nn.Sequential(activation(), Dropout(dropout))
-        for parameter, fan_in in zip(self.parameters(), (in_features, in_features, width, width), strict=False):
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        self.hidden_weight = nn.Parameter(empty(blocks, width, in_features))
+        self.hidden_bias = nn.Parameter(empty(blocks, width))
+        self.output_weight = nn.Parameter(empty(blocks, width, out_features))
+        self.output_bias = nn.Parameter(empty(blocks, out_features))
+        self.hidden = nn.Sequential(make_activation(activation), Dropout(dropout)).to(device, dtype)
+
+    def reset_parameters(self) -> None:
+        """As of torch.nn.Linear."""
+        _, width, in_features = self.hidden_weight.shape
+        for parameter, fan_in in zip(self.tensors(), (in_features, in_features, width, width), strict=True):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+        reset_activation(self.hidden[0])
 
     @property
     def compiled_activation(self) -> str | None:
@@ -50,6 +81,11 @@ class BlockMLP(nn.Module):
     def exact(self, chosen: list[int] | slice = slice(None)) -> Blocks:
         """Some of the blocks, or all, in float64."""
         return Blocks(*(p[chosen].double() for p in self.tensors()))
+
+    @property
+    def exact_hidden(self) -> nn.Module:
+        """The activation in float64, without dropout."""
+        return copy.deepcopy(self.hidden).double().eval()
 
     @property
     def scalars(self) -> int:
@@ -104,7 +140,7 @@ class BlockMLP(nn.Module):
         """(B, in), (B, k), (B, k) -> (B, out): only the chosen blocks, summed by weight."""
         if backend != "eager":
             tensors = self.tensors()
-            return operators.selected(x.to(tensors[0].dtype), block, weights, *tensors, self.compiled_activation)
+            return operators.selected(x, block, weights, *tensors, self.compiled_activation)
         return eager.selected(x, block, weights, self.tensors(), self.hidden)
 
 
@@ -115,3 +151,40 @@ def parameters(module: nn.Module, names: tuple[str, ...]) -> list[Tensor]:
         return [own[name] for name in names]  # type: ignore[misc] # none of ours is None
     except KeyError:  # torch.nn.utils.parametrize puts a property in a parameter's place
         return [getattr(module, name) for name in names]
+
+
+def make_activation(activation: Activation) -> nn.Module:
+    """A new module of its own: of a class, a factory, a copy of an instance, or by name ("relu", "torch.nn.ReLU").
+
+    Raises:
+        ValueError: it is something else.
+    """
+    made = activation
+    if isinstance(activation, str):
+        name = activation.lower().replace("_", "")
+        module, _, attribute = activation.rpartition(".")
+        if name in _ACTIVATIONS:
+            made = _ACTIVATIONS[name]
+        elif module:
+            try:
+                made = getattr(import_module(module), attribute)
+            except (ImportError, AttributeError):
+                made = None  # type: ignore[assignment] # refused below
+    if isinstance(made, nn.Module):
+        return copy.deepcopy(made)
+    try:
+        made = made()  # type: ignore[operator,unused-ignore] # what cannot be called is refused
+    except TypeError:
+        made = None  # type: ignore[assignment] # refused below
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            f"activation is {activation!r}; it must be a class or an instance of torch.nn, what makes one, or one of "
+            f"{', '.join(sorted(_ACTIVATIONS))}"
+        )
+    return made
+
+
+def reset_activation(activation: nn.Module) -> None:
+    """Set the parameters of an activation, if it has any, to their first values."""
+    if callable(reset := getattr(activation, "reset_parameters", None)):
+        reset()

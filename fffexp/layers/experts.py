@@ -1,15 +1,14 @@
 """What mixtures of experts have in common: experts, a gate that is a product, and dispatch."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fffexp.kernels import naive
-from fffexp.layers.base import FeedforwardLayer, check_fits, decision_logits, positive, probability
-from fffexp.layers.blocks import BlockMLP
+from fffexp.layers.base import FeedforwardLayer, check_fits, decision_logits, probability, whole
+from fffexp.layers.blocks import Activation, BlockMLP, Device
 
 
 class GatedExperts(FeedforwardLayer):
@@ -18,6 +17,7 @@ class GatedExperts(FeedforwardLayer):
     Args and errors: those of its children.
     """
 
+    shape: ClassVar[tuple[str, ...]] = ("num_experts", "expert_width", "top_k")
     gate_products: ClassVar[int] = 1  # rows of the input's width that an expert has in the gate
 
     def __init__(
@@ -27,35 +27,36 @@ class GatedExperts(FeedforwardLayer):
         num_experts: int,
         expert_width: int,
         top_k: int,
-        activation: Callable[[], nn.Module],
+        activation: Activation,
         dropout: float,
+        device: Device,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__(in_features, out_features)
-        positive("num_experts", num_experts)
-        self.expert_width = positive("expert_width", expert_width)
-        self.top_k = positive("top_k", top_k)
+        whole("num_experts", num_experts)
+        self.expert_width = whole("expert_width", expert_width)
+        self.top_k = whole("top_k", top_k)
         if top_k > num_experts:
             raise ValueError(f"top_k is {top_k} but there are {num_experts} experts: lower top_k or raise num_experts")
         probability("dropout", dropout)
         per_expert = self.gate_products * in_features + expert_width * (in_features + out_features + 1) + out_features
-        check_fits(num_experts * per_expert, "lower num_experts or expert_width")
-        self.gate_weight = nn.Parameter(torch.empty(num_experts, in_features))
-        self.experts = BlockMLP(in_features, out_features, num_experts, expert_width, activation, dropout)
+        check_fits(num_experts * per_expert, "lower num_experts or expert_width", device, dtype)
+        self.gate_weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
+        self.experts = BlockMLP(
+            in_features, out_features, num_experts, expert_width, activation, dropout, device, dtype
+        )
 
     @abstractmethod
     def gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
         """(B, K) logits of the chosen, (B, E) all logits -> (B, K) weight of each chosen expert's output."""
 
-    def dispatch(self, x: Tensor, expert_BK: Tensor, gates_BK: Tensor) -> Tensor:
-        """(..., in), (B, K), (B, K) -> (..., out): each row through its own experts alone, summed by gate."""
-        rows = self._rows(x)
+    def dispatch(self, rows: Tensor, expert_BK: Tensor, gates_BK: Tensor) -> Tensor:
+        """(B, in), (B, K), (B, K) -> (B, out): each row through its own experts alone, summed by gate."""
         if self.vectorized:  # all experts, those that are not chosen with a gate of 0
             gates_BE = gates_BK.new_zeros(len(rows), self.num_experts).scatter(1, expert_BK, gates_BK)
-            output = self.experts.mixture(rows, gates_BE)
-        else:
-            backend = "eager" if self.training else self.inference_backend()
-            output = self.experts.selected(rows, expert_BK, gates_BK, backend)
-        return output.reshape(*x.shape[:-1], self.out_features)
+            return self.experts.mixture(rows, gates_BE)
+        backend = "eager" if self.training else self.inference_backend()
+        return self.experts.selected(rows, expert_BK, gates_BK, backend)
 
     def inference_backend(self) -> str:
         """The backend that the next inference runs on."""
@@ -68,17 +69,17 @@ class GatedExperts(FeedforwardLayer):
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, k) experts of each row, without noise, best first."""
-        logits = decision_logits(self._rows(x), self.gate_weight, None)
+        logits = decision_logits(self._rows(x, self.gate_weight.dtype), self.gate_weight, None)
         return logits.topk(self.top_k, dim=1).indices
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
-        logits_BE, rows = x.double() @ self.gate_weight.double().T, []
+        logits_BE, rows, hidden = x.double() @ self.gate_weight.double().T, [], self.experts.exact_hidden
         for row, logits in zip(x.double(), logits_BE, strict=True):
             top = logits.topk(self.top_k)
             blocks = self.experts.exact(top.indices.tolist())
             gates = self.gates(top.values[None], logits[None])[0]
-            rows.append(naive.weighted(row, range(self.top_k), gates, blocks, self.experts.hidden))
+            rows.append(naive.weighted(row, range(self.top_k), gates, blocks, hidden))
         return torch.stack(rows)
 
     def weights_read(self, x: Tensor) -> int:

@@ -17,10 +17,10 @@ from fffexp.layers.base import (
     at_least_float32,
     check_fits,
     decision_logits,
-    positive,
     probability,
+    whole,
 )
-from fffexp.layers.blocks import BlockMLP, parameters
+from fffexp.layers.blocks import Activation, BlockMLP, Device, parameters
 from fffexp.layers.random import uniform_like
 from fffexp.routing import tree
 
@@ -38,7 +38,7 @@ class FFF(FeedforwardLayer):
         leaf_width: hidden neurons of one leaf.
         region_leak: probability, per sample and node, that a training pass swaps the two children
             ("randomized child transposition", section 3).
-        activation: makes the activation module of the leaves, which has to be elementwise.
+        activation: class, instance or name ("relu") of a module of torch.nn, or what makes one; elementwise.
         dropout: probability of dropping a hidden activation of a leaf in training.
         trained: "all" leaves, or only the leaf that hard routing chooses, at a cost that does not grow with depth, for
             trees that have hardened: "chosen_leaf" leaves the nodes as they are (h = infinity, section 4.3);
@@ -48,11 +48,15 @@ class FFF(FeedforwardLayer):
             None, for they look at all leaves.
         detach_router_input: the layers before this one get no gradient through the routing, for deep models: once
             routing has hardened, that gradient is almost always zero, and huge near a boundary.
+        device: of the weights.
+        dtype: of the weights.
 
     Raises:
-        ValueError: depth below 0, a size below 1, an unknown value of trained, a chosen leaf together with region_leak,
-            or weights that do not fit in memory.
+        ValueError: depth below 0, a size below 1 or no whole number, no activation, an unknown value of trained, a
+            chosen leaf together with region_leak, or weights that do not fit in memory.
     """
+
+    shape: ClassVar[tuple[str, ...]] = ("depth", "leaf_width")
 
     has_soft_mode: ClassVar[bool] = True
     aux_losses: Mapping[str, AuxiliaryLoss] = MappingProxyType(
@@ -76,10 +80,13 @@ class FFF(FeedforwardLayer):
         depth: int,
         leaf_width: int,
         region_leak: float = 0.0,
-        activation: Callable[[], nn.Module] = nn.ReLU,
+        activation: Activation = "relu",
         dropout: float = 0.0,
         trained: Literal["all", "chosen_leaf", "chosen_path"] = "all",
         detach_router_input: bool = False,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
         if trained not in ("all", "chosen_leaf", "chosen_path"):
@@ -91,35 +98,41 @@ class FFF(FeedforwardLayer):
         self.trained = trained
         if trained != "all":
             self.aux_losses, self.metrics = {}, {}
-        if depth < 0:
-            raise ValueError(f"depth is {depth}; it must be at least 0")
-        self.depth = depth
-        self.leaf_width = positive("leaf_width", leaf_width)
+        self.depth = whole("depth", depth, 0)
+        self.leaf_width = whole("leaf_width", leaf_width)
         self.region_leak = probability("region_leak", region_leak)
         self.detach_router_input = detach_router_input
         probability("dropout", dropout)
         check_fits(
             tree_scalars(in_features, out_features, depth, leaf_width),
             f"lower depth (it is {depth}) or leaf_width (it is {leaf_width})",
+            device,
+            dtype,
         )
-        self.node_weight = nn.Parameter(torch.empty(2**depth - 1, in_features))
-        self.node_bias = nn.Parameter(torch.empty(2**depth - 1))
+        self.node_weight = nn.Parameter(torch.empty(2**depth - 1, in_features, device=device, dtype=dtype))
+        self.node_bias = nn.Parameter(torch.empty(2**depth - 1, device=device, dtype=dtype))
+        # a factor on the node logits; a buffer, so that soft evaluation survives saving
+        self.register_buffer("inverse_temperature", torch.empty((), device=device, dtype=dtype))
+        self.leaves = BlockMLP(in_features, out_features, 2**depth, leaf_width, activation, dropout, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As of torch.nn.Linear; an inverse temperature of 1."""
         for parameter in (self.node_weight, self.node_bias):
-            nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5)
-        # a factor on the node logits (inverse temperature); a buffer, so that soft evaluation survives saving
-        self.register_buffer("inverse_temperature", torch.ones(()))
-        self.leaves = BlockMLP(in_features, out_features, 2**depth, leaf_width, activation, dropout)
+            nn.init.uniform_(parameter, -(self.in_features**-0.5), self.in_features**-0.5)
+        nn.init.ones_(self.inverse_temperature)
+        self.leaves.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        nodes = parameters(self, ("node_weight", "node_bias"))
+        rows = self._rows(x, nodes[0].dtype)
         if self.training and self.sparse_gradients and self.routing_mode != "soft":
             output = self._sparse(rows)
         elif self.training or not self.hard or self.vectorized:
             output = self._soft(rows)
         elif arguments := self._modules["leaves"].compiled(self.backend):  # type: ignore[union-attr,operator] # self.leaves takes 0.7 us
-            nodes = parameters(self, ("node_weight", "node_bias"))
-            output = operators.fff(rows.to(nodes[0].dtype), *nodes, *arguments)
+            output = operators.fff(rows, *nodes, *arguments)
         else:
             output = self.leaves.selected(rows, self.route(rows))
         return output if x.dim() == 2 else output.reshape(*x.shape[:-1], self.out_features)
@@ -127,7 +140,6 @@ class FFF(FeedforwardLayer):
     def _sparse(self, rows: Tensor) -> Tensor:
         with torch.no_grad():
             leaf = self.route(rows).squeeze(1)
-        rows = rows.to(self.node_weight.dtype)
         output = sparse_kernels.selected(rows, leaf, self.leaves.tensors(), self.leaves.hidden)
         if self.trained == "chosen_leaf":
             return output
@@ -187,7 +199,7 @@ class FFF(FeedforwardLayer):
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, 1) leaf of each row."""
-        rows = self._rows(x).to(self.node_weight.dtype)
+        rows = self._rows(x, self.node_weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if self.inference_backend() != "eager":
                 return torch.ops.fffexp.route(rows, self.node_weight, self.node_bias).unsqueeze(1)
@@ -210,7 +222,12 @@ class FFF(FeedforwardLayer):
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
-        x, weight, bias, activation = x.double(), self.node_weight.double(), self.node_bias.double(), self.leaves.hidden
+        x, weight, bias, activation = (
+            x.double(),
+            self.node_weight.double(),
+            self.node_bias.double(),
+            self.leaves.exact_hidden,
+        )
         if decisions == "soft":
             logits = (x @ weight.T + bias) * self.inverse_temperature.double()
             return naive.fff_soft(x, logits, self.depth, self.leaves.exact(), activation)

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from fffexp.layers.base import AuxiliaryLoss, FeedforwardLayer, check_fits, positive
+from fffexp.layers.base import AuxiliaryLoss, FeedforwardLayer, check_fits, whole
+from fffexp.layers.blocks import Activation, Device
 from fffexp.layers.ff import FF
 from fffexp.layers.fff import FFF, tree_scalars
 
@@ -30,9 +31,11 @@ class Forest(FeedforwardLayer):
         depth: of each tree.
         leaf_width: hidden neurons of one leaf.
         master_width: hidden neurons of the master leaf; 0 for none.
-        activation: makes the activation module, which has to be elementwise.
+        activation: class, instance or name ("relu") of a module of torch.nn, or what makes one; elementwise.
         dropout: probability of dropping a hidden activation in training.
         detach_router_input: as of FFF.
+        device: of the weights.
+        dtype: of the weights.
 
     Raises:
         ValueError: no trees, a negative master width, or what FFF refuses.
@@ -56,21 +59,31 @@ class Forest(FeedforwardLayer):
         depth: int,
         leaf_width: int,
         master_width: int = 0,
-        activation: Callable[[], nn.Module] = nn.ReLU,
+        activation: Activation = "relu",
         dropout: float = 0.0,
         detach_router_input: bool = False,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
-        if master_width < 0:
-            raise ValueError(f"master_width is {master_width}; it must be at least 0")
+        whole("master_width", master_width, 0)
+        whole("leaf_width", leaf_width)
         shape = in_features, out_features, depth, leaf_width
-        if positive("trees", trees) > 1 and depth >= 0:
-            check_fits(trees * tree_scalars(*shape), f"lower trees (it is {trees}), depth or leaf_width")
+        scalars = whole("trees", trees) * tree_scalars(in_features, out_features, whole("depth", depth, 0), leaf_width)
+        check_fits(scalars, f"lower trees (it is {trees}), depth (it is {depth}) or leaf_width", device, dtype)
         self.trees = nn.ModuleList(
-            FFF(*shape, activation=activation, dropout=dropout, detach_router_input=detach_router_input)
+            FFF(*shape, 0.0, activation, dropout, "all", detach_router_input, device=device, dtype=dtype)
             for _ in range(trees)
         )
-        self.master = FF(in_features, out_features, master_width, activation, dropout) if master_width else None
+        self.master = None
+        if master_width:
+            self.master = FF(in_features, out_features, master_width, activation, dropout, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Those of all parts."""
+        for part in self.parts:
+            part.reset_parameters()
 
     @property
     def parts(self) -> list[FeedforwardLayer]:
@@ -85,9 +98,13 @@ class Forest(FeedforwardLayer):
         more = {"trees": 2 if depth else 1} | more
         return super().sized(in_features, out_features, max(0, depth - 1), leaf_width, top_k, **more)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        self._rows(x)
+        x = self._checked(x, self._dtype)
         first, *others = self.parts
         output: Tensor = first(x)
         for part in others:
@@ -138,7 +155,7 @@ class Forest(FeedforwardLayer):
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, parts) leaf of each row in each tree, numbered through."""
-        self._rows(x)
+        x = self._checked(x, self._dtype)
         offset, routes = 0, []
         for part in self.parts:
             routes.append(part.route(x) + offset)

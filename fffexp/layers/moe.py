@@ -1,6 +1,6 @@
 """The mixture of experts that the FFF paper compares with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fffexp.layers.base import AuxiliaryLoss, decision_logits
+from fffexp.layers.blocks import Activation, Device
 from fffexp.layers.experts import GatedExperts
 from fffexp.layers.random import normal_like
 from fffexp.routing import gate
@@ -26,11 +27,16 @@ class NoisyTopKMoE(GatedExperts):
         num_experts: number of experts.
         expert_width: hidden neurons of one expert.
         top_k: experts evaluated for a sample.
-        activation: makes the activation module of the experts, which has to be elementwise.
+        activation: class, instance or name ("relu") of a module of torch.nn, or what makes one; elementwise.
         dropout: probability of dropping a hidden activation in training.
+        trainable: whether it may be trained; with top_k = 1 of several experts the gate would not learn, so that a
+            training pass raises, unless this is False (for timing).
+        device: of the weights.
+        dtype: of the weights.
 
     Raises:
-        ValueError: a size below 1, top_k above num_experts, or weights that do not fit in memory.
+        ValueError: a size below 1 or no whole number, no activation, top_k above num_experts, weights that do not fit
+            in memory, or a training pass with top_k = 1 (see trainable).
     """
 
     aux_losses: Mapping[str, AuxiliaryLoss] = MappingProxyType({"importance": gate.importance, "load": gate.load})
@@ -46,17 +52,30 @@ class NoisyTopKMoE(GatedExperts):
         num_experts: int,
         expert_width: int,
         top_k: int = 2,
-        activation: Callable[[], nn.Module] = nn.ReLU,
+        activation: Activation = "relu",
         dropout: float = 0.0,
+        trainable: bool = True,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, num_experts, expert_width, top_k, activation, dropout)
-        # both start at zero, so that all experts are equally likely and sigma is ln 2
+        sizes = in_features, out_features, num_experts, expert_width, top_k
+        super().__init__(*sizes, activation, dropout, device, dtype)
+        self.trainable = trainable
+        self.noise_weight = nn.Parameter(torch.empty_like(self.gate_weight))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gate and noise start at zero, so that all experts are equally likely and sigma is ln 2."""
+        self.experts.reset_parameters()
         nn.init.zeros_(self.gate_weight)
-        self.noise_weight = nn.Parameter(torch.zeros(num_experts, in_features))
+        nn.init.zeros_(self.noise_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        rows = self._rows(x)
+        if self.training and self.trainable and torch.is_grad_enabled():
+            self.check_trainable()
+        rows = self._rows(x, self.gate_weight.dtype)
         clean = decision_logits(rows, self.gate_weight, None)
         logits = clean
         if self.training:
@@ -64,7 +83,7 @@ class NoisyTopKMoE(GatedExperts):
             logits = clean + normal_like(clean) * sigma
         top = logits.topk(self.top_k, dim=1)
         gates = self.gates(top.values, logits)
-        output = self.dispatch(x, top.indices, gates)
+        output = self.dispatch(rows, top.indices, gates)
         if self.training:
             if self.top_k < self.num_experts:
                 load = gate.chosen_probability(clean, sigma, logits, self.top_k).sum(0)
@@ -72,7 +91,7 @@ class NoisyTopKMoE(GatedExperts):
                 load = block_counts(top.indices, self.num_experts).to(gates.dtype)
             dense = torch.zeros_like(logits).scatter(1, top.indices, gates)
             self._record(gate.GateRouting(gates_BE=dense, load_E=load), output)
-        return output
+        return output.reshape(*x.shape[:-1], self.out_features)
 
     def gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
         """(B, K), (B, E) -> (B, K): softmax over the chosen alone."""

@@ -14,6 +14,11 @@ class Schedule(ABC):
     def __call__(self, progress: float) -> float:
         """Value at this share of the training, in [0, 1]."""
 
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        values = [self(step / 100) for step in range(101)]
+        return min(values), max(values)
+
 
 class Constant(Schedule):
     """The same value throughout."""
@@ -74,6 +79,10 @@ class Step(Schedule):
     def __call__(self, progress: float) -> float:
         return self.values[bisect.bisect_right(self.milestones, progress)]
 
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return min(self.values), max(self.values)
+
 
 class Adaptive(Schedule):
     """Raised by a factor after every epoch whose mean choice entropy is above the target.
@@ -86,17 +95,23 @@ class Adaptive(Schedule):
             (arXiv 2308.14711, section 3).
 
     Raises:
-        ValueError: start is not above 0, or factor not above 1.
+        ValueError: start is not above 0, factor not above 1, or maximum below start.
     """
 
     def __init__(self, start: float, factor: float, maximum: float, target: float = 0.10) -> None:
         if start <= 0 or factor <= 1:
             raise ValueError(f"start {start} must be above 0 and factor {factor} above 1, or nothing is raised")
+        if maximum < start:
+            raise ValueError(f"maximum {maximum} is below start {start}: the value would fall where it should rise")
         self.value, self.factor, self.maximum, self.target = start, factor, maximum, target
 
     @override
     def __call__(self, progress: float) -> float:
         return self.value
+
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return self.value, self.maximum
 
     def observe(self, entropy: float) -> None:
         """Take the mean entropy of an epoch."""

@@ -150,8 +150,9 @@ class Task(LightningModule, ABC):
         for name, schedule in self.schedules.items():
             if isinstance(schedule, Adaptive) and not adapts:
                 raise UserError(f"aux_weights.{name}: {kind} has no choice entropy for an Adaptive schedule")
-            if not isinstance(schedule, Schedule) and not 0 <= schedule < float("inf"):
-                raise UserError(f"aux_weights.{name} is {schedule}; it must be finite and not negative")
+            bounds = schedule.bounds() if isinstance(schedule, Schedule) else (schedule, schedule)
+            if wrong := [value for value in bounds if not 0 <= value < float("inf")]:
+                raise UserError(f"aux_weights.{name} is {wrong[0]}; it must be finite and not negative")
             if name not in known:
                 names = ", ".join(sorted(known)) or "none"
                 raise UserError(f"aux_weights.{name}: {kind} has no such auxiliary loss; it has {names}")

@@ -9,7 +9,6 @@ import pickle
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,13 @@ from cases import CASES, DRAWN, IN, OUT, Case, inputs, loss_of, randomized, rout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_all_close, assert_close
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fffexp.layers
 from fffexp import auxiliary_loss
-from fffexp.layers import FeedforwardLayer
+from fffexp.layers import FFF, FeedforwardLayer, Forest
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -74,10 +74,30 @@ def test_non_contiguous_input(case: Case, training: bool) -> None:
 
 
 @every_case
-def test_inputs_of_another_width_have_no_route(case: Case) -> None:
-    layer = case.make().eval()
-    with pytest.raises(ValueError, match=f"x has {2 * IN} features; this {case.layer.__name__} takes {IN}"):
-        layer.route(torch.randn(5, 2 * IN))
+@both_modes
+def test_inputs_of_another_width_are_refused(case: Case, training: bool) -> None:
+    layer = case.make().train(training)
+    for x in (torch.randn(5, 2 * IN), torch.randn(2, 3, 2 * IN)):
+        for call in (layer, layer.route):
+            with pytest.raises(ValueError, match=f"x has {2 * IN} features; this {case.layer.__name__} takes {IN}"):
+                call(x)
+    with pytest.raises(ValueError, match="x has no features"):
+        layer(torch.tensor(1.0))
+
+
+@every_case
+@both_modes
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_inputs_are_cast_to_the_weights(case: Case, training: bool, backend: str, dtype: torch.dtype) -> None:
+    layer = case.make().to(dtype).train(training)
+    layer.backend = backend
+    for given in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x = inputs(5, dtype=given)
+        assert torch.equal(run(layer, x), run(layer, x.to(dtype)))
+    for given in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"x is {given}; {case.layer.__name__} takes floating-point numbers"):
+            layer(torch.ones(5, IN, dtype=given))
 
 
 @every_case
@@ -274,6 +294,90 @@ def test_recomputation_within_backward_is_not_recorded(case: Case, reentrant: bo
 
 
 @every_case
+def test_weights_can_be_made_later(case: Case) -> None:
+    torch.manual_seed(3)
+    made = case.layer(IN, OUT, **case.options)
+    later = case.layer(IN, OUT, **case.options, activation="prelu", device="meta", dtype=torch.float64)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in later.parameters())
+    with torch.device("meta"):
+        later = case.layer(IN, OUT, **case.options)
+    later.to_empty(device="cpu")
+    for tensor in later.state_dict().values():
+        tensor.fill_(math.nan)
+    for layer in (later, made):
+        torch.manual_seed(3)
+        layer.reset_parameters()
+    assert_all_close(later.state_dict(), made.state_dict())
+
+
+@every_case
+def test_the_first_weights_are_those_of_reset_parameters(case: Case) -> None:
+    torch.manual_seed(3)
+    layer = case.layer(IN, OUT, **case.options)
+    first = copy.deepcopy(layer.state_dict())
+    for name in layer.annealed_buffers:
+        layer.anneal(name, 5.0)
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    assert_all_close(layer.state_dict(), first)
+
+
+@every_case
+@pytest.mark.parametrize(
+    "activation",
+    ["gelu", "GELU", "torch.nn.GELU", nn.GELU, nn.GELU(), lambda: nn.GELU()],
+    ids=["name", "upper", "path", "class", "instance", "factory"],
+)
+def test_activations(case: Case, activation: Any) -> None:
+    layer = case.make(activation=activation)
+    found = [m for m in layer.modules() if isinstance(m, nn.GELU)]
+    assert found
+    assert activation not in found, "an instance is shared"
+    assert_close(layer.eval()(inputs(5)), layer.forward_reference(inputs(5)))
+
+
+@every_case
+@pytest.mark.parametrize("activation", ["relo", "torch.nn.Relo", 7, None, nn.Linear, F.relu], ids=str)
+def test_no_activation(case: Case, activation: Any) -> None:
+    with pytest.raises(ValueError, match=r"activation is .*; it must be a class or an instance of torch.nn"):
+        case.make(activation=activation)
+
+
+@every_case
+def test_the_reference_knows_activations_with_parameters(case: Case) -> None:
+    layer = case.make(activation=nn.PReLU, dropout=0.5)
+    reference = layer.train().forward_reference(inputs(5))
+    assert_close(layer.eval()(inputs(5)), reference)
+
+
+@every_case
+def test_printed_with_its_sizes(case: Case) -> None:
+    printed = str(case.make())
+    width, size, used, evaluated, parameters, flops = case.sizes
+    assert f"training width {width} (size {size}), inference width {used} (size {evaluated})" in printed
+    assert f"{parameters} parameters, {flops} FLOPs per sample" in printed
+    assert f"in_features={IN}, out_features={OUT}" in printed
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_flops_are_counted(case: Case, backend: str) -> None:
+    layer, x = case.make().eval(), inputs(9)
+    layer.backend = backend
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    if case.layer in (FFF, Forest) and (backend == "eager" or layer.inference_backend() == "eager"):
+        # all nodes of the upper levels, in one product
+        assert counter.get_total_flops() >= 9 * layer.flops_per_sample
+    else:
+        assert counter.get_total_flops() == 9 * layer.flops_per_sample
+    layer.train()
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() > 9 * 2 * layer.inference_width * (IN + OUT)
+
+
+@every_case
 def test_sizes(case: Case) -> None:
     names = ("training_width", "training_size", "inference_width", "inference_size", "parameters", "flops_per_sample")
     assert case.make().sizes() == dict(zip(names, case.sizes, strict=True))
@@ -283,7 +387,7 @@ def test_sizes(case: Case) -> None:
 def test_memory_is_checked_for_about_the_weights_it_takes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     *_, parameters, _ = case.sizes
     memory = SimpleNamespace(total=1.1 * 4 * parameters)  # bytes, of float32
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr("fffexp.layers.base.physical_memory", lambda: memory.total)
     case.make()
     memory.total = 0.9 * 4 * parameters
     with pytest.raises(ValueError, match="weights would take"):
@@ -344,6 +448,9 @@ def test_mistakes_are_named(case: Case) -> None:
         wrong = -1 if name in ("depth", "master_width") else 0
         with pytest.raises(ValueError, match=f"{name} is {wrong}; it must be at least {wrong + 1}"):
             case.layer(**sizes | {name: wrong})
+        for wrong in (2.5, "4", True, None):
+            with pytest.raises(ValueError, match=f"{name} is {wrong!r}; it must be a whole number"):
+                case.layer(**sizes | {name: wrong})
     for dropout in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match="dropout is"):
             case.make(dropout=dropout)

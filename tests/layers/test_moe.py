@@ -18,6 +18,7 @@ EXPERTS, WIDTH, K = 5, 3, 2
 
 
 def make(num_experts: int = EXPERTS, k: int = K, dtype: torch.dtype = torch.float64, **options: Any) -> NoisyTopKMoE:
+    options = {"trainable": k > 1 or num_experts == 1} | options
     return randomized(NoisyTopKMoE(IN, OUT, num_experts, WIDTH, k, **options)).to(dtype)
 
 
@@ -140,7 +141,7 @@ def test_one_expert_is_a_dense_layer(training: bool) -> None:
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_at_initialisation_every_expert_is_equally_likely(k: int) -> None:
     torch.manual_seed(0)
-    layer, rows = NoisyTopKMoE(IN, OUT, EXPERTS, WIDTH, k), 20_000
+    layer, rows = NoisyTopKMoE(IN, OUT, EXPERTS, WIDTH, k, trainable=k > 1), 20_000
     layer(inputs(rows))
     # the standard deviation of P over draws is at most 1/2: 4 * 0.5 / sqrt(20,000) = 0.0142
     assert (layer.routing.load_E / rows - k / EXPERTS).abs().max() < 0.0142
@@ -194,8 +195,14 @@ def test_one_expert_at_a_time_is_for_timing() -> None:
     layer = make(k=1)
     output = layer(inputs(9, dtype=torch.float64))
     assert not gradients(output, {"gate": layer.gate_weight})["gate"].any()
-    with pytest.raises(ValueError, match=r"top_k is 1: .*Switch gate"):
-        layer.check_trainable()
+    for layer in (make(k=1), make(k=1, trainable=True)):
+        with pytest.raises(ValueError, match=r"top_k is 1: .*SwitchMoE"):
+            layer.check_trainable()
+    with pytest.raises(ValueError, match=r"top_k is 1: .*SwitchMoE"):
+        layer(inputs(9))
+    with torch.no_grad():
+        layer(inputs(9))
+    layer.eval()(inputs(9))
     make(k=2).check_trainable()
     make(num_experts=1, k=1).check_trainable()
 

@@ -39,6 +39,7 @@ def test_step_changes_at_its_milestones() -> None:
         (lambda: Step([1, 2], [1.0]), "within 0 and 1"),
         (lambda: Adaptive(0, 2, 10), "start 0 must be above 0"),
         (lambda: Adaptive(1, 1, 10), "factor 1 above 1"),
+        (lambda: Adaptive(5, 2, maximum=1), "maximum 1 is below start 5"),
     ],
 )
 def test_mistakes_are_named(mistake: object, message: str) -> None:
@@ -54,3 +55,17 @@ def test_adaptive_rises_only_above_the_target_and_never_above_the_maximum() -> N
         schedule.observe(entropy)
         values.append(schedule(0.5))
     assert values == [2, 4, 4, 4, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "bounds"),
+    [
+        (Constant(-5), (-5, -5)),
+        (Linear(4, 1), (1, 4)),
+        (Exponential(1, 100), (1, 100)),
+        (Step([1, -2, 3], [0.251, 0.252]), (-2, 3)),
+        (Adaptive(2, 1.5, 10), (2, 10)),
+    ],
+)
+def test_bounds(schedule: Schedule, bounds: tuple[float, float]) -> None:
+    assert schedule.bounds() == pytest.approx(bounds)
