@@ -20,7 +20,9 @@ def flat_params(config: Namespace, task: Task) -> dict[str, Any]:
         if isinstance(value, Mapping):  # aux_weights
             params |= {f"{name}.{key}": _call(inner) for key, inner in value.items()}
         elif value is not None or name == "layer":
-            params |= {name: short(value)} | {f"{name}.{key}": short(inner) for key, inner in init_args(value).items()}
+            params |= {name: short(value)} | {
+                f"{name}.{key}": short(inner) for key, inner in init_args(value).items() if inner is not None
+            }
     params["network"] = type(task.network).__name__
     params |= total_sizes(task)
     params |= {"data": short(config.data), "data.batch_size": init_args(config.data).get("batch_size")}

@@ -92,12 +92,12 @@ def test_inputs_of_another_width_are_refused(case: Case, training: bool) -> None
 def test_inputs_are_cast_to_the_weights(case: Case, training: bool, backend: str, dtype: torch.dtype) -> None:
     layer = case.make().to(dtype).train(training)
     layer.backend = backend
-    for given in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        x = inputs(5, dtype=given)
+    for kind in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x = inputs(5, dtype=kind)
         assert torch.equal(run(layer, x), run(layer, x.to(dtype)))
-    for given in (torch.int64, torch.bool, torch.complex64):
-        with pytest.raises(TypeError, match=f"x is {given}; {case.layer.__name__} takes floating-point numbers"):
-            layer(torch.ones(5, IN, dtype=given))
+    for kind in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"x is {kind}; {case.layer.__name__} takes floating-point numbers"):
+            layer(torch.ones(5, IN, dtype=kind))
 
 
 @every_case
