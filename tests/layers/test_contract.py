@@ -337,7 +337,7 @@ def test_activations(case: Case, activation: Any) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("activation", ["relo", "torch.nn.Relo", 7, None, nn.Linear, F.relu], ids=str)
+@pytest.mark.parametrize("activation", ["relo", "torch.nn.Relo", 7, None, nn.Linear, F.relu], ids=range(6))
 def test_no_activation(case: Case, activation: Any) -> None:
     with pytest.raises(ValueError, match=r"activation is .*; it must be a class or an instance of torch.nn"):
         case.make(activation=activation)
