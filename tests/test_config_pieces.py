@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import CONFIGS
 
 from fffexp.configs import expand, load_config
 from fffexp.errors import UserError
+from fffexp.layers import FF, FFF, Forest, NoisyTopKMoE, SwitchMoE
+from fffexp.training.losses import INVERSE_TEMPERATURE
 
 
 def write(path: Path, text: str) -> Path:
@@ -46,3 +49,22 @@ def test_a_command_line_gets_what_the_file_means(tmp_path: Path) -> None:
 def test_mistakes(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_config(write(tmp_path / "mine.yaml", text))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layer"), [("ff", FF), ("fff", FFF), ("fff", Forest), ("moe", NoisyTopKMoE), ("switch", SwitchMoE)]
+)
+def test_the_defaults_in_python_are_those_of_the_recipes(recipe: str, layer: type[FF]) -> None:
+    weights = load_config(CONFIGS / "recipe" / f"{recipe}.yaml")["model"].get("aux_weights", {})
+    temperature = weights.pop("inverse_temperature", None)
+    assert {name: value for name, value in weights.items() if value} == dict(layer.default_aux_weights)
+    if temperature:
+        ends = {"start": INVERSE_TEMPERATURE(0.0), "end": INVERSE_TEMPERATURE(1.0)}
+        assert temperature["init_args"] == pytest.approx(ends)
+
+
+def test_tuned_numbers_stand_in_the_recipes_alone() -> None:
+    for path in CONFIGS.rglob("*.yaml"):
+        if "recipe" not in path.relative_to(CONFIGS).parts:
+            text = path.read_text()
+            assert not [name for name in ("lr:", "aux_weights", "label_smoothing", "noise") if name in text], path

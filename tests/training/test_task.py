@@ -25,8 +25,9 @@ from fffexp.training.schedules import Adaptive, Exponential
 
 ROWS, BATCH, END = 96, 16, 50.0
 TREE = partial(FFF, depth=2, leaf_width=4)
-HARDEN = {"inverse_temperature": Exponential(1.0, END), "importance": 0.1}
-CYCLE = {"optimizer": partial(torch.optim.AdamW, lr=0.02), "lr_scheduler": partial(OneCycle, total_steps=None)}
+HARDEN: dict[str, Any] = {"inverse_temperature": Exponential(1.0, END), "importance": 0.1}
+OPTIMIZER = partial(torch.optim.AdamW, lr=0.02)
+CYCLE: dict[str, Any] = {"optimizer": OPTIMIZER, "lr_scheduler": partial(OneCycle, total_steps=None)}
 
 
 class Data(LightningDataModule):
