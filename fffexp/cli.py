@@ -20,7 +20,10 @@ COMMANDS: Mapping[str, Any] = {
     "study": {name: f"fffexp.study.commands:{name}" for name in STUDY},
     "report": "fffexp.study.commands:report",
     "bench": {name: f"fffexp.bench.commands:{name}" for name in ("inference", "training", "model", "overhead")},
-    "reproduce": "fffexp.cli:reproduce",
+    "reproduce": {
+        name: f"fffexp.paper.commands:{name}"
+        for name in ("table1", "table2", "table3", "figure3", "figure5", "figure6", "conversion")
+    },
     "build": "fffexp.cli:build",
 }
 
@@ -106,18 +109,6 @@ def _experiment(*args: str) -> None:
         for name, value in sorted(result.metrics.items()):
             print(f"{name:32} {value:.6g}")
         print(f"run {result.run_id}; compare runs: make ui")
-
-
-def reproduce(*args: str) -> None:
-    """Measure a paper's tables and figures again."""
-    if args[:1] == ("figure3",):
-        from fffexp.bench.commands import use_huge_pages
-
-        use_huge_pages()
-    from fffexp.paper.commands import main
-
-    with terminated_by_signal():  # the processes that train end with this one
-        main(list(args))
 
 
 def build() -> None:

@@ -1,175 +1,350 @@
-"""`fffexp reproduce`: arguments to measurements to figures and tables."""
+"""`fffexp reproduce`: a paper's tables and figures, printed from their files and measured where those lack something."""
 
-import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from fffexp.bench.arguments import Parser, natural, positive
-from fffexp.errors import UserError
-from fffexp.paper.cells import LAYERS
-from fffexp.paper.results import check_figure, hold
+from fffexp import paths
+from fffexp.bench.commands import use_huge_pages
+from fffexp.commandline import NonNegativeInt, PositiveInt, check_file
+from fffexp.errors import UserError, terminated_by_signal
 
+if TYPE_CHECKING:
+    from fffexp.paper.studies import PaperStudy
+    from fffexp.study.results import Results, Trial
 
-def main(args: list[str]) -> int:
-    """Parse and run."""
-    parser = Parser(prog="fffexp reproduce", description="Measure a paper's results again.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    told = "time of inference against the number of blocks (arXiv 2308.14711, figures 3 and 4)"
-    sub = commands.add_parser("figure3", help=told, description=told, allow_abbrev=False)
-    sub.add_argument("--depths", nargs="+", type=natural, default=list(range(1, 16)), metavar="N")
-    sub.add_argument("--batch_sizes", nargs="+", type=positive, default=[1, 256], metavar="N")
-    sub.add_argument("--leaf_width", type=positive, default=32, metavar="N")
-    sub.add_argument("--in_features", type=positive, default=768, metavar="N")
-    sub.add_argument("--out_features", type=positive, default=768, metavar="N")
-    sub.add_argument("--ff_depth", type=natural, metavar="N", help="FF up to width leaf_width * 2^N (the paper's: 5)")
-    sub.add_argument("--threads", type=positive, default=1, metavar="N")
-    sub.add_argument("--figure", type=Path, metavar="FILE", help="PNG; beside the JSON unless named")
-    sub.set_defaults(run=_figure3)
-    _json(sub)
-    told = "accuracy of FF and FFF at equal training width (arXiv 2308.14711, table 1)"
-    sub = commands.add_parser("table1", help=told, description=told, allow_abbrev=False)
-    sub.add_argument("--data", choices=("fashion_mnist", "mnist", "usps"), default="fashion_mnist")
-    sub.add_argument("--protocol", choices=("paper", "best"), default="paper", help="as printed, or configs/recipe/")
-    sub.add_argument("--training_widths", nargs="+", type=positive, default=[16, 32, 64, 128], metavar="N")
-    sub.add_argument("--leaf_widths", nargs="+", type=positive, default=[8, 4, 2, 1], metavar="N")
-    told = "of FF and FFF, and with --protocol best of the mixtures of experts too"
-    sub.add_argument("--layers", nargs="+", choices=LAYERS, default=["FF", "FFF"], help=told)
-    told = "FF of equal parameters, inference size and inference time beside each FFF (--protocol best)"
-    sub.add_argument("--controls", action="store_true", help=told)
-    _trainings(sub)
-    sub.add_argument("--figure", type=Path, metavar="FILE", help="PNG; beside the JSON unless named")
-    sub.set_defaults(run=_table1)
-    _json(sub)
-    told = "accuracy and epochs to train of FF, MoE and FFF at equal training width, in a seventh of the epochs of"
-    told += " arXiv 2308.14711, table 2"
-    sub = commands.add_parser("table2", help=told, description=told, allow_abbrev=False)
-    sub.add_argument("--data", choices=("fashion_mnist", "cifar10"), default="fashion_mnist")
-    sub.add_argument("--training_widths", nargs="+", type=positive, default=[64, 128, 256, 512, 1024], metavar="N")
-    told = "SwitchMoE, which the paper does not have, takes one expert of 32 a sample, as FFF takes one leaf"
-    sub.add_argument("--layers", nargs="+", choices=LAYERS, default=["FF", "NoisyTopKMoE", "FFF"], help=told)
-    _trainings(sub, seeds=3)
-    sub.set_defaults(run=_table2)
-    _json(sub)
-    told = "accuracy, size and speed of a vision transformer with FF, MoE and FFF (arXiv 2308.14711, table 3)"
-    sub = commands.add_parser("table3", help=told, description=told, allow_abbrev=False)
-    sub.add_argument("--data", choices=("fashion_mnist", "cifar10"), default="fashion_mnist")
-    sub.add_argument("--leaf_widths", nargs="+", type=positive, default=[32, 16, 8, 4, 2, 1], metavar="N")
-    told = "of the transformer (the paper's: 4); with fewer more is left to the feedforward layers"
-    sub.add_argument("--blocks", type=positive, default=4, metavar="N", help=told)
-    told = "of a training (default: 15, those of configs/recipe/vit.yaml)"
-    sub.add_argument("--epochs", type=positive, metavar="N", help=told)
-    _trainings(sub, seeds=3)
-    sub.set_defaults(run=_table3)
-    _json(sub)
-    told = "a trained vision transformer's layers made into trees, beside FF of their inference size, not trained again"
-    sub = commands.add_parser("conversion", help=told, description=told, allow_abbrev=False)
-    sub.add_argument("--data", choices=("fashion_mnist", "cifar10"), default="fashion_mnist")
-    trees = [(2, 32), (4, 32), (3, 16), (4, 8)]
-    sub.add_argument("--trees", nargs="+", type=_tree, default=trees, metavar="DEPTHxLEAF", help="such as 4x32")
-    sub.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many, from 0 on")
-    sub.set_defaults(run=_conversion)
-    _json(sub)
-    for name, told, data, epochs in (
-        ("figure5", "entropy of trees of depth 2, 3 and 4 over training", ("fashion_mnist", "mnist"), 50),
-        ("figure6", "entropy of each layer of a vision transformer over training", ("fashion_mnist", "cifar10"), 15),
-    ):
-        told = f"{told}, and the classes that their leaves get (arXiv 2308.14711, {name[:6]} {name[6:]})"
-        sub = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
-        sub.add_argument("--data", choices=data, default="fashion_mnist")
-        sub.add_argument("--epochs", type=positive, default=epochs, metavar="N")
-        sub.add_argument("--figure", type=Path, metavar="FILE", help="PNG; beside the JSON unless named")
-        sub.set_defaults(run=_entropies)
-        _json(sub)
-    found = parser.parse_args(args)
-    if found.json and found.json.suffix != ".json":
-        raise UserError(f"--json {found.json}: name a file that ends in .json")
-    if "figure" in found:
-        beside = found.json.with_suffix(".png") if found.json else Path(f"outputs/{found.command}.png")
-        check_figure(found.figure or beside, "--figure" if found.figure or not found.json else "--json")
-        found.figure = found.figure or beside
-    with hold(found.json):
-        found.run(found)
-    return 0
+Section = Callable[["Results", Sequence["Trial"]], str]
+Format = Literal["text", "json"]
+Table1Section = Literal["legend", "test_accuracy", "train_accuracy", "controls", "mixtures", "stability", "rivals"]
+Table2Section = Literal["legend", "test_accuracy", "train_accuracy", "epochs", "stability"]
+Table3Section = Literal["legend", "test_accuracy", "kept", "controls"]
+PATCHES = {"fashion_mnist": 7, "cifar10": 4}  # pixels of a vision transformer's patch that divide the images
 
 
-def _trainings(sub: argparse.ArgumentParser, seeds: int = 10) -> None:
-    sub.add_argument("--seeds", type=positive, default=seeds, metavar="N", help="how many, from 0 on")
-    sub.add_argument("--jobs", type=positive, default=2, metavar="N", help="processes, one cell each")
+def table1(
+    data: Literal["fashion_mnist", "mnist", "usps"] = "fashion_mnist",
+    recipe: Literal["tuned", "printed"] = "tuned",
+    training_widths: list[PositiveInt] = [16, 32, 64, 128],
+    leaf_widths: list[PositiveInt] = [8, 4, 2, 1],
+    layers: list[str] | None = None,
+    controls: bool = False,
+    seeds: PositiveInt = 10,
+    jobs: PositiveInt = 2,
+    show: list[Table1Section] | None = None,
+    format: Format = "text",
+    json: Path | None = None,
+    figure: Path | None = None,
+) -> None:
+    """Accuracy at equal training width (arXiv 2308.14711, table 1).
+
+    Args:
+        data: what is trained on.
+        recipe: tuned, by configs/recipe/ (studies/paper/table1.yaml), or printed (studies/paper/table1_printed.yaml).
+        training_widths: hidden neurons in all.
+        leaf_widths: hidden neurons of a leaf or an expert.
+        layers: groups of the study; those that the paper's table has unless given.
+        controls: dense layers of equal parameters, inference size and inference time beside each tree, too.
+        seeds: how many, from 0 on.
+        jobs: processes.
+        show: sections that are printed; all unless given.
+        format: json prints the rows of the file.
+        json: file of the results; what it has is not trained again.
+        figure: PNG; beside the JSON unless given.
+    """
+    from fffexp.paper import controls as compared
+    from fffexp.paper import figure_table1, rows, stability
+    from fffexp.paper.studies import PaperStudy
+
+    study = PaperStudy("table1" if recipe == "tuned" else "table1_printed", data, seeds)
+    groups = [label.partition(" ")[0] for label in study.content["layers"]]
+    chosen = rows.layers("table1") if layers is None else layers
+    if unknown := [layer for layer in chosen if layer not in groups]:
+        raise UserError(f"--layers {unknown[0]}: --recipe {recipe} has {', '.join(dict.fromkeys(groups))}")
+    trees = {f"{width}/{leaf}" for width in training_widths for leaf in leaf_widths}
+
+    def wanted(label: str, point: dict[str, Any]) -> bool:
+        in_table = point["training_width"] in training_widths and point.get("leaf_width") in (None, *leaf_widths)
+        return (in_table and label.partition(" ")[0] in chosen) or (controls and bool(trees & {*point.get("beside", ())}))
+
+    study.choose(wanted)
+    test, train, *_ = rows.METRICS
+    sections: dict[str, Section] = {
+        "legend": lambda *_: rows.LEGEND,
+        "test_accuracy": lambda results, shown: rows.report(results, test, shown) + rows.above_paper(results, shown),
+        "train_accuracy": lambda results, shown: rows.report(results, train, shown),
+        "controls": compared.report_trees,
+        "mixtures": compared.report_mixtures,
+        "stability": stability.report,
+        "rivals": stability.report_rivals,
+    }
+    with _files(json, figure or _beside(json, "table1")) as drawn:
+        results = study.open(json, {"table": "table1", "data": data, "recipe": recipe})
+        results = study.complete(results, json, jobs)
+        if controls and compared.untimed(results, study.wanted(results)):
+            compared.measure(results, study.wanted(results), study.layer)
+        _finish(study, results, json, sections, show, format)
+        figure_table1.draw(results, drawn)
 
 
-def _json(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--json", type=Path, metavar="FILE", help="results; a file that is there is completed")
+def table2(
+    data: Literal["fashion_mnist", "cifar10"] = "fashion_mnist",
+    training_widths: list[PositiveInt] = [64, 128, 256, 512, 1024],
+    layers: list[str] | None = None,
+    seeds: PositiveInt = 3,
+    jobs: PositiveInt = 2,
+    show: list[Table2Section] | None = None,
+    format: Format = "text",
+    json: Path | None = None,
+) -> None:
+    """Accuracy and epochs to train at equal training width, in a seventh of the epochs (arXiv 2308.14711, table 2).
 
+    Args:
+        data: what is trained on.
+        training_widths: hidden neurons in all.
+        layers: groups of studies/paper/table2.yaml; those that the paper's table has unless given.
+        seeds: how many, from 0 on.
+        jobs: processes.
+        show: sections that are printed; all unless given.
+        format: json prints the rows of the file.
+        json: file of the results; what it has is not trained again.
+    """
+    from fffexp.paper import rows, stability
+    from fffexp.paper.studies import PaperStudy
 
-def _figure3(found: argparse.Namespace) -> None:
-    from fffexp.paper import figure3
-
-    measured = figure3.measure(
-        found.depths,
-        found.batch_sizes,
-        (found.in_features, found.out_features, found.leaf_width),
-        found.threads,
-        figure3.FF_DEPTH if found.ff_depth is None else found.ff_depth,
-        found.json,
+    study = PaperStudy("table2", data, seeds)
+    chosen = layers or rows.layers("table2")
+    study.choose(
+        lambda label, point: label.partition(" ")[0] in chosen and point["training_width"] in training_widths
     )
-    print(figure3.report(measured))
-    figure3.draw(measured, found.figure)
-    print(f"drawn to {found.figure}" + (f", measurements in {found.json}" if found.json else ""))
+    test, train, *epochs = rows.METRICS
+    sections: dict[str, Section] = {
+        "legend": lambda *_: rows.LEGEND,
+        "test_accuracy": lambda results, shown: rows.report(results, test, shown),
+        "train_accuracy": lambda results, shown: rows.report(results, train, shown),
+        "epochs": lambda results, shown: "\n\n".join(rows.report(results, metric, shown) for metric in epochs),
+        "stability": stability.report,
+    }
+    with _files(json):
+        results = study.open(json, {"table": "table2", "data": data, "recipe": "printed"})
+        _finish(study, study.complete(results, json, jobs), json, sections, show, format)
 
 
-def _table1(found: argparse.Namespace) -> None:
-    if found.protocol == "paper" and (found.controls or {*found.layers} - {"FF", "FFF"}):
-        raise UserError("--protocol paper has FF and FFF alone: add --protocol best for controls and other layers")
-    if found.controls and "FFF" not in found.layers:
-        raise UserError("--controls stand beside FFF: add it to --layers")
-    from fffexp.paper import runs, table1
-    from fffexp.report import figure_table1
+def table3(
+    data: Literal["fashion_mnist", "cifar10"] = "fashion_mnist",
+    leaf_widths: list[PositiveInt] = [32, 16, 8, 4, 2, 1],
+    blocks: PositiveInt = 4,
+    epochs: PositiveInt | None = None,
+    seeds: PositiveInt = 3,
+    jobs: PositiveInt = 2,
+    show: list[Table3Section] | None = None,
+    format: Format = "text",
+    json: Path | None = None,
+) -> None:
+    """Accuracy, size and speed in a vision transformer (arXiv 2308.14711, table 3).
 
-    wanted = table1.cells(found.protocol, found.training_widths, found.leaf_widths, found.layers)
-    print(runs.HEADER, flush=True)
-    seeds = range(found.seeds)
-    measured = table1.measure(found.data, found.protocol, wanted, seeds, found.controls, found.jobs, found.json)
-    print(table1.report(measured))
-    figure_table1.draw(measured, found.figure)
-    print(f"drawn to {found.figure}")
+    Args:
+        data: what is trained on.
+        leaf_widths: hidden neurons of a leaf.
+        blocks: of the transformer; the paper's has 4, with fewer more is left to the feedforward layers.
+        epochs: of a training; those of configs/recipe/vit.yaml unless given.
+        seeds: how many, from 0 on.
+        jobs: processes.
+        show: sections that are printed; all unless given.
+        format: json prints the rows of the file.
+        json: file of the results; what it has is not trained again.
+    """
+    from fffexp.paper import rows
+    from fffexp.paper import table3 as report
 
-
-def _table2(found: argparse.Namespace) -> None:
-    from fffexp.paper import runs, table2
-
-    wanted = table2.cells(found.training_widths, found.layers)
-    print(runs.HEADER, flush=True)
-    measured = table2.measure(found.data, wanted, range(found.seeds), found.jobs, found.json)
-    print(table2.report(measured))
-
-
-def _table3(found: argparse.Namespace) -> None:
-    from fffexp.paper import runs, table3
-
-    wanted = table3.cells(found.leaf_widths)
-    print(runs.HEADER, flush=True)
-    seeds = range(found.seeds)
-    measured = table3.measure(found.data, found.blocks, found.epochs, wanted, seeds, found.jobs, found.json)
-    print(table3.report(measured))
-
-
-def _tree(text: str) -> tuple[int, int]:
-    depth, by, leaf_width = text.partition("x")
-    if not by:
-        raise argparse.ArgumentTypeError(f"{text!r} is not DEPTHxLEAF, such as 4x32")
-    return natural(depth), positive(leaf_width)
-
-
-def _conversion(found: argparse.Namespace) -> None:
-    from fffexp.paper import conversion
-
-    shapes = [conversion.Shape(*tree) for tree in found.trees]
-    print(conversion.report(conversion.measure(found.data, shapes, range(found.seeds), found.json)))
+    setting = {"table": "table3", "data": data, "recipe": "tuned", "blocks": blocks, "epochs": epochs}
+    study = _vit("table3", data, seeds, {"model.network.init_args.num_blocks": blocks} | _epochs(epochs))
+    trees = {f"128/{leaf}" for leaf in leaf_widths}
+    study.choose(
+        lambda _, point: bool(trees & {*point["beside"]}) or not point["beside"]
+        if "beside" in point
+        else "depth" not in point or point["leaf_width"] in leaf_widths
+    )
+    sections: dict[str, Section] = {
+        "legend": lambda *_: rows.LEGEND,
+        "test_accuracy": lambda results, shown: rows.report(results, rows.METRICS[0], shown),
+        "kept": report.report_kept,
+        "controls": report.report_controls,
+    }
+    with _files(json):
+        results = study.complete(study.open(json, setting), json, jobs)
+        if report.untimed(results):
+            report.measure(results, study.build)
+        _finish(study, results, json, sections, show, format)
 
 
-def _entropies(found: argparse.Namespace) -> None:
-    from fffexp.paper import entropies
+def figure3(
+    depths: list[NonNegativeInt] = list(range(1, 16)),
+    batch_sizes: list[PositiveInt] = [1, 256],
+    leaf_width: PositiveInt = 32,
+    in_features: PositiveInt = 768,
+    out_features: PositiveInt = 768,
+    ff_depth: NonNegativeInt = 5,
+    threads: PositiveInt = 1,
+    json: Path | None = None,
+    figure: Path | None = None,
+) -> None:
+    """Time of inference against the number of blocks (arXiv 2308.14711, figures 3 and 4).
 
-    measured = entropies.measure(found.command, found.data, found.epochs, found.json)
-    print(entropies.report(measured))
-    entropies.draw(measured, found.figure)
-    print(f"drawn to {found.figure}")
+    Args:
+        depths: of the trees; there are as many experts as leaves.
+        batch_sizes: samples at once.
+        leaf_width: hidden neurons of a leaf or an expert.
+        in_features: of the layers.
+        out_features: of the layers.
+        ff_depth: dense layers up to width leaf_width * 2^N.
+        threads: of torch.
+        json: file of the results; what it has is not measured again.
+        figure: PNG; beside the JSON unless given.
+    """
+    use_huge_pages()
+    from fffexp.paper import figure3 as figures
+
+    with _files(json, figure or _beside(json, "figure3")) as drawn:
+        measured = figures.measure(depths, batch_sizes, (in_features, out_features, leaf_width), threads, ff_depth, json)
+        print(figures.report(measured))
+        figures.draw(measured, drawn)
+
+
+def figure5(
+    data: Literal["fashion_mnist", "mnist"] = "fashion_mnist",
+    epochs: PositiveInt = 50,
+    json: Path | None = None,
+    figure: Path | None = None,
+) -> None:
+    """Entropy of trees of depth 2, 3 and 4 over training, and the classes their leaves get (arXiv 2308.14711, figure 5).
+
+    Args:
+        data: what is trained on.
+        epochs: of a training.
+        json: file of the results; what it has is not trained again.
+        figure: PNG; beside the JSON unless given.
+    """
+    from fffexp.paper.studies import PaperStudy
+
+    _hardening(PaperStudy("figure5", data, None, _epochs(epochs)), json, figure)
+
+
+def figure6(
+    data: Literal["fashion_mnist", "cifar10"] = "fashion_mnist",
+    epochs: PositiveInt = 15,
+    json: Path | None = None,
+    figure: Path | None = None,
+) -> None:
+    """Entropy of each layer of a vision transformer, and the classes its leaves get (arXiv 2308.14711, figure 6).
+
+    Args:
+        data: what is trained on.
+        epochs: of a training.
+        json: file of the results; what it has is not trained again.
+        figure: PNG; beside the JSON unless given.
+    """
+    _hardening(_vit("figure6", data, None, _epochs(epochs)), json, figure)
+
+
+def _hardening(study: "PaperStudy", json: Path | None, figure: Path | None) -> None:
+    from fffexp.paper import hardening
+
+    name = study.content["name"]
+    epochs = study.content["overrides"]["trainer.max_epochs"]
+    with _files(json, figure or _beside(json, name)) as drawn:
+        results = study.open(json, {"figure": name, "data": study.data, "epochs": epochs})
+        for trial in study.missing(results):
+            metrics, watched = hardening.train(study.arguments(trial, 0))
+            trial.runs.append({"seed": 0, **metrics})
+            study.add(results, trial)
+            results.extra.setdefault("trainings", {})[str(trial.number)] = watched
+            if json:
+                results.save(json)
+        print(hardening.report(results))
+        hardening.draw(results, drawn)
+
+
+def conversion(
+    data: Literal["fashion_mnist", "cifar10"] = "fashion_mnist",
+    trees: list[str] = ["2x32", "4x32", "3x16", "4x8"],
+    seeds: PositiveInt = 3,
+    json: Path | None = None,
+) -> None:
+    """A trained vision transformer's layers made into trees, beside dense layers of their inference size.
+
+    Args:
+        data: what is trained on.
+        trees: DEPTHxLEAF of each tree.
+        seeds: how many, from 0 on.
+        json: file of the results; what it has is not trained again.
+    """
+    from fffexp.paper import conversion as converted
+
+    study = _vit("table3", data, seeds, {})
+    study.choose(lambda _, point: point.get("beside") == [])
+    with _files(json):
+        setting = {"conversion": "ViT", "data": data, "trees": trees, "distillation": converted.SETTING["distillation"]}
+        results = study.open(json, setting)
+        (dense,) = study.points()
+        results.trials = results.trials or converted.points(trees, dense.recipe)
+        for seed in study.content["seeds"]:
+            if seed not in results.trials[0].by_seed(results.test_monitor):
+                converted.measure(study.arguments(dense, seed), seed, results.trials)
+                if json:
+                    results.save(json)
+        print(converted.report(results))
+
+
+def _vit(name: str, data: str, seeds: int | None, overrides: dict[str, Any]) -> "PaperStudy":
+    from fffexp.paper.studies import PaperStudy
+
+    return PaperStudy(name, data, seeds, {"model.network.init_args.patch_size": PATCHES[data], **overrides})
+
+
+def _epochs(epochs: int | None) -> dict[str, Any]:
+    return {} if epochs is None else {"trainer.max_epochs": epochs}
+
+
+def _beside(json: Path | None, name: str) -> Path:
+    return json.with_suffix(".png") if json else paths.outputs() / f"{name}.png"
+
+
+@contextmanager
+def _files(json: Path | None, figure: Path = Path("-.png")) -> Iterator[Path]:
+    """The figure's path, once both files can be written; nobody else writes the JSON, and SIGTERM ends what trains."""
+    from fffexp.files import hold
+
+    check_file("--json", json, ".json")
+    if figure.name != "-.png":
+        check_file("--figure", figure, ".png")
+    with hold(json), terminated_by_signal():
+        yield figure
+
+
+def _finish(
+    study: "PaperStudy",
+    results: "Results",
+    json: Path | None,
+    sections: dict[str, Section],
+    show: Sequence[str] | None,
+    format: Format,
+) -> None:
+    """Add the rows, write the file if they changed, and print."""
+    from fffexp.paper import rows
+    from fffexp.study.results import strict_json
+
+    before = results.to_json()
+    results.extra["cells"] = rows.cells(results)
+    if json and results.to_json() != before:
+        results.save(json)
+    shown = study.wanted(results)
+    if format == "json":
+        keys = ("table", "data", "recipe", "blocks", "epochs", "controls", "speeds")
+        found = {key: results.extra[key] for key in keys if key in results.extra}
+        points = [rows.describe(trial) for trial in shown]
+        cells = [row for row in results.extra["cells"] if {key: row[key] for key in points[0]} in points]
+        print(dumps(strict_json({**found, "seeds": results.seeds, "cells": cells}), indent=1))
+        return
+    print("\n\n".join(part for name in show or sections if (part := sections[name](results, shown))))

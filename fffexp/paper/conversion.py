@@ -4,192 +4,197 @@ Beside each tree stands a dense layer of the tree's inference size, made of the 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+import pkgutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.resources import files
+from typing import Any
 
 import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from fffexp.adapt.distil import convert_feedforward
 from fffexp.adapt.replace import LayerFactory
-from fffexp.environment import environment, training_device
 from fffexp.errors import UserError
-from fffexp.layers import FF, FFF, FeedforwardLayer
-from fffexp.paper import runs, table3
-from fffexp.paper.cells import Cell
-from fffexp.paper.results import load, save
-from fffexp.statistics import paired_tests, ratio
+from fffexp.layers import FeedforwardLayer
+from fffexp.paper.rows import bounds, is_tree, leaf_width, name, width
+from fffexp.report.tables import table
+from fffexp.statistics import format_difference, paired_tests, ratio
+from fffexp.study.results import Results, Trial
 from fffexp.timing import wait_for_timing
-from fffexp.training.vectorized import EVALUATION_ROWS, Replicas
+from fffexp.training.experiment import Context, run
 
-# Images of the training part that the layers are distilled on.
-SAMPLE, BATCH = 8192, 128
-STEPS, LR = 2000, 1e-3
-CONSTANT = Cell("FF", 0)  # no neurons: its mean output is all that is left of a layer
-
-
-class Shape(NamedTuple):
-    """Of a tree."""
-
-    depth: int
-    leaf_width: int
-
-    @property
-    def tree(self) -> Cell:
-        """The tree itself."""
-        return Cell("FFF", 2**self.depth * self.leaf_width, self.leaf_width)
-
-    @property
-    def control(self) -> Cell:
-        """FF of its inference size."""
-        return Cell("FF", self.tree.inference_size)
-
-    def check(self) -> None:
-        """Raise UserError, before anything is trained, if the tree cannot be made or its control is no smaller."""
-        name = f"--trees {self.depth}x{self.leaf_width}"
-        if self.control.training_width >= table3.WIDTH:
-            told = f"{self.depth} + {self.leaf_width} neurons at inference are no fewer than the {table3.WIDTH} of FF"
-            raise UserError(f"{name}: {told}: give a smaller tree")
-        try:
-            FFF(table3.FEATURES, table3.FEATURES, self.depth, self.leaf_width)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from error
+SETTING = yaml.safe_load(files("fffexp.paper").joinpath("conversion.yaml").read_text())
+MEAN = "mean output"  # in place of the class of the layer: all that is left of it
+FEATURES = 128  # of a token; the sizes that are compared do not depend on it
 
 
-def measure(data: str, shapes: Sequence[Shape], seeds: Sequence[int], path: Path | None) -> dict[str, Any]:
-    """Train an FF model for each seed, and convert it to each shape; seeds that the file has are left.
+class _Keep(Callback):
+    """The task with its best weights, as it was tested, and its data."""
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.task, self.data = pl_module, trainer.datamodule  # type: ignore[attr-defined] # set by a connector
+
+
+class Mean(nn.Module):
+    """Gives the mean of a layer's outputs on sample data, whatever it is given."""
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.mean.expand(*x.shape[:-1], -1)
+
+
+def points(trees: Sequence[str], recipe: str | None) -> list[Trial]:
+    """The trained model, the one with mean outputs, and each tree with its control.
 
     Args:
-        data: a name of DATA.
-        shapes: of the trees.
-        seeds: one model each.
-        path: where each seed is written when it is done.
+        trees: DEPTHxLEAF of each.
+        recipe: digest of the training.
 
     Raises:
-        UserError: the file is of another measurement, of another recipe, or of other trees; or a tree is too large.
+        UserError: a tree that cannot be made, or whose control is no smaller than the dense layer.
     """
-    for shape in shapes:
-        shape.check()
-    how = table3.training(table3.DENSE, data)
-    distillation = {"images": SAMPLE, "batch": BATCH, "steps": STEPS, "lr": LR}
-    setting: dict[str, Any] = {"conversion": "ViT", "data": data, "recipe": how.recipe(), "distillation": distillation}
-    setting |= {"shapes": [list(shape) for shape in shapes], "constant": True}  # an earlier version had no such model
-    found = load(path, setting) or {**setting, "environments": [], "runs": []}
-    have = {run["seed"] for run in found["runs"]}
-    missing = [seed for seed in seeds if seed not in have]
-    where = environment([torch.get_num_threads()], training_device())
-    if missing and where not in found["environments"]:
-        found["environments"].append(where)
-    for seed in missing:
-        replicas = Replicas(how.args, [seed])
-        (dense,) = replicas.train(*how[1:])
-        (own,) = replicas.data
-        assert dense.test_accuracy is not None
-        x, y = own.test_data
-        sample = own.train_data[0][:SAMPLE]
-        new = [_run(table3.DENSE, seed, dense.test_accuracy)]
-        new.append(_run(CONSTANT, seed, _accuracy(without_neurons(replicas.task.network, sample), x, y)))
-        for cell in dict.fromkeys(cell for shape in shapes for cell in (shape.tree, shape.control)):
-            torch.manual_seed(seed)
-            model, factory = copy.deepcopy(replicas.task.network).eval(), table3.layer_factory(cell)
-            assert factory is not None
-            made = convert_feedforward(model, sample.split(BATCH), _pausing(factory), steps=STEPS, lr=LR)
-            accuracy = _accuracy(model, x, y)
-            new.append(
-                _run(cell, seed, accuracy, [each.final_error for each in made], [each.initial_error for each in made])
+    dense_width = SETTING["dense_width"]
+    found = [_point("dense", training_width=dense_width), Trial(1, "COMPLETE", {"layer": MEAN, "training_width": 0})]
+    for text in trees:
+        try:
+            depth, leaf = map(int, text.split("x"))
+            tree = _point("tree", training_width=2**depth * leaf, leaf_width=leaf, depth=depth)
+        except ValueError as error:
+            raise UserError(f"--trees {text}: give DEPTHxLEAF, such as 4x32 ({error})") from error
+        size = (tree.sizes or {})["inference_size"]
+        if size >= dense_width:
+            raise UserError(
+                f"--trees {text}: {size} neurons at inference are no fewer than the {dense_width} of the dense layer: "
+                "give a smaller tree"
             )
-            print(f"seed {seed}  {_name(cell):22}{accuracy:8.2%} of {dense.test_accuracy:.2%}", flush=True)
-        found["runs"] += new
-        save(path, found)
+        found += [tree, _point("dense", training_width=size)]
+    for number, trial in enumerate(found):
+        trial.number, trial.recipe = number, recipe
     return found
 
 
+def _point(kind: str, **params: int) -> Trial:
+    trial = Trial(0, "COMPLETE", {"layer": pkgutil.resolve_name(SETTING[kind]).__name__, **params})
+    trial.sizes = factory(trial)(FEATURES, FEATURES).sizes()
+    return trial
+
+
+def factory(trial: Trial) -> Callable[[int, int], FeedforwardLayer]:
+    """Makes the layer of a point."""
+    if is_tree(trial):
+        sizes = {key: trial.params[key] for key in ("depth", "leaf_width")}
+        return partial(pkgutil.resolve_name(SETTING["tree"]), **sizes)
+    return partial(pkgutil.resolve_name(SETTING["dense"]), width=width(trial))
+
+
+def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
+    """Train the dense model, convert it to each point, and add a run of this seed to each.
+
+    Args:
+        args: of the fit of the dense model, without a seed.
+        seed: of the training and the conversions.
+        trials: as `points` makes them.
+    """
+    kept = _Keep()
+    result = run([*args, f"--seed_everything={seed}"], Context(callbacks=[kept], quiet=True))
+    assert result is not None
+    task, dense, mean, *others = kept.task.eval(), *trials
+    trained: nn.Module = task.network
+    images, batch, steps, lr = (SETTING["distillation"][key] for key in ("images", "batch", "steps", "lr"))
+    sample = kept.data.train_data[0][:images].to(task.device)
+    metrics = {name: value for name, value in result.metrics.items() if name.startswith(("test/", "val/"))}
+    dense.runs.append({"seed": seed, **metrics})
+    mean.runs.append({"seed": seed, **_test(kept, with_mean_outputs(trained, sample))})
+    for trial in others:
+        torch.manual_seed(seed)
+        model = copy.deepcopy(trained)
+        made = convert_feedforward(model, sample.split(batch), _pausing(factory(trial)), steps=steps, lr=lr)
+        errors = {"errors": [each.final_error for each in made], "initial_errors": [each.initial_error for each in made]}
+        trial.runs.append({"seed": seed, **_test(kept, model), **errors})
+        accuracy = trial.runs[-1]["test/accuracy"]
+        print(f"seed {seed}  {name(trial):30}{accuracy:8.2%} of {metrics['test/accuracy']:.2%}", flush=True)
+
+
+def _test(kept: _Keep, model: nn.Module) -> dict[str, float]:
+    task, network = kept.task, kept.task.network
+    task.network = model
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    try:
+        (found,) = Trainer(devices=1, **quiet).test(task, kept.data, verbose=False)  # type: ignore[arg-type]
+    finally:
+        task.network = network
+    return {key: value for key, value in found.items() if key.startswith("test/")}
+
+
 @torch.no_grad()
-def without_neurons(model: nn.Module, x: Tensor) -> nn.Module:
-    """A copy whose FF layers give the mean of their outputs on x, whatever they are given."""
+def with_mean_outputs(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy whose feedforward layers give the mean of their outputs on x, whatever they are given."""
     model = copy.deepcopy(model).eval()
-    means: dict[nn.Linear, Tensor] = {}
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, FeedforwardLayer)}
+    means: dict[str, Tensor] = {}
 
-    def keep(linear: nn.Linear, _: object, output: Tensor) -> None:
-        means[linear] = output.flatten(0, -2).mean(0)
+    def keep(path: str, _: nn.Module, __: object, output: Tensor) -> None:
+        means[path] = output.flatten(0, -2).mean(0)
 
-    handles = [m.network[-1].register_forward_hook(keep) for m in model.modules() if isinstance(m, FF)]
+    handles = [layer.register_forward_hook(partial(keep, path)) for path, layer in layers.items()]
     model(x)
     for handle in handles:
         handle.remove()
-    for linear, mean in means.items():
-        linear.weight.zero_()
-        linear.bias.copy_(mean)
+    for path, mean in means.items():
+        model.set_submodule(path, Mean(mean))
     return model
 
 
-def _pausing(factory: LayerFactory) -> LayerFactory:
+def _pausing(make: LayerFactory) -> LayerFactory:
     """Layers that wait, at each pass, until nobody times."""
 
-    def make(in_features: int, out_features: int) -> FeedforwardLayer:
-        layer = factory(in_features, out_features)
+    def made(in_features: int, out_features: int) -> FeedforwardLayer:
+        layer = make(in_features, out_features)
         layer.register_forward_pre_hook(lambda *_: wait_for_timing())
         return layer
 
-    return make
+    return made
 
 
-def _run(
-    cell: Cell, seed: int, accuracy: float, errors: Sequence[float] = (), starts: Sequence[float] = ()
-) -> dict[str, Any]:
-    return {**asdict(cell), "seed": seed, "test_accuracy": accuracy, "errors": list(errors), "starts": list(starts)}
-
-
-@torch.inference_mode()
-def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    right = 0
-    for rows, labels in zip(x.split(EVALUATION_ROWS // 16), y.split(EVALUATION_ROWS // 16), strict=True):
-        right += int((model(rows).argmax(1) == labels).sum())
-    return right / len(y)
-
-
-def _name(cell: Cell) -> str:
-    return f"FF of {cell.training_width}" if cell.layer == "FF" else f"FFF {cell.blocks} leaves of {cell.leaf_width}"
-
-
-def _of(found: Mapping[str, Any], cell: Cell, key: str = "test_accuracy") -> dict[int, Any]:
-    return {run["seed"]: run[key] for run in found["runs"] if Cell.of(run) == cell}
-
-
-def report(found: Mapping[str, Any]) -> str:
-    """A line for each converted layer, and whether trees are ahead of their controls."""
-    dense, constant = _of(found, table3.DENSE), _of(found, CONSTANT)
-    shapes = [Shape(*shape) for shape in found["shapes"]]
-    lines = [
-        f"{'layers':22}{'width':>6}{'size':>6}{'accuracy':>10}{'of dense, %':>13}{'95% interval':>18}"
-        f"{'recovered, %':>14}{'95% interval':>18}  error by block",
-        f"{'FF of 128, trained':22}{table3.WIDTH:6}{table3.WIDTH:6}{_mean_of(dense):10.2f}",
-    ]
-    for cell in (CONSTANT, *(cell for shape in shapes for cell in (shape.tree, shape.control))):
-        mine, errors = _of(found, cell), _of(found, cell, "errors")
+def report(results: Results) -> str:
+    """A row for each converted layer, and whether trees are ahead of their controls."""
+    dense, mean, *others = results.trials
+    accuracy = {trial.number: trial.by_seed(results.test_monitor) for trial in results.trials}
+    whole, least = accuracy[dense.number], accuracy[mean.number]
+    lines: list[dict[str, Any]] = []
+    for trial in results.trials:
+        mine, sizes = accuracy[trial.number], trial.sizes or {"inference_width": 0, "inference_size": 0}
         seeds = sorted(mine)
-        kept = ratio([mine[seed] for seed in seeds], [dense[seed] for seed in seeds])
-        gain, whole = ([of[seed] - constant[seed] for seed in seeds] for of in (mine, dense))
-        recovered = None if cell == CONSTANT else ratio(gain, whole)
-        by_block = " ".join(f"{sum(part) / len(part):.3f}" for part in zip(*errors.values(), strict=True))
-        width = cell.leaf_width or cell.training_width
-        start = f"{_name(cell):22}{width:6}{cell.inference_size:6}{_mean_of(mine):10.2f}"
-        lines.append(f"{start}{table3.told(kept, 13, 18)}{table3.told(recovered, 14, 18)}  {by_block}".rstrip())
-    tests = paired_tests([(_of(found, shape.tree), _of(found, shape.control)) for shape in shapes])
-    lines.append("")
-    for shape, test in zip(shapes, tests, strict=True):
-        lines.append(f"{_name(shape.tree)} - {_name(shape.control)}: {runs.difference(test)}")
-    lines.append(
-        f"Test accuracy in percent, means of {len(dense)} seeds. width, size: neurons at inference,\n"
-        "without and with those that decide. Each layer was distilled by itself to the dense layer's outputs; error:\n"
-        "mean squared difference over their variance, on images held out. FF of 0: each layer gives its mean output.\n"
-        "recovered: of what the dense layers add to that; both shares by Fieller, paired by seed. p: paired t-test,\n"
-        "adjusted for all lines by Benjamini and Hochberg."
+        line = {"layers": name(trial), "width": sizes["inference_width"], "size": sizes["inference_size"]}
+        line["test acc"] = 100 * sum(mine.values()) / len(mine)
+        of_dense = ratio([mine[s] for s in seeds], [whole[s] for s in seeds])
+        recovered = ratio([mine[s] - least[s] for s in seeds], [whole[s] - least[s] for s in seeds])
+        for title, share, there in (
+            ("of dense, %", of_dense, trial is not dense),
+            ("recovered, %", recovered, trial in others),
+        ):
+            line[title] = f"{100 * share[0]:.1f} {bounds(share[1], 1, 100)}" if share and there else None
+        errors = list(zip(*(run["errors"] for run in trial.runs if "errors" in run), strict=True))
+        line["error by block"] = " ".join(f"{sum(part) / len(part):.3f}" for part in errors) or None
+        lines.append(line)
+    pairs = list(zip(others[::2], others[1::2], strict=True))
+    tests = paired_tests([(accuracy[tree.number], accuracy[control.number]) for tree, control in pairs])
+    compared = [
+        {"tree": name(tree), "control": name(control), "difference": format_difference(test, 100)}
+        for (tree, control), test in zip(pairs, tests, strict=True)
+    ]
+    return (
+        f"{table(lines, {'test acc': '.2f'})}\n\n{table(compared)}\n"
+        f"Test accuracy in percent, means of {len(whole)} seeds; the first row was trained. width, size: neurons at\n"
+        "inference, without and with those that route. Each layer was distilled by itself to the dense layer's outputs; error:\n"
+        f"mean squared difference over their variance, on images held out. {MEAN}: of each layer, whatever its input.\n"
+        "recovered: of what the dense layers add to that; both shares with 95% intervals by Fieller, paired by seed.\n"
+        "difference: in points, paired by seed; p: paired t-test, adjusted for all rows by Benjamini and Hochberg."
     )
-    return "\n".join(lines)
-
-
-def _mean_of(by_seed: Mapping[int, float]) -> float:
-    return 100 * sum(by_seed.values()) / len(by_seed)

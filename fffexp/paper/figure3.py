@@ -1,6 +1,7 @@
 """`fffexp reproduce figure3`: time of inference against the number of blocks (arXiv 2308.14711, figures 3 and 4)."""
 
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from fffexp.bench.records import Record
 from fffexp.environment import environment
 from fffexp.errors import UserError
 from fffexp.paper.cost import Fit, fit, local_slopes
-from fffexp.paper.results import load, save
+from fffexp.files import save_json
 
 # The paper's FF reach width 32 * 2^5; wider ones are what FFF saves.
 FF_DEPTH = 5
@@ -47,7 +48,7 @@ def measure(
     torch.set_num_threads(threads)
     setting = {"sizes": list(sizes), "threads": threads, "ff_depth": ff_depth}
     kind = {"figure": "figure3", "setting": setting}
-    found = load(path, kind) or {**kind, "environment": {}, "limits": {}, "records": []}
+    found = _load(path, kind) or {**kind, "environment": {}, "limits": {}, "records": []}
     points = list(itertools.product(depths, batch_sizes, (1, 2)))
     done = {(r["depth_of_point"], r["batch_size"], r["k_of_point"]) for r in found["records"]}
     if done.issuperset(points):
@@ -69,7 +70,21 @@ def measure(
         for record in run_point(names, point, [batch_size], {threads: limits}, seconds=POINT_S):
             found["records"].append(asdict(record) | {"depth_of_point": depth, "k_of_point": k})
             print(f"2^{depth:<3} batch {batch_size:<5} {series(record):8} {1e6 * record.median_s:12.1f} us", flush=True)
-        save(path, found)
+        if path:
+            save_json(path, found)
+    return found
+
+
+def _load(path: Path | None, kind: dict[str, Any]) -> dict[str, Any] | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        differing = [key for key, value in kind.items() if found[key] != value]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--json {path} holds no records of this figure ({error}): give another file") from error
+    if differing:
+        raise UserError(f"--json {path} holds another measurement ({differing[0]}): give another file, or remove it")
     return found
 
 

@@ -1,113 +1,115 @@
-"""How evenly layers train, across seeds and within a run; and FFF against mixtures of experts, accuracy too."""
+"""How evenly layers train, across seeds and within a run; and trees against mixtures of experts, accuracy too."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from scipy import stats
 
-from fffexp.paper import runs
-from fffexp.paper.cells import Cell, Layer
-from fffexp.statistics import adjusted, paired_p
+from fffexp.paper.rows import collapsed, is_tree, leaf_width, ordered, point, width
+from fffexp.report.tables import table
+from fffexp.statistics import adjusted, paired_p, paired_spread
+from fffexp.study.results import Results, Trial
 
-RIVALS: tuple[Layer, ...] = ("NoisyTopKMoE", "SwitchMoE")
-WITHIN: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # None where a layer has no such thing
-    "late std": lambda run: 100 * run["val_accuracy_std"],
-    "spikes": lambda run: run["loss_spikes"] / run["epochs"],  # some recipes have more epochs than others
-    "nonfinite": lambda run: run["nonfinite_steps"],
-    "dead": lambda run: run["dead_blocks"],
+# None where a layer has no such thing
+WITHIN: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "late std": lambda run: 100 * run["stability/val_monitor_std"],
+    "spikes": lambda run: run["stability/loss_spikes"] / run["epochs"],  # some recipes have more epochs than others
+    "nonfinite": lambda run: run["stability/nonfinite_steps"],
+    "dead": lambda run: run.get("stability/dead_leaves"),
 }
+FORMATS = dict.fromkeys(("std", "mean - worst", *WITHIN), ".2f") | dict.fromkeys(("epochs", "epochs std"), ".1f")
 COMPARED = ("late std", "spikes", "dead")
 
 
-def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a cell: measures across seeds, and means over seeds of those within a run."""
-    rows = []
-    for cell in runs.cells(found):
-        of_cell = runs.of(found, cell)
-        if len(of_cell) < 2:
-            continue
-        accuracies = [100 * run["test_accuracy"] for run in of_cell]
-        row = {
-            **cell.describe(),
-            "std": statistics.stdev(accuracies),
-            "mean - worst": statistics.mean(accuracies) - min(accuracies),
-            "collapsed": runs.collapsed(of_cell),
-            "ETT_G": statistics.mean(run["epochs_to_best"] for run in of_cell),
-            "ETT_G std": statistics.stdev(run["epochs_to_best"] for run in of_cell),
-        }
-        for name, measure in WITHIN.items():
-            values = [value for run in of_cell if (value := measure(run)) is not None]
-            row[name] = statistics.mean(values) if values else None
-        rows.append(row)
-    return rows
+def measures(trial: Trial) -> dict[str, Any]:
+    """Across seeds, and means over seeds of those within a run."""
+    accuracies = [100 * run["test/accuracy"] for run in trial.runs]
+    epochs = [run["epochs_to_best"] for run in trial.runs]
+    found: dict[str, Any] = {
+        "std": statistics.stdev(accuracies),
+        "mean - worst": statistics.mean(accuracies) - min(accuracies),
+        "collapsed": collapsed(trial),
+        "epochs": statistics.mean(epochs),
+        "epochs std": statistics.stdev(epochs),
+    }
+    for name, measure in WITHIN.items():
+        values = [value for run in trial.runs if (value := measure(run)) is not None]
+        found[name] = statistics.mean(values) if values else None
+    return found
 
 
-def tests(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Is FFF more accurate, and does it train more evenly, than a MoE of the same training and block width?
+def tests(results: Results) -> list[dict[str, Any]]:
+    """Is a tree more accurate, and does it train more evenly, than a mixture of the same training and leaf width?
 
-    Accuracy by a paired t-test; evenness across seeds by Brown and Forsythe's test of equal variance, within runs by
-    Wilcoxon's of paired measures; p adjusted for all by Benjamini and Hochberg.
+    Accuracy by a paired t-test; evenness across seeds by Pitman and Morgan's test of equal variances of paired samples,
+    within runs by Wilcoxon's of paired measures; p adjusted for all by Benjamini and Hochberg.
     """
     made = []
-    present = set(runs.cells(found))
-    for cell in runs.cells(found):
-        if cell.layer != "FFF" or cell.reduction is not None:
-            continue
-        for other in RIVALS:
-            rival = Cell(other, cell.training_width, cell.leaf_width)
-            if rival not in present:
+    trials = ordered(results)
+    for tree in trials:
+        for rival in trials:
+            same = (width(tree), leaf_width(tree)) == (width(rival), leaf_width(rival))
+            if not is_tree(tree) or "reduction" in tree.params or is_tree(rival) or not same:
                 continue
-            ours, theirs = ({run["seed"]: run for run in runs.of(found, each)} for each in (cell, rival))
+            ours, theirs = ({run["seed"]: run for run in each.runs} for each in (tree, rival))
             seeds = sorted(ours.keys() & theirs.keys())
             if len(seeds) < 3:
                 continue
-            a, b = ([100 * of[seed]["test_accuracy"] for seed in seeds] for of in (ours, theirs))
+            a, b = ([100 * of[seed]["test/accuracy"] for seed in seeds] for of in (ours, theirs))
+            pair = {"tree": tree, "rival": rival}
             p = paired_p([x - y for x, y in zip(a, b, strict=True)])
-            made.append(_test(cell, other, "test accuracy", statistics.mean, a, b, p))
-            varies = max(statistics.stdev(a), statistics.stdev(b)) > 0
-            p = stats.levene(a, b).pvalue if varies else 1.0
-            made.append(_test(cell, other, "std of test accuracy", statistics.stdev, a, b, p))
+            made.append({**pair, "measure": "test accuracy", "means": (statistics.mean(a), statistics.mean(b)), "p": p})
+            spread = (statistics.stdev(a), statistics.stdev(b))
+            made.append({**pair, "measure": "std of test accuracy", "means": spread, "p": paired_spread(a, b)})
             for name in COMPARED:
-                a, b = ([WITHIN[name](of[seed]) for seed in seeds] for of in (ours, theirs))
-                p = 1.0 if a == b else stats.wilcoxon(a, b).pvalue
-                made.append(_test(cell, other, name, statistics.mean, a, b, p))
+                a, b = ([float(WITHIN[name](of[seed]) or 0) for seed in seeds] for of in (ours, theirs))
+                p = 1.0 if a == b else float(stats.wilcoxon(a, b).pvalue)
+                made.append({**pair, "measure": name, "means": (statistics.mean(a), statistics.mean(b)), "p": p})
     for each, p in zip(made, adjusted([each["p"] for each in made]), strict=True):
         each["p"] = p
     return made
 
 
-def _test(
-    cell: Cell, other: str, measure: str, of: Any, a: Sequence[float], b: Sequence[float], p: float
-) -> dict[str, Any]:
-    return {**cell.describe(), "other": other, "measure": measure, "FFF": of(a), "rival": of(b), "p": float(p)}
-
-
-def report(found: Mapping[str, Any]) -> str:
-    """Both tables; "" where nothing was trained with several seeds."""
-    rows = table(found)
-    if not rows:
+def report(_: Results, shown: Iterable[Trial]) -> str:
+    """The measures; "" where nothing was trained with several seeds."""
+    lines = []
+    for trial in shown:
+        if len(trial.runs) < 2:
+            continue
+        lines.append(point(trial) | measures(trial))
+    if not lines:
         return ""
-    head = f"{'layer':13}{'w':>5}{'leaf':>5}{'reading':>8}{'std':>7}{'mean-worst':>11}{'collapsed':>10}"
-    lines = ["stability", head + f"{'ETT_G':>8}{'std':>6}" + "".join(f"{name:>10}" for name in WITHIN)]
-    for r in rows:
-        start = f"{r['layer']:13}{r['training_width']:5}{r['leaf_width'] or '':>5}{r['reduction'] or '':>8}"
-        across = f"{r['std']:7.2f}{r['mean - worst']:11.2f}{r['collapsed']:10}{r['ETT_G']:8.1f}{r['ETT_G std']:6.1f}"
-        lines.append(start + across + "".join(f"{'' if r[n] is None else format(r[n], '.2f'):>10}" for n in WITHIN))
-    lines.append(
-        "std, worst: test accuracy over seeds in points; late std: of validation accuracy over the last quarter of\n"
-        "the epochs; spikes: steps an epoch; nonfinite: steps; dead: leaves or experts that no training sample\n"
-        "reaches; means over seeds. ETT_G and late std depend on the recipe's epochs as well."
+    return (
+        f"stability\n{table(lines, FORMATS)}\n"
+        "std, mean - worst: test accuracy over seeds in points; epochs: to the best validation accuracy; late std: of\n"
+        "validation accuracy over the last quarter of the epochs; spikes: steps an epoch; nonfinite: steps; dead: leaves or\n"
+        "experts that no training sample reaches; means over seeds. epochs and late std depend on the recipe as well."
     )
-    compared = tests(found)
-    if compared:
-        lines += ["", f"{'w':>5}{'leaf':>5}  {'FFF against':14}{'measure':22}{'FFF':>9}{'rival':>9}{'p':>10}"]
-    for t in compared:
-        start = f"{t['training_width']:5}{t['leaf_width']:5}  {t['other']:14}{t['measure']:22}"
-        lines.append(f"{start}{t['FFF']:9.2f}{t['rival']:9.2f}{t['p']:10.1e}")
-    if compared:
-        lines.append(
-            "p: paired t-test (test accuracy), Brown and Forsythe's test of equal variance (std), Wilcoxon's signed\n"
-            "rank test, paired (others); adjusted for all lines by Benjamini and Hochberg."
-        )
-    return "\n".join(lines)
+
+
+def report_rivals(results: Results, shown: Iterable[Trial]) -> str:
+    """The tests; "" without any."""
+    numbers = {trial.number for trial in shown}
+    lines = [
+        {
+            "w": width(t["tree"]),
+            "leaf": leaf_width(t["tree"]),
+            "tree": t["tree"].layer,
+            "rival": t["rival"].layer,
+            "measure": t["measure"],
+            "tree's": t["means"][0],
+            "rival's": t["means"][1],
+            "p": t["p"],
+        }
+        for t in tests(results)
+        if {t["tree"].number, t["rival"].number} <= numbers
+    ]
+    if not lines:
+        return ""
+    formats = {"tree's": ".2f", "rival's": ".2f", "p": ".1e"}
+    return (
+        f"trees beside mixtures\n{table(lines, formats)}\n"
+        "p: paired t-test (test accuracy), Pitman and Morgan's test of equal variances of paired samples (std), Wilcoxon's\n"
+        "signed rank test, paired (others); adjusted for all comparisons of the file by Benjamini and Hochberg."
+    )

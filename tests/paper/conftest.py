@@ -1,30 +1,24 @@
-"""Data of the same form as Fashion-MNIST, small enough to train on in a test."""
+"""The studies of the paper on data of the same form as Fashion-MNIST, small enough to train on in a test."""
 
 import gzip
-from collections.abc import Callable
-from functools import partial
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
-from fffexp.paper import cells, table1, table2, table3
-from fffexp.paper.runs import Training
+from fffexp.paper import studies
 
-SHORT = ["--trainer.max_epochs=4", "--data.batch_size=50"]
-
-
-def _shortened(training: Callable[..., Training], more: list[str], *of: Any) -> Training:
-    how = training(*of)
-    return how._replace(args=[*how.args, *more])
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two easy classes as IDX files where the configs look for Fashion-MNIST; trainings are short."""
-    generator = np.random.default_rng(0)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two easy classes as IDX files in place of Fashion-MNIST, and short trainings; the folder of the studies."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FFFEXP_OUTPUTS", str(tmp_path / "outputs"))
+    generator = np.random.default_rng(0)
     root = tmp_path / "small"
     root.mkdir()
     for part, rows in (("train", 200), ("t10k", 40)):
@@ -33,8 +27,16 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, array in (("images-idx3", images), ("labels-idx1", labels)):
             header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
             (root / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    monkeypatch.setitem(cells.DATA, "fashion_mnist", [*cells.DATA["fashion_mnist"], f"--data.root={root}"])
-    longer = ["--trainer.max_epochs=20", "--model.optimizer.lr=0.02"]
-    for table, more in ((table1, []), (table2, longer), (table3, [])):
-        monkeypatch.setattr(table, "training", partial(_shortened, table.training, [*SHORT, *more]))
-    return root
+    for folder in ("configs", "studies"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    config = tmp_path / "configs/data/fashion_mnist.yaml"
+    data = yaml.safe_load(config.read_text())
+    data["data"]["init_args"] |= {"root": str(root), "batch_size": 50}
+    config.write_text(yaml.safe_dump(data))
+    folder = tmp_path / "studies/paper"
+    for path in folder.glob("*.yaml"):
+        study = yaml.safe_load(path.read_text())
+        study["overrides"] = study.get("overrides", {}) | {"trainer.max_epochs": 4}
+        path.write_text(yaml.safe_dump(study, sort_keys=False))
+    monkeypatch.setattr(studies, "FOLDER", folder)
+    return folder

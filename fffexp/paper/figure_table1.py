@@ -1,0 +1,66 @@
+"""Table 1 as a figure: test accuracy against training width."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fffexp.paper.rows import METRICS, Row, is_dense, leaf_width, ordered, row, width
+from fffexp.study.results import Results, Trial
+
+# colours of Okabe and Ito, which the colour-blind can tell apart
+DENSE_COLOUR = "0.3"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def draw(results: Results, path: Path) -> None:
+    """A panel a layer, with the dense one in each: means with their intervals, and hollow the paper's best of ten."""
+    trials = ordered(results)
+    titles = sorted({_title(trial) for trial in trials if not is_dense(trial)})
+    # dense controls have widths that are nobody's training width
+    shown = sorted({width(trial) for trial in trials if not titles or not is_dense(trial)})
+    dense = [trial for trial in trials if is_dense(trial) and width(trial) in shown]
+    figure = Figure(figsize=(2 + 3.4 * max(1, len(titles)), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, max(1, len(titles)), sharey=True, squeeze=False)[0]
+    leaf_widths = sorted({leaf for trial in trials if (leaf := leaf_width(trial))}, reverse=True)
+    for axes, title in zip(panels, titles or [""], strict=True):
+        _line(axes, results, dense, dense[0].layer if dense else "", DENSE_COLOUR, 0)
+        for index, leaf in enumerate(leaf_widths):
+            of = [trial for trial in trials if _title(trial) == title and leaf_width(trial) == leaf]
+            _line(axes, results, of, f"leaves or experts of {leaf}", COLOURS[index % len(COLOURS)], index + 1)
+        axes.plot([], [], "o", color="0.4", markerfacecolor="none", markersize=7, label="printed: best of ten")
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(shown, [str(each) for each in shown])
+        axes.set_xlabel("training width (hidden neurons)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("test accuracy in percent, hard routing")
+    handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right center")
+    counts = sorted({len(trial.runs) for trial in trials}) or [0]
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    title = f"{results.extra['data']}, {results.extra['recipe']} recipe: mean of {seeds} seeds, 95% interval"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _title(trial: Trial) -> str:
+    return f"{trial.layer} {trial.params.get('reduction', '')}".strip()
+
+
+def _line(axes: Axes, results: Results, trials: Sequence[Trial], name: str, colour: str, place: int) -> None:
+    rows: list[Row] = [row(results, trial, METRICS[0]) for trial in sorted(trials, key=width)]
+    if not rows:
+        return
+    widths = [each["training_width"] * 1.03**place for each in rows]  # beside each other
+    means = [each["mean"] for each in rows]
+    half = [[0.0 if e["ci95"] is None else abs(e["ci95"][side] - e["mean"]) for e in rows] for side in (0, 1)]
+    axes.errorbar(widths, means, half, fmt="-o", color=colour, markersize=4, linewidth=1, capsize=2, label=name)
+    printed = [(at, each["paper"]) for at, each in zip(widths, rows, strict=True) if each["paper"]]
+    if printed:
+        axes.plot(*zip(*printed, strict=True), "o", color=colour, markerfacecolor="none", markersize=7)

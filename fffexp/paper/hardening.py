@@ -1,0 +1,148 @@
+"""Figures 5 and 6: how trees harden in training, and what they route on (arXiv 2308.14711).
+
+Curves of the mean entropy of the choices in nats, log 2 where all are undecided.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from sklearn.metrics import mutual_info_score
+from torch import Tensor
+
+from fffexp.layers import FeedforwardLayer
+from fffexp.report.tables import table
+from fffexp.study.results import Results, Trial
+
+SHARES = (0, 0.1, 0.25, 0.5, 1)  # of the training
+ENTROPY = "routing/entropy"
+
+
+class Hardening(Callback):
+    """Keeps the entropy of each layer by epoch, and at the end how its leaves share the classes of the validation set.
+
+    Attributes:
+        entropies: by the layer's path, one an epoch.
+        classes_by_leaf: by the layer's path, inputs of each class that every leaf gets: (leaves, classes).
+    """
+
+    def __init__(self) -> None:
+        self.entropies: dict[str, list[float]] = {}
+        self.classes_by_leaf: dict[str, Tensor] = {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what was logged at the end of the epoch before."""
+        if trainer.current_epoch:
+            self._keep(trainer, pl_module)
+
+    def _keep(self, trainer: Trainer, task: Any) -> None:
+        for path in task.layers:
+            key = ENTROPY if len(task.layers) == 1 else f"{ENTROPY}/{path}"
+            self.entropies.setdefault(path, []).append(float(trainer.callback_metrics[key]))
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the last epoch's entropies, and count."""
+        self._keep(trainer, pl_module)
+        task: Any = pl_module
+        batches = trainer.val_dataloaders
+        assert batches is not None
+        x, y = (torch.cat(part).to(task.device) for part in zip(*batches, strict=True))
+        classes = int(y.max()) + 1
+        leaves: dict[str, Tensor] = {}
+
+        def route(path: str, layer: FeedforwardLayer, args: tuple[Tensor]) -> None:
+            leaves[path] = layer.route(args[0]).squeeze(1)
+
+        handles = [layer.register_forward_pre_hook(partial(route, path)) for path, layer in task.layers.items()]
+        task.eval()
+        for path, layer in task.layers.items():
+            self.classes_by_leaf[path] = torch.zeros(layer.num_experts, classes, dtype=torch.long, device=x.device)
+        for rows, labels in zip(x.split(1024), y.split(1024), strict=True):
+            task(rows)
+            for path, leaf in leaves.items():
+                each = labels.repeat_interleave(len(leaf) // len(labels))  # the tokens of an image have its class
+                counts = self.classes_by_leaf[path]
+                counts += torch.bincount(leaf * classes + each, minlength=counts.numel()).view_as(counts)
+        for handle in handles:
+            handle.remove()
+
+
+def train(args: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train one tree by the arguments of a fit; its metrics, and what is drawn of it."""
+    from fffexp.environment import environment, training_device
+    from fffexp.training.experiment import Context, run
+
+    watched = Hardening()
+    result = run(args, Context(callbacks=[watched], quiet=True))
+    assert result is not None
+    return result.metrics, {
+        "entropies": watched.entropies,
+        "classes_by_leaf": {path: counts.tolist() for path, counts in watched.classes_by_leaf.items()},
+        "environment": environment([torch.get_num_threads()], training_device()),
+    }
+
+
+def _curves(results: Results) -> list[tuple[str, str, list[float], list[list[int]]]]:
+    """Name of the training, path of the layer, entropies, classes by leaf."""
+    drawn = results.extra["trainings"]
+    return [
+        (_title(trial), path, entropies, drawn[str(trial.number)]["classes_by_leaf"][path])
+        for trial in results.trials
+        if str(trial.number) in drawn
+        for path, entropies in drawn[str(trial.number)]["entropies"].items()
+    ]
+
+
+def _title(trial: Trial) -> str:
+    return f"depth {trial.params['depth']}"
+
+
+def report(results: Results) -> str:
+    """A row for each layer: entropy after shares of the training, and how much of the class a leaf tells."""
+    lines = []
+    for title, path, entropies, counts in _curves(results):
+        at = {f"{s:.0%}": f"{entropies[min(len(entropies) - 1, int(s * len(entropies)))]:.3f}" for s in SHARES}
+        used = sum(sum(leaf) > 0 for leaf in counts)
+        known = mutual_info_score(None, None, contingency=counts)
+        lines.append({"tree": title, "layer": path, **at, "leaves": used, "class, nats": f"{known:.3f}"})
+    return (
+        f"{table(lines)}\n"
+        "Mean entropy of the choices in nats (undecided: 0.693) after these shares of the training; leaves that validation\n"
+        "inputs reach at its end; what the leaf tells of the class: their mutual information (of ten classes at most 2.303)."
+    )
+
+
+def draw(results: Results, path: Path) -> None:
+    """Entropies over the epochs; where a model has several layers also the classes by leaf of each."""
+    curves = _curves(results)
+    several = len({path for _, path, *_ in curves}) > 1
+    panels = 1 + (len(curves) if several else 0)
+    figure = Figure(figsize=(5 + 2.4 * (panels - 1), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    first, *others = figure.subplots(1, panels, squeeze=False, width_ratios=[2.2, *[1] * (panels - 1)])[0]
+    for title, layer, entropies, _ in curves:
+        first.plot(range(1, len(entropies) + 1), entropies, label=layer if several else title)
+    first.set_xlabel("epoch")
+    first.set_ylabel("mean entropy of the choices, nats")
+    first.set_ylim(bottom=0)
+    first.grid(alpha=0.25)
+    first.spines[["top", "right"]].set_visible(False)
+    first.legend(frameon=False, fontsize=8)
+    for axes, (_, layer, _, counts) in zip(others, curves, strict=False):
+        shares = torch.tensor(counts, dtype=torch.float64)
+        axes.imshow((shares / shares.sum(0).clamp_min(1)).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set_title(layer, fontsize=8)
+        axes.set_xlabel("leaf")
+        axes.set_xticks(range(len(counts)))
+        axes.set_yticks(range(len(counts[0])))
+    if others:
+        others[0].set_ylabel("class: share of its tokens by leaf")
+    epochs = max(len(entropies) for *_, entropies, _ in curves)
+    figure.suptitle(f"{results.extra['data']}, {epochs} epochs", x=0.01, ha="left", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
