@@ -90,7 +90,7 @@ def test_the_command_measures_draws_and_goes_on_where_it_stopped(
     ("arguments", "message"),
     [
         (["figure3", "--json", "x.txt"], "ends in .json"),
-        (["figure3", "--depths", "-1"], "--depths"),
+        (["figure3", "--depths", "-1"], "depths"),
         (["figure9"], "unknown command 'reproduce figure9'"),
     ],
 )
