@@ -29,9 +29,7 @@ def trial(number: int, layer: str, accuracies: list[float], **params: Any) -> Tr
     size = width if leaf is None else leaf + params["depth"] if "depth" in params else 2 * leaf + width // leaf
     neurons = width if "depth" not in params else width + 2 ** params["depth"] - 1
     sizes = {"training_width": width, "inference_width": leaf or width, "inference_size": size}
-    return Trial(
-        number, "COMPLETE", {"layer": layer, **params}, runs=runs, sizes=sizes | {"parameters": 795 * neurons}
-    )
+    return Trial(number, "COMPLETE", {"layer": layer, **params}, runs=runs, sizes=sizes | {"parameters": 795 * neurons})
 
 
 def table(*trials: Trial, **extra: Any) -> Results:

@@ -1,4 +1,4 @@
-"""`fffexp reproduce`: a paper's tables and figures, printed from their files and measured where those lack something."""
+"""`fffexp reproduce`: a paper's tables and figures, printed from their files, and measured where those lack them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from fffexp import paths
 from fffexp.bench.commands import use_huge_pages
 from fffexp.commandline import NonNegativeInt, PositiveInt, check_file
 from fffexp.errors import UserError, terminated_by_signal
+from fffexp.files import hold, strict_json
 
 if TYPE_CHECKING:
     from fffexp.paper.studies import PaperStudy
@@ -26,8 +27,8 @@ PATCHES = {"fashion_mnist": 7, "cifar10": 4}  # pixels of a vision transformer's
 def table1(
     data: Literal["fashion_mnist", "mnist", "usps"] = "fashion_mnist",
     recipe: Literal["tuned", "printed"] = "tuned",
-    training_widths: list[PositiveInt] = [16, 32, 64, 128],
-    leaf_widths: list[PositiveInt] = [8, 4, 2, 1],
+    training_widths: list[PositiveInt] | None = None,
+    leaf_widths: list[PositiveInt] | None = None,
     layers: list[str] | None = None,
     controls: bool = False,
     seeds: PositiveInt = 10,
@@ -42,8 +43,8 @@ def table1(
     Args:
         data: what is trained on.
         recipe: tuned, by configs/recipe/ (studies/paper/table1.yaml), or printed (studies/paper/table1_printed.yaml).
-        training_widths: hidden neurons in all.
-        leaf_widths: hidden neurons of a leaf or an expert.
+        training_widths: hidden neurons in all; those of the table's trees unless given.
+        leaf_widths: hidden neurons of a leaf or an expert; all of the study unless given.
         layers: groups of the study; those that the paper's table has unless given.
         controls: dense layers of equal parameters, inference size and inference time beside each tree, too.
         seeds: how many, from 0 on.
@@ -62,16 +63,20 @@ def table1(
     chosen = rows.layers("table1") if layers is None else layers
     if unknown := [layer for layer in chosen if layer not in groups]:
         raise UserError(f"--layers {unknown[0]}: --recipe {recipe} has {', '.join(dict.fromkeys(groups))}")
+    training_widths = training_widths or study.values("training_width")
+    leaf_widths = leaf_widths or study.values("leaf_width")
     trees = {f"{width}/{leaf}" for width in training_widths for leaf in leaf_widths}
 
     def wanted(label: str, point: dict[str, Any]) -> bool:
         in_table = point["training_width"] in training_widths and point.get("leaf_width") in (None, *leaf_widths)
-        return (in_table and label.partition(" ")[0] in chosen) or (controls and bool(trees & {*point.get("beside", ())}))
+        return (in_table and label.partition(" ")[0] in chosen) or (
+            controls and bool(trees & {*point.get("beside", ())})
+        )
 
     study.choose(wanted)
     test, train, *_ = rows.METRICS
     sections: dict[str, Section] = {
-        "legend": lambda *_: rows.LEGEND,
+        "legend": lambda *_: rows.note(rows.LEGEND),
         "test_accuracy": lambda results, shown: rows.report(results, test, shown) + rows.above_paper(results, shown),
         "train_accuracy": lambda results, shown: rows.report(results, train, shown),
         "controls": compared.report_trees,
@@ -79,18 +84,18 @@ def table1(
         "stability": stability.report,
         "rivals": stability.report_rivals,
     }
-    with _files(json, figure or _beside(json, "table1")) as drawn:
+    with _files(json, figure, "table1") as drawn:
         results = study.open(json, {"table": "table1", "data": data, "recipe": recipe})
         results = study.complete(results, json, jobs)
-        if controls and compared.untimed(results, study.wanted(results)):
-            compared.measure(results, study.wanted(results), study.layer)
+        if controls and (untimed := compared.untimed(results, study.wanted(results))):
+            compared.measure(results, untimed, study.build)
         _finish(study, results, json, sections, show, format)
         figure_table1.draw(results, drawn)
 
 
 def table2(
     data: Literal["fashion_mnist", "cifar10"] = "fashion_mnist",
-    training_widths: list[PositiveInt] = [64, 128, 256, 512, 1024],
+    training_widths: list[PositiveInt] | None = None,
     layers: list[str] | None = None,
     seeds: PositiveInt = 3,
     jobs: PositiveInt = 2,
@@ -102,7 +107,7 @@ def table2(
 
     Args:
         data: what is trained on.
-        training_widths: hidden neurons in all.
+        training_widths: hidden neurons in all; all of the study unless given.
         layers: groups of studies/paper/table2.yaml; those that the paper's table has unless given.
         seeds: how many, from 0 on.
         jobs: processes.
@@ -114,13 +119,11 @@ def table2(
     from fffexp.paper.studies import PaperStudy
 
     study = PaperStudy("table2", data, seeds)
-    chosen = layers or rows.layers("table2")
-    study.choose(
-        lambda label, point: label.partition(" ")[0] in chosen and point["training_width"] in training_widths
-    )
+    chosen, widths = layers or rows.layers("table2"), training_widths or study.values("training_width")
+    study.choose(lambda label, point: label.partition(" ")[0] in chosen and point["training_width"] in widths)
     test, train, *epochs = rows.METRICS
     sections: dict[str, Section] = {
-        "legend": lambda *_: rows.LEGEND,
+        "legend": lambda *_: rows.note(rows.LEGEND),
         "test_accuracy": lambda results, shown: rows.report(results, test, shown),
         "train_accuracy": lambda results, shown: rows.report(results, train, shown),
         "epochs": lambda results, shown: "\n\n".join(rows.report(results, metric, shown) for metric in epochs),
@@ -133,7 +136,7 @@ def table2(
 
 def table3(
     data: Literal["fashion_mnist", "cifar10"] = "fashion_mnist",
-    leaf_widths: list[PositiveInt] = [32, 16, 8, 4, 2, 1],
+    leaf_widths: list[PositiveInt] | None = None,
     blocks: PositiveInt = 4,
     epochs: PositiveInt | None = None,
     seeds: PositiveInt = 3,
@@ -146,7 +149,7 @@ def table3(
 
     Args:
         data: what is trained on.
-        leaf_widths: hidden neurons of a leaf.
+        leaf_widths: hidden neurons of a leaf; all of the study unless given.
         blocks: of the transformer; the paper's has 4, with fewer more is left to the feedforward layers.
         epochs: of a training; those of configs/recipe/vit.yaml unless given.
         seeds: how many, from 0 on.
@@ -160,14 +163,17 @@ def table3(
 
     setting = {"table": "table3", "data": data, "recipe": "tuned", "blocks": blocks, "epochs": epochs}
     study = _vit("table3", data, seeds, {"model.network.init_args.num_blocks": blocks} | _epochs(epochs))
+    leaf_widths = leaf_widths or study.values("leaf_width")
     trees = {f"128/{leaf}" for leaf in leaf_widths}
     study.choose(
-        lambda _, point: bool(trees & {*point["beside"]}) or not point["beside"]
-        if "beside" in point
-        else "depth" not in point or point["leaf_width"] in leaf_widths
+        lambda _, point: (
+            bool(trees & {*point["beside"]}) or not point["beside"]
+            if "beside" in point
+            else "depth" not in point or point["leaf_width"] in leaf_widths
+        )
     )
     sections: dict[str, Section] = {
-        "legend": lambda *_: rows.LEGEND,
+        "legend": lambda *_: rows.note(rows.LEGEND),
         "test_accuracy": lambda results, shown: rows.report(results, rows.METRICS[0], shown),
         "kept": report.report_kept,
         "controls": report.report_controls,
@@ -180,8 +186,8 @@ def table3(
 
 
 def figure3(
-    depths: list[NonNegativeInt] = list(range(1, 16)),
-    batch_sizes: list[PositiveInt] = [1, 256],
+    depths: list[NonNegativeInt] | None = None,
+    batch_sizes: list[PositiveInt] | None = None,
     leaf_width: PositiveInt = 32,
     in_features: PositiveInt = 768,
     out_features: PositiveInt = 768,
@@ -193,8 +199,8 @@ def figure3(
     """Time of inference against the number of blocks (arXiv 2308.14711, figures 3 and 4).
 
     Args:
-        depths: of the trees; there are as many experts as leaves.
-        batch_sizes: samples at once.
+        depths: of the trees, 1 to 15 unless given; there are as many experts as leaves.
+        batch_sizes: samples at once, 1 and 256 unless given.
         leaf_width: hidden neurons of a leaf or an expert.
         in_features: of the layers.
         out_features: of the layers.
@@ -206,8 +212,11 @@ def figure3(
     use_huge_pages()
     from fffexp.paper import figure3 as figures
 
-    with _files(json, figure or _beside(json, "figure3")) as drawn:
-        measured = figures.measure(depths, batch_sizes, (in_features, out_features, leaf_width), threads, ff_depth, json)
+    depths, batch_sizes = depths or list(range(1, 16)), batch_sizes or [1, 256]
+    with _files(json, figure, "figure3") as drawn:
+        measured = figures.measure(
+            depths, batch_sizes, (in_features, out_features, leaf_width), threads, ff_depth, json
+        )
         print(figures.report(measured))
         figures.draw(measured, drawn)
 
@@ -218,7 +227,7 @@ def figure5(
     json: Path | None = None,
     figure: Path | None = None,
 ) -> None:
-    """Entropy of trees of depth 2, 3 and 4 over training, and the classes their leaves get (arXiv 2308.14711, figure 5).
+    """Entropy of trees of depth 2, 3 and 4 over training, and the classes of their leaves (arXiv 2308.14711, figure 5).
 
     Args:
         data: what is trained on.
@@ -237,7 +246,7 @@ def figure6(
     json: Path | None = None,
     figure: Path | None = None,
 ) -> None:
-    """Entropy of each layer of a vision transformer, and the classes its leaves get (arXiv 2308.14711, figure 6).
+    """Entropy of each layer of a vision transformer, and the classes of its leaves (arXiv 2308.14711, figure 6).
 
     Args:
         data: what is trained on.
@@ -253,7 +262,7 @@ def _hardening(study: "PaperStudy", json: Path | None, figure: Path | None) -> N
 
     name = study.content["name"]
     epochs = study.content["overrides"]["trainer.max_epochs"]
-    with _files(json, figure or _beside(json, name)) as drawn:
+    with _files(json, figure, name) as drawn:
         results = study.open(json, {"figure": name, "data": study.data, "epochs": epochs})
         for trial in study.missing(results):
             metrics, watched = hardening.train(study.arguments(trial, 0))
@@ -268,7 +277,7 @@ def _hardening(study: "PaperStudy", json: Path | None, figure: Path | None) -> N
 
 def conversion(
     data: Literal["fashion_mnist", "cifar10"] = "fashion_mnist",
-    trees: list[str] = ["2x32", "4x32", "3x16", "4x8"],
+    trees: list[str] | None = None,
     seeds: PositiveInt = 3,
     json: Path | None = None,
 ) -> None:
@@ -276,7 +285,7 @@ def conversion(
 
     Args:
         data: what is trained on.
-        trees: DEPTHxLEAF of each tree.
+        trees: DEPTHxLEAF of each tree; those of conversion.yaml unless given.
         seeds: how many, from 0 on.
         json: file of the results; what it has is not trained again.
     """
@@ -285,6 +294,7 @@ def conversion(
     study = _vit("table3", data, seeds, {})
     study.choose(lambda _, point: point.get("beside") == [])
     with _files(json):
+        trees = trees or converted.SETTING["trees"]
         setting = {"conversion": "ViT", "data": data, "trees": trees, "distillation": converted.SETTING["distillation"]}
         results = study.open(json, setting)
         (dense,) = study.points()
@@ -307,20 +317,15 @@ def _epochs(epochs: int | None) -> dict[str, Any]:
     return {} if epochs is None else {"trainer.max_epochs": epochs}
 
 
-def _beside(json: Path | None, name: str) -> Path:
-    return json.with_suffix(".png") if json else paths.outputs() / f"{name}.png"
-
-
 @contextmanager
-def _files(json: Path | None, figure: Path = Path("-.png")) -> Iterator[Path]:
-    """The figure's path, once both files can be written; nobody else writes the JSON, and SIGTERM ends what trains."""
-    from fffexp.files import hold
-
+def _files(json: Path | None, figure: Path | None = None, name: str = "") -> Iterator[Path]:
+    """Where the figure of this name goes, once the files can be written; nobody else writes the JSON meanwhile."""
     check_file("--json", json, ".json")
-    if figure.name != "-.png":
-        check_file("--figure", figure, ".png")
+    drawn = figure or (json.with_suffix(".png") if json else paths.outputs() / f"{name}.png")
+    if name:
+        check_file("--figure", drawn, ".png")
     with hold(json), terminated_by_signal():
-        yield figure
+        yield drawn
 
 
 def _finish(
@@ -333,7 +338,6 @@ def _finish(
 ) -> None:
     """Add the rows, write the file if they changed, and print."""
     from fffexp.paper import rows
-    from fffexp.study.results import strict_json
 
     before = results.to_json()
     results.extra["cells"] = rows.cells(results)

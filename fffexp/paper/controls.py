@@ -1,10 +1,10 @@
-"""Dense layers that a sceptic would hold against a tree: of equal width, parameters, inference size and inference time."""
+"""Dense layers that a sceptic would hold against a tree: of equal width, parameters, size and time at inference."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fffexp.paper.rows import describe, is_dense, is_tree, leaf_width, ordered, point, width
+from fffexp.paper.rows import describe, is_dense, is_tree, leaf_width, note, ordered, point, width
 from fffexp.report.tables import table
 from fffexp.statistics import Paired, format_difference, paired_tests
 from fffexp.study.results import Results, Trial
@@ -44,7 +44,7 @@ def equal(tree: Mapping[str, Any], sizes: Mapping[int, Mapping[str, int]]) -> di
     """
     found = {}
     for kind, key in (("width", "training_width"), ("inference size", "inference_size")):
-        found |= {kind: of for of, each in sizes.items() if each[key] == tree[key]}
+        found.update((kind, of) for of, each in sizes.items() if each[key] == tree[key])
     apart = {of: abs(each["parameters"] - tree["parameters"]) for of, each in sizes.items()}
     nearest = min(apart, key=lambda of: apart[of], default=0)
     if nearest and apart[nearest] <= sizes[nearest]["parameters"] / nearest / 2:  # within half a neuron
@@ -68,7 +68,9 @@ def comparisons(results: Results) -> list[Comparison]:
         if ratios := {of: ratio for of, ratio in times.get(_key(describe(tree)), {}).items() if of in dense}:
             widths["inference time"] = equal_in_time(ratios)
         for of in sorted({*widths.values()} & dense.keys(), reverse=True):
-            kinds = [kind for kind in ("width", "parameters", "inference size", "inference time") if widths.get(kind) == of]
+            kinds = [
+                kind for kind in ("width", "parameters", "inference size", "inference time") if widths.get(kind) == of
+            ]
             pairs.append((tree, dense[of], kinds, ratios[of] if ratios and "inference time" in kinds else None))
     return _tested(results, pairs)
 
@@ -86,7 +88,9 @@ def mixtures(results: Results) -> list[Comparison]:
 
 
 def _tested(results: Results, pairs: Sequence[tuple[Trial, Trial, list[str], float | None]]) -> list[Comparison]:
-    shared = [pair for pair in pairs if {*pair[0].by_seed(results.test_monitor)} & {*pair[1].by_seed(results.test_monitor)}]
+    shared = [
+        pair for pair in pairs if {*pair[0].by_seed(results.test_monitor)} & {*pair[1].by_seed(results.test_monitor)}
+    ]
     tests = paired_tests([(a.by_seed(results.test_monitor), b.by_seed(results.test_monitor)) for a, b, *_ in shared])
     return [Comparison(*pair, test) for pair, test in zip(shared, tests, strict=True)]
 
@@ -115,11 +119,11 @@ def report_trees(results: Results, shown: Iterable[Trial]) -> str:
     ]
     if not lines:
         return ""
-    return (
-        f"controls\n{table(lines, {'its time': '.2f'})}\n"
-        "Test accuracy in points, tree minus dense layer, paired by seed; 95% interval; p of a paired t-test, adjusted for\n"
-        "all comparisons of the file by Benjamini and Hochberg. its time: of the widest dense layer that takes no more than\n"
-        f"{TOLERANCE} of the tree's time, over it, computed in the fastest of its forms, batch {BATCH_SIZE}, one thread."
+    return f"controls\n{table(lines, {'its time': '.2f'})}\n" + note(
+        "Test accuracy in points, tree minus dense layer, paired by seed; 95% interval; p of a paired t-test, "
+        "adjusted for all comparisons of the file by Benjamini and Hochberg. its time: of the widest dense "
+        f"layer that takes no more than {TOLERANCE} of the tree's time, over it, computed in the fastest of "
+        f"its forms, batch {BATCH_SIZE}, one thread."
     )
 
 
@@ -138,10 +142,10 @@ def report_mixtures(results: Results, shown: Iterable[Trial]) -> str:
     ]
     if not lines:
         return ""
-    return (
-        f"mixtures beside dense layers\n{table(lines)}\n"
-        "Test accuracy in points, mixture minus dense layer, paired by seed; p adjusted for all mixtures of the file.\n"
-        "neurons: evaluated for one sample, the gate's included; the dense layer is the widest here that evaluates no more."
+    return f"mixtures beside dense layers\n{table(lines)}\n" + note(
+        "Test accuracy in points, mixture minus dense layer, paired by seed; p adjusted for all mixtures of "
+        "the file. neurons: evaluated for one sample, the gate's included; the dense layer is the widest here "
+        "that evaluates no more."
     )
 
 

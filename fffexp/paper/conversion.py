@@ -19,7 +19,7 @@ from fffexp.adapt.distil import convert_feedforward
 from fffexp.adapt.replace import LayerFactory
 from fffexp.errors import UserError
 from fffexp.layers import FeedforwardLayer
-from fffexp.paper.rows import bounds, is_tree, leaf_width, name, width
+from fffexp.paper.rows import bounds, is_tree, name, note, width
 from fffexp.report.tables import table
 from fffexp.statistics import format_difference, paired_tests, ratio
 from fffexp.study.results import Results, Trial
@@ -116,7 +116,10 @@ def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
         torch.manual_seed(seed)
         model = copy.deepcopy(trained)
         made = convert_feedforward(model, sample.split(batch), _pausing(factory(trial)), steps=steps, lr=lr)
-        errors = {"errors": [each.final_error for each in made], "initial_errors": [each.initial_error for each in made]}
+        errors = {
+            "errors": [each.final_error for each in made],
+            "initial_errors": [each.initial_error for each in made],
+        }
         trial.runs.append({"seed": seed, **_test(kept, model), **errors})
         accuracy = trial.runs[-1]["test/accuracy"]
         print(f"seed {seed}  {name(trial):30}{accuracy:8.2%} of {metrics['test/accuracy']:.2%}", flush=True)
@@ -125,7 +128,12 @@ def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
 def _test(kept: _Keep, model: nn.Module) -> dict[str, float]:
     task, network = kept.task, kept.task.network
     task.network = model
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     try:
         (found,) = Trainer(devices=1, **quiet).test(task, kept.data, verbose=False)  # type: ignore[arg-type]
     finally:
@@ -190,11 +198,11 @@ def report(results: Results) -> str:
         {"tree": name(tree), "control": name(control), "difference": format_difference(test, 100)}
         for (tree, control), test in zip(pairs, tests, strict=True)
     ]
-    return (
-        f"{table(lines, {'test acc': '.2f'})}\n\n{table(compared)}\n"
-        f"Test accuracy in percent, means of {len(whole)} seeds; the first row was trained. width, size: neurons at\n"
-        "inference, without and with those that route. Each layer was distilled by itself to the dense layer's outputs; error:\n"
-        f"mean squared difference over their variance, on images held out. {MEAN}: of each layer, whatever its input.\n"
-        "recovered: of what the dense layers add to that; both shares with 95% intervals by Fieller, paired by seed.\n"
-        "difference: in points, paired by seed; p: paired t-test, adjusted for all rows by Benjamini and Hochberg."
+    return f"{table(lines, {'test acc': '.2f'})}\n\n{table(compared)}\n" + note(
+        f"Test accuracy in percent, means of {len(whole)} seeds; the first row was trained. width, size: "
+        "neurons at inference, without and with those that route. Each layer was distilled by itself to the "
+        "dense layer's outputs; error: mean squared difference over their variance, on images held out. "
+        f"{MEAN}: of each layer, whatever its input. recovered: of what the dense layers add to that; both "
+        "shares with 95% intervals by Fieller, paired by seed. difference: in points, paired by seed; p: "
+        "paired t-test, adjusted for all rows by Benjamini and Hochberg."
     )

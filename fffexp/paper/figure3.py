@@ -18,8 +18,8 @@ from fffexp.bench.machine import measure_limits
 from fffexp.bench.records import Record
 from fffexp.environment import environment
 from fffexp.errors import UserError
-from fffexp.paper.cost import Fit, fit, local_slopes
 from fffexp.files import save_json
+from fffexp.paper.cost import Fit, fit, local_slopes
 
 # The paper's FF reach width 32 * 2^5; wider ones are what FFF saves.
 FF_DEPTH = 5

@@ -15,6 +15,7 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from fffexp.layers import FeedforwardLayer
+from fffexp.paper.rows import note
 from fffexp.report.tables import table
 from fffexp.study.results import Results, Trial
 
@@ -110,10 +111,10 @@ def report(results: Results) -> str:
         used = sum(sum(leaf) > 0 for leaf in counts)
         known = mutual_info_score(None, None, contingency=counts)
         lines.append({"tree": title, "layer": path, **at, "leaves": used, "class, nats": f"{known:.3f}"})
-    return (
-        f"{table(lines)}\n"
-        "Mean entropy of the choices in nats (undecided: 0.693) after these shares of the training; leaves that validation\n"
-        "inputs reach at its end; what the leaf tells of the class: their mutual information (of ten classes at most 2.303)."
+    return f"{table(lines)}\n" + note(
+        "Mean entropy of the choices in nats (undecided: 0.693) after these shares of the training; leaves "
+        "that validation inputs reach at its end; what the leaf tells of the class: their mutual information "
+        "(of ten classes at most 2.303)."
     )
 
 

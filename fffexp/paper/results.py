@@ -1,6 +1,6 @@
 """`make results`: every table in docs/ is what the command above it prints, and every picture is drawn again.
 
-All of it comes from the JSON of docs/results/. A block is the first ```text after a command in backquotes that names one.
+All of it comes from the JSON of docs/results/. A block is the first ```text after a command in backquotes with a file.
 """
 
 import io
@@ -44,7 +44,11 @@ def refresh() -> None:
     os.chdir(ROOT)
     for page in sorted(Path("docs").glob("**/*.md")):
         page.write_text(refreshed(page.read_text()))
-    printed("fffexp reproduce figure3 --depths " + " ".join(map(str, range(1, 16))) + " --batch_sizes 1 16 256 2048 --json docs/results/figure3.json")
+    printed(
+        "fffexp reproduce figure3 --depths "
+        + " ".join(map(str, range(1, 16)))
+        + " --batch_sizes 1 16 256 2048 --json docs/results/figure3.json"
+    )
     for picture, study in PICTURES.items():
         Path(picture).write_bytes(figures.png(figures.pareto(Results.load(Path(f"docs/results/{study}.json")))))
 

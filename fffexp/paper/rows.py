@@ -1,13 +1,14 @@
 """Rows of a table of the paper: each metric of each layer over its seeds, beside the number that the paper prints."""
 
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 import yaml
 
-from fffexp.report.tables import table
+from fffexp.report.tables import COLUMNS, table
 from fffexp.statistics import Interval, above, mean_interval
 from fffexp.study.results import Results, Trial
 
@@ -120,10 +121,7 @@ def ordered(results: Results) -> list[Trial]:
 def cells(results: Results) -> list[Row]:
     """A row for each point and metric, as in JSON."""
     return [
-        row(results, trial, metric)
-        for trial in ordered(results)
-        for metric in METRICS
-        if trial.by_seed(metric.key)
+        row(results, trial, metric) for trial in ordered(results) for metric in METRICS if trial.by_seed(metric.key)
     ]
 
 
@@ -177,14 +175,20 @@ def verdict(row: Row) -> str:
 
 
 LEGEND = (
-    "Accuracies in percent, with hard routing. paper: the best of its runs; diff: our best minus that; used: leaves or\n"
-    "experts in use, fewest to most over the runs; collapsed: runs that use fewer than half, or one alone. better: the\n"
-    "interval of the mean lies above the paper's number; reproduced: the best run reaches it; still rising: most runs\n"
-    "had their best train accuracy in the last tenth of their epochs; not reproduced: the interval lies below it."
+    "Accuracies in percent, with hard routing. paper: the best of its runs; diff: our best minus that; "
+    "used: leaves or experts in use, fewest to most over the runs; collapsed: runs that use fewer than "
+    "half, or one alone. better: the interval of the mean lies above the paper's number; reproduced: the "
+    "best run reaches it; still rising: most runs had their best train accuracy in the last tenth of "
+    "their epochs; not reproduced: the interval lies below it. "
 )
 
 
 FORMATS = {"paper": ".1f", "diff": "+.2f"} | dict.fromkeys(("best", "mean", "std", "worst"), ".2f")
+
+
+def note(text: str) -> str:
+    """What is said below a table, in lines."""
+    return textwrap.fill(text.strip(), COLUMNS)
 
 
 def report(results: Results, metric: Metric, shown: Iterable[Trial]) -> str:
@@ -231,8 +235,8 @@ def above_paper(results: Results, shown: Iterable[Trial]) -> str:
     ps = above([each["values"] for each in tested], [each["paper"] for each in tested])
     better = sum(verdict(each) == "better" for each in tested)
     gone = sum(each["collapsed"] == each["n"] for each in tested)
-    return (
-        f"\nTrees: in {better} of {len(tested)} rows the 95% interval of the mean test accuracy lies above the paper's best;\n"
-        f"every run has collapsed in {gone} of {len(tested)};\n"
-        f"largest p of one-sided t-tests, adjusted for these rows by Benjamini and Hochberg: {max(ps):.1e}"
+    return "\n" + note(
+        f"Trees: in {better} of {len(tested)} rows the 95% interval of the mean test accuracy lies above the paper's "
+        f"best; every run has collapsed in {gone} of {len(tested)}; largest p of one-sided t-tests, adjusted for these "
+        f"rows by Benjamini and Hochberg: {max(ps):.1e}"
     )

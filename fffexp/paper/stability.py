@@ -6,7 +6,7 @@ from typing import Any
 
 from scipy import stats
 
-from fffexp.paper.rows import collapsed, is_tree, leaf_width, ordered, point, width
+from fffexp.paper.rows import collapsed, is_tree, leaf_width, note, ordered, point, width
 from fffexp.report.tables import table
 from fffexp.statistics import adjusted, paired_p, paired_spread
 from fffexp.study.results import Results, Trial
@@ -80,11 +80,11 @@ def report(_: Results, shown: Iterable[Trial]) -> str:
         lines.append(point(trial) | measures(trial))
     if not lines:
         return ""
-    return (
-        f"stability\n{table(lines, FORMATS)}\n"
-        "std, mean - worst: test accuracy over seeds in points; epochs: to the best validation accuracy; late std: of\n"
-        "validation accuracy over the last quarter of the epochs; spikes: steps an epoch; nonfinite: steps; dead: leaves or\n"
-        "experts that no training sample reaches; means over seeds. epochs and late std depend on the recipe as well."
+    return f"stability\n{table(lines, FORMATS)}\n" + note(
+        "std, mean - worst: test accuracy over seeds in points; epochs: to the best validation accuracy; late "
+        "std: of validation accuracy over the last quarter of the epochs; spikes: steps an epoch; nonfinite: "
+        "steps; dead: leaves or experts that no training sample reaches; means over seeds. epochs and late "
+        "std depend on the recipe as well."
     )
 
 
@@ -108,8 +108,8 @@ def report_rivals(results: Results, shown: Iterable[Trial]) -> str:
     if not lines:
         return ""
     formats = {"tree's": ".2f", "rival's": ".2f", "p": ".1e"}
-    return (
-        f"trees beside mixtures\n{table(lines, formats)}\n"
-        "p: paired t-test (test accuracy), Pitman and Morgan's test of equal variances of paired samples (std), Wilcoxon's\n"
-        "signed rank test, paired (others); adjusted for all comparisons of the file by Benjamini and Hochberg."
+    return f"trees beside mixtures\n{table(lines, formats)}\n" + note(
+        "p: paired t-test (test accuracy), Pitman and Morgan's test of equal variances of paired samples "
+        "(std), Wilcoxon's signed rank test, paired (others); adjusted for all comparisons of the file by "
+        "Benjamini and Hochberg."
     )

@@ -1,4 +1,4 @@
-"""A table of the paper as a study of studies/paper/: the part of it that is wanted, trained where its file lacks runs."""
+"""A table of the paper as a study of studies/paper/: the part that is wanted, trained where its file lacks runs."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,9 @@ class PaperStudy:
         overrides: further config keys and their values.
     """
 
-    def __init__(self, name: str, data: str, seeds: int | None = None, overrides: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, name: str, data: str, seeds: int | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> None:
         self.content = read_yaml(FOLDER / f"{name}.yaml")
         self.data = data
         more = dict(overrides or {})
@@ -44,6 +46,11 @@ class PaperStudy:
         self.content["overrides"] = self.content.get("overrides", {}) | more
         if seeds is not None:
             self.content["seeds"] = list(range(seeds))
+
+    def values(self, name: str) -> list[int]:
+        """Those of a parameter among the points that have leaves."""
+        groups = self.content["layers"].values()
+        return sorted({point[name] for group in groups for point in group["points"] if "leaf_width" in point})
 
     def choose(self, wanted: Callable[[str, dict[str, Any]], bool]) -> None:
         """Keep the points that are wanted by the name of their group and their values.
@@ -58,7 +65,9 @@ class PaperStudy:
                 del groups[label]
         if not groups:
             name = self.content["name"]
-            raise UserError(f"studies/paper/{name}.yaml has no such point: add it there, or choose from those that it lists")
+            raise UserError(
+                f"studies/paper/{name}.yaml has no such point: add it there, or choose from those that it lists"
+            )
 
     @cached_property
     def spec(self) -> "StudySpec":
@@ -75,7 +84,12 @@ class PaperStudy:
     def points(self) -> list[Trial]:
         """The points as trials without runs, numbered as in the study."""
         return [
-            Trial(p.number, "WAITING", {"layer": self._layer(p.label), **p.values}, recipe=self.spec.recipe(p.label, p.values))
+            Trial(
+                p.number,
+                "WAITING",
+                {"layer": self._layer(p.label), **p.values},
+                recipe=self.spec.recipe(p.label, p.values),
+            )
             for p in self.spec.points()
         ]
 
@@ -147,4 +161,6 @@ class PaperStudy:
     @staticmethod
     def add(results: Results, trial: Trial) -> None:
         """A point that was trained on its own, in place of what the results had of it."""
-        results.trials = sorted([t for t in results.trials if t.recipe != trial.recipe] + [trial], key=lambda t: t.number)
+        results.trials = sorted(
+            [t for t in results.trials if t.recipe != trial.recipe] + [trial], key=lambda t: t.number
+        )

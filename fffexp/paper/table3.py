@@ -1,13 +1,13 @@
 """What layers in a vision transformer keep (arXiv 2308.14711, section 4.4).
 
-Beside the accuracy that a layer keeps stands what it recovers of the gap between no feedforward layers and the dense one.
+Beside the accuracy that a layer keeps stands what it recovers of the gap between none and the dense one.
 """
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fffexp.paper.rows import bounds, describe, is_dense, is_tree, leaf_width, name, ordered, width
+from fffexp.paper.rows import bounds, describe, is_dense, is_tree, leaf_width, name, note, ordered, width
 from fffexp.report.tables import table
 from fffexp.statistics import Interval, Paired, format_difference, paired_tests, ratio
 from fffexp.study.results import Results, Trial
@@ -85,13 +85,13 @@ def report_kept(results: Results, shown: Iterable[Trial]) -> str:
         for title, key in (("layer x", "layer_speedup"), ("model x", "model_speedup")):
             line[title] = speed.get(key)
         lines.append(line)
-    return (
-        f"accuracy kept\n{table(lines, FORMATS)}\n"
-        f"width, size: neurons at inference over the {width(dense)} of the dense layer, without and with those that route.\n"
-        "of dense: accuracy over that of the dense layer; recovered: share of the gap between no feedforward layers and it,\n"
-        "empty where there is none to speak of; 95% intervals by Fieller, paired by seed. layer x, model x: speedup over the\n"
-        f"dense layer, of a layer on the tokens of {BATCH_SIZE} images and of the model ({results.extra['blocks']} blocks,\n"
-        "the last with one row an image), one thread."
+    return f"accuracy kept\n{table(lines, FORMATS)}\n" + note(
+        f"width, size: neurons at inference over the {width(dense)} of the dense layer, without and with those "
+        "that route. of dense: accuracy over that of the dense layer; recovered: share of the gap between no "
+        "feedforward layers and it, empty where there is none to speak of; 95% intervals by Fieller, paired "
+        f"by seed. layer x, model x: speedup over the dense layer, of a layer on the tokens of {BATCH_SIZE} "
+        f"images and of the model ({results.extra['blocks']} blocks, the last with one row an image), one "
+        "thread."
     )
 
 

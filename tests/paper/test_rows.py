@@ -26,7 +26,9 @@ def tree(values: list[float]) -> Trial:
 def test_the_printed_numbers() -> None:
     # every number of the three tables, as they were typed from arXiv 2308.14711
     sums = {
-        name: sum(sum(map(sum, of.values())) for data in table.values() if isinstance(data, dict) for of in data.values())
+        name: sum(
+            sum(map(sum, of.values())) for data in table.values() if isinstance(data, dict) for of in data.values()
+        )
         for name, table in rows.PRINTED.items()
     }
     assert sums == pytest.approx({"table1": 10843.3, "table2": 29836.2, "table3": 575.8})
@@ -122,7 +124,9 @@ def test_the_text_has_what_the_row_has() -> None:
     text = rows.report(found, rows.METRICS[0], found.trials)
     title, header, line = text.splitlines()
     assert title == "test accuracy"
-    values = dict(zip(header.replace("95% interval", "interval").split(), line.replace(", ", ",").split(), strict=False))
+    values = dict(
+        zip(header.replace("95% interval", "interval").split(), line.replace(", ", ",").split(), strict=False)
+    )
     assert values["paper"] == "86.1"
     assert (values["best"], values["diff"], values["mean"], values["worst"]) == ("88.50", "+2.40", "87.25", "86.00")
     assert values["used"] == "8-16"

@@ -128,7 +128,7 @@ def test_table_3_times_what_it_trains(
     [
         (["table1", "--json", "/"], "--json /: name a file that ends in .json"),
         (["table1", "--json", "/proc/no/x.json"], "--json /proc/no/x.json cannot be written"),
-        (["table1", "--training_widths", "12", "--leaf_widths", "8"], "table1.yaml has no such point"),
+        (["table1", "--training_widths", "13", "--leaf_widths", "8"], "table1.yaml has no such point"),
         (["table1", "--data", "letters"], "data: "),
         (["table1", "--recipe", "printed", "--layers", "SwitchMoE"], "--recipe printed has FF, FFF"),
         (["table1", "--figure", "x.foo"], "--figure x.foo: name a file that ends in .png"),
