@@ -44,11 +44,7 @@ def refresh() -> None:
     os.chdir(ROOT)
     for page in sorted(Path("docs").glob("**/*.md")):
         page.write_text(refreshed(page.read_text()))
-    printed(
-        "fffexp reproduce figure3 --depths "
-        + " ".join(map(str, range(1, 16)))
-        + " --batch_sizes 1 16 256 2048 --json docs/results/figure3.json"
-    )
+    printed("fffexp reproduce figure3 --batch_sizes 1 16 256 2048 --ff_depth 6 --json docs/results/figure3.json")
     for picture, study in PICTURES.items():
         Path(picture).write_bytes(figures.png(figures.pareto(Results.load(Path(f"docs/results/{study}.json")))))
 
