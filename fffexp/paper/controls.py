@@ -42,7 +42,7 @@ def equal(tree: Mapping[str, Any], sizes: Mapping[int, Mapping[str, int]]) -> di
         tree: its sizes.
         sizes: of dense layers, by their widths.
     """
-    found = {}
+    found: dict[str, int] = {}
     for kind, key in (("width", "training_width"), ("inference size", "inference_size")):
         found.update((kind, of) for of, each in sizes.items() if each[key] == tree[key])
     apart = {of: abs(each["parameters"] - tree["parameters"]) for of, each in sizes.items()}

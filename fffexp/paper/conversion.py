@@ -44,6 +44,7 @@ class Mean(nn.Module):
     def __init__(self, mean: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
+        self.mean: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -106,7 +107,7 @@ def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
     result = run([*args, f"--seed_everything={seed}"], Context(callbacks=[kept], quiet=True))
     assert result is not None
     task, dense, mean, *others = kept.task.eval(), *trials
-    trained: nn.Module = task.network
+    trained: nn.Module = task.get_submodule("network")
     images, batch, steps, lr = (SETTING["distillation"][key] for key in ("images", "batch", "steps", "lr"))
     sample = kept.data.train_data[0][:images].to(task.device)
     metrics = {name: value for name, value in result.metrics.items() if name.startswith(("test/", "val/"))}

@@ -47,6 +47,8 @@ def tests(results: Results) -> list[dict[str, Any]]:
     """
     made = []
     trials = ordered(results)
+    a: list[float]
+    b: list[float]
     for tree in trials:
         for rival in trials:
             same = (width(tree), leaf_width(tree)) == (width(rival), leaf_width(rival))
@@ -63,7 +65,7 @@ def tests(results: Results) -> list[dict[str, Any]]:
             spread = (statistics.stdev(a), statistics.stdev(b))
             made.append({**pair, "measure": "std of test accuracy", "means": spread, "p": paired_spread(a, b)})
             for name in COMPARED:
-                a, b = ([float(WITHIN[name](of[seed]) or 0) for seed in seeds] for of in (ours, theirs))
+                a, b = ([WITHIN[name](of[seed]) or 0.0 for seed in seeds] for of in (ours, theirs))
                 p = 1.0 if a == b else float(stats.wilcoxon(a, b).pvalue)
                 made.append({**pair, "measure": name, "means": (statistics.mean(a), statistics.mean(b)), "p": p})
     for each, p in zip(made, adjusted([each["p"] for each in made]), strict=True):

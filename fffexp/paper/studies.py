@@ -103,7 +103,8 @@ class PaperStudy:
         from fffexp.training.experiment import build
 
         task, data, _ = build(self.arguments(trial, 0))
-        return task.network.eval(), data.in_shape
+        in_shape: Sequence[int] = getattr(data, "in_shape")  # noqa: B009, of a LightningDataModule that has one
+        return task.network.eval(), in_shape
 
     def _layer(self, label: str) -> str:
         """Class of the layer of a group, as its configs name it."""

@@ -11,6 +11,7 @@ from fffexp.cli import main
 from fffexp.paper import hardening
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     ("name", "layers"),
