@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "report": GROUND | {"study"},  # its results
     "study": GROUND | {"tracking", "training", "report"},
     "bench": GROUND | {"layers", "models", "data", "training", "report"},
-    "paper": TASKS | {"training", "adapt", "study", "report", "bench"},
+    "paper": TASKS | {"training", "adapt", "study", "report", "bench", "cli"},  # the last: results.py, see below
 }
 
 
@@ -85,8 +85,9 @@ def test_imports_run_one_way(name: str) -> None:
 
 def test_nothing_imports_the_command_line_or_the_public_names() -> None:
     above = {(name, other) for name in FILES for other in imported(name) if other in ("fffexp", "fffexp.cli")}
-    # a config finds classes by their public names, which are looked up late
-    assert above <= {("fffexp.__main__", "fffexp.cli"), ("fffexp.training.config", "fffexp")}
+    # a config finds classes by their public names, which are looked up late; `make results` runs what the docs name
+    entries = {("fffexp.__main__", "fffexp.cli"), ("fffexp.paper.results", "fffexp.cli")}
+    assert above <= entries | {("fffexp.training.config", "fffexp")}
 
 
 def top_imports(name: str) -> set[str]:

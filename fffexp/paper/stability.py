@@ -45,10 +45,8 @@ def tests(results: Results) -> list[dict[str, Any]]:
     Accuracy by a paired t-test; evenness across seeds by Pitman and Morgan's test of equal variances of paired samples,
     within runs by Wilcoxon's of paired measures; p adjusted for all by Benjamini and Hochberg.
     """
-    made = []
+    made: list[dict[str, Any]] = []
     trials = ordered(results)
-    a: list[float]
-    b: list[float]
     for tree in trials:
         for rival in trials:
             same = (width(tree), leaf_width(tree)) == (width(rival), leaf_width(rival))
