@@ -139,9 +139,7 @@ CONCRETE = re.compile(rf"\b({'|'.join(KINDS)})\b")
 # to be emptied
 KNOW_A_LAYER = {
     *("adapt.distil", "adapt.replace", "bench.contenders", "bench.inference", "bench.model", "bench.overhead"),
-    *("bench.records", "bench.training", "cli", "paper.cells", "paper.commands", "paper.controls", "paper.conversion"),
-    *("paper.entropies", "paper.figure3", "paper.paper", "paper.runs", "paper.stability", "paper.table1"),
-    *("paper.table2", "paper.table3", "report.figure_table1", "report.figures", "report.text", "study.summary"),
+    *("bench.records", "bench.training", "cli", "paper.figure3", "report.figures", "report.text"),
 }
 
 
