@@ -1,11 +1,12 @@
 """The contract that every feedforward layer keeps."""
 
+import copy
 import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 from weakref import ref
 
@@ -61,6 +62,9 @@ class FeedforwardLayer(nn.Module, ABC):
     evaluation, "hard" in training is straight-through. `backend` asks for a kernel of hard inference by name;
     "auto" takes the fastest that serves. `vectorized = True` asks for the form that torch.vmap takes: plain torch
     operators of shapes that do not depend on the data.
+
+    A layer of your own defines `forward`, `training_width` and `flops_per_sample`; the defaults of the rest are those
+    of a dense layer.
 
     The first evaluation on a CPU compiles the kernels, once for a machine (half a minute; one line on stderr says so).
     Inputs of another floating dtype are cast to that of the weights, in training and evaluation.
@@ -175,17 +179,20 @@ class FeedforwardLayer(nn.Module, ABC):
         """Whether it can run under torch.vmap over stacked parameters, with `vectorized` set."""
         return False
 
-    @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw the weights anew, and set buffers to their first values."""
+        """Draw the weights anew, and set buffers to their first values; by default those of each child module."""
+        for child in self.children():
+            for module in child.modules():
+                if isinstance(reset := getattr(module, "reset_parameters", None), MethodType):
+                    reset()
 
     def check_trainable(self) -> None:
         """Raise ValueError if this layer can be timed but not trained."""
 
     @property
-    @abstractmethod
     def num_experts(self) -> int:
         """Number of leaves or experts; 1 for a dense layer."""
+        return 1
 
     @property
     @abstractmethod
@@ -193,32 +200,33 @@ class FeedforwardLayer(nn.Module, ABC):
         """Hidden neurons that can produce output in training."""
 
     @property
-    @abstractmethod
     def training_size(self) -> int:
         """All neurons, those that decide included."""
+        return self.training_width
 
     @property
-    @abstractmethod
     def inference_width(self) -> int:
         """Hidden neurons that produce output for one sample."""
+        return self.training_width
 
     @property
-    @abstractmethod
     def inference_size(self) -> int:
         """Neurons evaluated for one sample."""
+        return self.inference_width
 
     @property
     @abstractmethod
     def flops_per_sample(self) -> int:
         """Operations of the products of one inference pass."""
 
-    @abstractmethod
     def route(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (rows, k) index of the blocks that hard decisions use for each row.
+        """(..., in_features) -> (rows, k) index of the blocks that hard decisions use for each row; zeros for one.
 
         Raises:
             ValueError: x is of another width.
         """
+        rows = self._rows(x, next(self.parameters()).dtype)
+        return torch.zeros(len(rows), 1, dtype=torch.long, device=x.device)
 
     def dense_blocks(self) -> DenseBlocks | None:
         """Networks that can start from the neurons of a trained MLP; None if this layer has none."""
@@ -233,13 +241,17 @@ class FeedforwardLayer(nn.Module, ABC):
             split: some rows of x and y -> (in_features,) weight and () bias of the hyperplane that splits them.
         """
 
-    @abstractmethod
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
-        """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
+        """(rows, in_features) -> (rows, out_features) of inference in float64: the truth.
 
-    @abstractmethod
+        Layers that decide compute it one sample at a time; by default it is the layer itself in float64.
+        """
+        output: Tensor = copy.deepcopy(self).double().eval()(x.double())
+        return output
+
     def weights_read(self, x: Tensor) -> int:
-        """Distinct scalars of the weights that hard inference of x (rows, in_features) needs."""
+        """Distinct scalars of the weights that hard inference of x (rows, in_features) needs; all for a dense layer."""
+        return self.parameter_count
 
     def _checked(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """An input of the right width in the weights' dtype.

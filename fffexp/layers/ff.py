@@ -1,8 +1,7 @@
 """The dense baseline."""
 
-import copy
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +79,6 @@ class FF(FeedforwardLayer):
         """It always is."""
         return True
 
-    def route(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (rows, 1) zeros: there is one block."""
-        rows = self._rows(x, self.network[0].weight.dtype)  # type: ignore[arg-type] # of a linear layer
-        return torch.zeros(len(rows), 1, dtype=torch.long, device=x.device)
-
     def dense_blocks(self) -> DenseBlocks:
         """One, the layer itself."""
         up, activation, _, down = self.network
@@ -92,37 +86,8 @@ class FF(FeedforwardLayer):
         assert isinstance(down, nn.Linear)
         return DenseBlocks(Blocks(up.weight[None], up.bias[None], down.weight.T[None], down.bias[None]), activation)
 
-    def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
-        """(rows, in_features) -> (rows, out_features) in float64."""
-        output: Tensor = copy.deepcopy(self.network).double().eval()(x.double())
-        return output
-
-    def weights_read(self, x: Tensor) -> int:
-        """All of them."""
-        return self.parameter_count
-
-    @property
-    def num_experts(self) -> int:
-        """One."""
-        return 1
-
     @property
     def training_width(self) -> int:
-        """W."""
-        return self.width
-
-    @property
-    def training_size(self) -> int:
-        """W."""
-        return self.width
-
-    @property
-    def inference_width(self) -> int:
-        """W."""
-        return self.width
-
-    @property
-    def inference_size(self) -> int:
         """W."""
         return self.width
 
