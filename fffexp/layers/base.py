@@ -12,6 +12,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fffexp.kernels.naive import Blocks
 from fffexp.layers.blocks import BlockMLP, Device
@@ -246,7 +247,9 @@ class FeedforwardLayer(nn.Module, ABC):
 
         Layers that decide compute it one sample at a time; by default it is the layer itself in float64.
         """
-        output: Tensor = copy.deepcopy(self).double().eval()(x.double())
+        # of the layer's own weights, for gradients are compared too
+        weights = {name: tensor.double() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        output: Tensor = functional_call(copy.deepcopy(self).eval(), weights, (x.double(),))
         return output
 
     def weights_read(self, x: Tensor) -> int:

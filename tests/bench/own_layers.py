@@ -19,39 +19,37 @@ class LowRank(FeedforwardLayer):
         output: Tensor = self.out(torch.relu(self.up(self.down(x))))
         return output
 
-    def route(self, x: Tensor) -> Tensor:
-        return torch.zeros(len(self._rows(x)), 1, dtype=torch.long)
-
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         down, up, out = ((each.weight.double(), each.bias.double()) for each in (self.down, self.up, self.out))
         return torch.relu((x.double() @ down[0].T + down[1]) @ up[0].T + up[1]) @ out[0].T + out[1]
-
-    def weights_read(self, x: Tensor) -> int:
-        return self.parameter_count
-
-    @property
-    def num_experts(self) -> int:
-        return 1
 
     @property
     def training_width(self) -> int:
         return self.width
 
     @property
-    def training_size(self) -> int:
-        return self.width
+    def flops_per_sample(self) -> int:
+        return 2 * (self.rank * (self.in_features + self.width) + self.width * self.out_features)
+
+
+class Plain(FeedforwardLayer):
+    """Only what every layer has to define."""
+
+    def __init__(self, in_features: int, out_features: int, width: int) -> None:
+        super().__init__(in_features, out_features)
+        self.up, self.down = nn.Linear(in_features, width), nn.Linear(width, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(torch.relu(self.up(x)) ** 2)
+        return output
 
     @property
-    def inference_width(self) -> int:
-        return self.width
-
-    @property
-    def inference_size(self) -> int:
-        return self.width
+    def training_width(self) -> int:
+        return self.up.out_features
 
     @property
     def flops_per_sample(self) -> int:
-        return 2 * (self.rank * (self.in_features + self.width) + self.width * self.out_features)
+        return 2 * self.training_width * (self.in_features + self.out_features)
 
 
 class Wrong(LowRank):

@@ -217,8 +217,20 @@ def own_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("own_layers")
 @pytest.mark.parametrize("task", ["inference", "training", "model"])
 def test_a_layer_from_outside_joins(task: str, tmp_path: Path) -> None:
-    more = ["--depths", "3", "--batch_sizes", "33", "--out_features", "24", "--layers", "FF", "own.LowRank"]
+    more = [
+        "--depths",
+        "3",
+        "--batch_sizes",
+        "33",
+        "--out_features",
+        "24",
+        "--layers",
+        "FF",
+        "own.LowRank",
+        "own.Plain",
+    ]
     found = bench(task, tmp_path / "a.json", *more, "--layer_args", '{"own.LowRank": {"rank": 3}}')
+    assert by_layer(found)["own.Plain"]["inference_width"] == 32
     own = by_layer(found)["own.LowRank"]
     assert own["training_width"] == 32
     assert own["depth"] is None
