@@ -16,7 +16,7 @@ from fffexp.study.spec import load
 from fffexp.training.experiment import Context, check, run
 
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
-LAYERS = sorted((CONFIGS / "layer").glob("*.yaml"))
+LAYERS = sorted(path for path in (CONFIGS / "layer").glob("*.yaml") if path.stem != "none")
 RECIPES = sorted((CONFIGS / "recipe").glob("*.yaml"))
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
@@ -86,7 +86,7 @@ def test_the_pieces_compose(layer: Path, network: tuple[str, ...]) -> None:
 def test_a_network_without_layers() -> None:
     pieces = ("data/digits", "model/one_cycle", "trainer/averaged", "model/vit")
     configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
-    result = run(["fit", *configs, "--model.layer=null", *SHORT], Context(quiet=True))
+    result = run(["fit", *configs, f"--config={CONFIGS}/layer/none.yaml", *SHORT], Context(quiet=True))
     assert result is not None
     assert (result.params["layer"], result.params["inference_size"], result.params["parameters"]) == (None, 0, 0)
     assert "test/accuracy" in result.metrics
@@ -171,5 +171,6 @@ def test_the_layers_of_a_study_are_those_of_its_configs() -> None:
     for path in STUDIES:
         spec, _ = load(path)
         for layer, part in spec.layers.items():
-            class_path = content(spec.folder / part.config)["model"]["layer"]["class_path"]
+            (config, *_) = part.files
+            class_path = content(spec.folder / config)["model"]["layer"]["class_path"]
             assert class_path == f"fffexp.layers.{layer}"

@@ -38,7 +38,7 @@ class GatedExperts(FeedforwardLayer):
         self.top_k = whole("top_k", top_k)
         if top_k > num_experts:
             raise ValueError(f"top_k is {top_k} but there are {num_experts} experts: lower top_k or raise num_experts")
-        probability("dropout", dropout)
+        self.dropout = probability("dropout", dropout)
         per_expert = self.gate_products * in_features + expert_width * (in_features + out_features + 1) + out_features
         check_fits(num_experts * per_expert, "lower num_experts or expert_width", device, dtype)
         self.gate_weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
@@ -64,8 +64,8 @@ class GatedExperts(FeedforwardLayer):
 
     @property
     def vectorizable(self) -> bool:
-        """It always is."""
-        return True
+        """Unless there is dropout: a single run draws it for the chosen experts only."""
+        return not self.dropout
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, k) experts of each row, without noise, best first."""

@@ -51,10 +51,14 @@ _Draw = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
 def _normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    if generator is None:  # torch.compile does not take a generator beside shapes that it does not know
+        return torch.randn_like(x, memory_format=torch.contiguous_format)
     return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 def _uniform(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return torch.rand_like(x, memory_format=torch.contiguous_format)
     return torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 

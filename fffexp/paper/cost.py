@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
 
@@ -27,7 +27,7 @@ def distinct(blocks: float, draws: float) -> float:
     return float(blocks * -np.expm1(draws * np.log1p(-1 / blocks))) if blocks > 1 else 1.0
 
 
-def fit(seconds: Sequence[float], flops: Sequence[float], size: Sequence[float], most_flops_per_s: float) -> Fit:
+def fit(seconds: ArrayLike, flops: ArrayLike, size: ArrayLike, most_flops_per_s: float) -> Fit:
     """Rates under which max(flops / rate, bytes / rate) + call comes closest to the measured times.
 
     Operations are not faster than most_flops_per_s, what the machine was measured to reach.
@@ -35,17 +35,18 @@ def fit(seconds: Sequence[float], flops: Sequence[float], size: Sequence[float],
     Raises:
         ValueError: fewer than 4 points, for there are 3 unknowns.
     """
-    if len(seconds) < 4:
-        raise ValueError(f"{len(seconds)} points cannot fit 3 rates: measure at least 4 depths")
-    log_s, ops, read = np.log(seconds), np.asarray(flops, float), np.asarray(size, float)
+    if np.size(seconds) < 4:
+        raise ValueError(f"{np.size(seconds)} points cannot fit 3 rates: measure at least 4 depths")
+    measured, ops, read = (np.asarray(values, float) for values in (seconds, flops, size))
+    log_s = np.log(measured)
 
     def model(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
         call, compute, memory = np.exp(parameters)
         return np.log(call + np.maximum(ops / compute, read / memory))
 
-    fastest = np.min(seconds)
+    fastest = measured.min()
     starts = [
-        np.log([share * fastest, min(np.median(ops / seconds), 0.9 * most_flops_per_s), np.median(read / seconds)])
+        np.log([share * fastest, min(np.median(ops / measured), 0.9 * most_flops_per_s), np.median(read / measured)])
         for share in (0.9, 0.1, 1e-3)
     ]
     bounds = -np.inf, [np.inf, np.log(most_flops_per_s), np.inf]

@@ -102,7 +102,7 @@ class PaperStudy:
         """The untrained model of a point, and the shape of a sample."""
         from fffexp.training.experiment import build
 
-        task, data, _ = build(self.arguments(trial, 0))
+        task, data, *_ = build(self.arguments(trial, 0))
         in_shape: Sequence[int] = getattr(data, "in_shape")  # noqa: B009, of a LightningDataModule that has one
         return task.network.eval(), in_shape
 

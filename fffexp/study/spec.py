@@ -152,6 +152,8 @@ class StudySpec:
         vectorize_seeds: train a trial's seeds at once, which is faster; neither speed nor memory is measured then.
         test: read the test set after each training, where nothing is selected because all points are listed.
         patience: with vectorize_seeds, end a seed's training after so many epochs without an improvement.
+        fit: with vectorize_seeds, whether the monitored metric is "measured" on the training data after each epoch, as
+            on validation, or also "awaited" by the patience.
         folder: of the study file.
     """
 
@@ -169,6 +171,7 @@ class StudySpec:
     vectorize_seeds: bool = False
     test: bool = False
     patience: int | None = None
+    fit: Literal["ignored", "measured", "awaited"] = "ignored"
     folder: Path = Path()
 
     @property
@@ -198,6 +201,8 @@ class StudySpec:
             raise UserError("test: the test set is for finalists where layers are searched; leave it out")
         if self.patience is not None and not (self.vectorize_seeds and self.patience > 0):
             raise UserError("patience goes with vectorize_seeds, and is at least 1; else use EarlyStopping")
+        if self.fit != "ignored" and not self.vectorize_seeds:
+            raise UserError(f"fit: {self.fit} goes with vectorize_seeds; leave it out")
         self._check_objectives()
         for label, part in self.layers.items():
             self._check_layer(label, part)

@@ -29,7 +29,7 @@ from fffexp.study.spec import Point, StudySpec, Values, parse
 from fffexp.study.store import Job, Queue
 from fffexp.training.experiment import Context, Result, run
 from fffexp.training.params import total_sizes
-from fffexp.training.vectorized import Replicas
+from fffexp.training.vectorized import train_seeds
 
 POLL_S = 0.5
 RUN = "run/"  # user attributes of a trial: the record of each finished seed
@@ -227,11 +227,17 @@ class Worker:
 
     def _train_together(self, task: "_Task", seeds: Sequence[int], group: tracking.Run) -> None:
         args = self.spec.arguments(task.point.label, task.values, None)
-        replicas = Replicas(args[1:], seeds)
-        _describe(group, replicas.config, replicas.params, seeds)
-        task.trial.set_user_attr("sizes", total_sizes(replicas.task))
-        trained = [r.metrics() for r in replicas.train(test=self.spec.test, patience=self.spec.patience)]
-        for seed, metrics in zip(seeds, trained, strict=True):
+        trained = train_seeds(
+            args[1:],
+            seeds,
+            test=self.spec.test,
+            patience=self.spec.patience,
+            measure_fit=self.spec.fit != "ignored",
+            fit_counts=self.spec.fit == "awaited",
+        )
+        _describe(group, trained[0].config, trained[0].params, seeds)
+        task.trial.set_user_attr("sizes", total_sizes(trained[0].task))
+        for seed, metrics in zip(seeds, (each.result for each in trained), strict=True):
             if task.searched and metrics.get("stability/nonfinite_steps"):
                 raise NonFiniteLossError(
                     f"the loss of seed {seed} was not finite at {metrics['stability/nonfinite_steps']:.0f} steps: "

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -230,7 +230,7 @@ class ExperimentCLI(LightningCLI):
             if self.best is not None:
                 self.best.dirpath = str(folder)
             try:
-                _interruptible(self.trainer, model, datamodule, kwargs)
+                interruptible(self.trainer, model, datamodule, kwargs)
                 metrics = self._finish(model, datamodule, run, loggers)
             finally:
                 run.save()
@@ -291,8 +291,8 @@ class ExperimentCLI(LightningCLI):
             yield self.trainer.precision_plugin.convert_input(inputs)
 
 
-def _interruptible(trainer: Trainer, model: Task, data: LightningDataModule, kwargs: Any) -> None:
-    # Lightning turns Ctrl-C into SystemExit(1) and ignores further ones; a study has to tell them apart
+def interruptible(trainer: Trainer, model: LightningModule, data: LightningDataModule, kwargs: Any) -> None:
+    """Fit; Ctrl-C raises KeyboardInterrupt, where Lightning raises SystemExit(1) and ignores further ones."""
     before = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(model, datamodule=data, **kwargs)
@@ -358,11 +358,21 @@ def check(args: Sequence[str]) -> Checked:
     return Checked(layer, task.monitor, task.mode, task.unit_monitor, (*names, *soft, *MEASURED))
 
 
-def build(args: Sequence[str]) -> tuple[Task, LightningDataModule, Trainer]:
+class Built(NamedTuple):
+    """What the arguments of a fit make; the config reruns it, the parameters are those that are tracked."""
+
+    task: Task
+    data: LightningDataModule
+    trainer: Trainer
+    config: str
+    params: dict[str, Any]
+
+
+def build(args: Sequence[str]) -> Built:
     """Task, data and trainer that the arguments of `fffexp fit` make, without training.
 
     Raises:
         UserError: a mistake in them, in one line.
     """
     cli = _parsed(args, Context(quiet=True, dry=True))
-    return cli.model, cli.datamodule, cli.trainer
+    return Built(cli.model, cli.datamodule, cli.trainer, cli.resolved_yaml, flat_params(cli.resolved, cli.model))

@@ -27,8 +27,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, array in (("images-idx3", images), ("labels-idx1", labels)):
             header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
             (root / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    for folder in ("configs", "studies"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for name in ("configs", "studies"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     config = tmp_path / "configs/data/fashion_mnist.yaml"
     data = yaml.safe_load(config.read_text())
     data["data"]["init_args"] |= {"root": str(root), "batch_size": 50}

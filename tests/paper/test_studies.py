@@ -70,11 +70,11 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
     assert (content["table"], content["recipe"], content["seeds"]) == ("table1", "tuned", [0, 1, 2])
     assert all(trial["sizes"]["training_width"] == 16 for trial in content["trials"])
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    before = path.read_bytes()
+    written = path.read_bytes()
     monkeypatch.setattr("fffexp.study.runner.StudyRunner", None)  # nothing is left to train
     assert main(command) == 0
     assert printed.endswith(capsys.readouterr().out)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == written
     assert main([*command, "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["cells"] == content["cells"]
     config = small.parents[1] / "configs/recipe/fff.yaml"

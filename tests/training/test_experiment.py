@@ -24,7 +24,7 @@ PARAMS = {
 }
 LAYER_PARAMS = {
     "ff": {"width", "activation", "dropout"},
-    "moe": {"num_experts", "expert_width", "top_k", "activation", "dropout"},
+    "moe": {"num_experts", "expert_width", "top_k", "activation", "dropout", "trainable"},
     "fff": {"depth", "leaf_width", "region_leak", "trained", "detach_router_input", "activation", "dropout"},
 }
 OVER_TIME = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "stability/grad_norm"}
@@ -110,7 +110,7 @@ def test_what_the_fff_metrics_say(fits: dict[str, Result], workplace: Path) -> N
     scale = history(workplace, run_id, "schedule/inverse_temperature")
     assert scale == sorted(scale)
     assert scale[0] >= 1
-    assert scale[-1] < 100
+    assert scale[-1] < 300
     assert min(history(workplace, run_id, "routing/used_leaves")) >= 1
     assert max(history(workplace, run_id, "routing/used_leaves")) <= 16
     params = client(workplace).get_run(run_id).data.params
@@ -231,15 +231,15 @@ def test_a_finished_fit_can_be_trained_longer(workplace: Path) -> None:
 
 def test_a_fit_that_was_moved_keeps_its_best(workplace: Path) -> None:
     args = ["--model.lr_scheduler=null", "--test=false"]
-    short = fit(*args, layer="ff", epochs=2)
+    short = fit(*args, layer="ff", epochs=8)
     moved = (Path("outputs/checkpoints") / short.run_id).rename(workplace / "moved")
     spoilt = [*args, "--model.input_noise_std=1000", f"--ckpt_path={moved / 'last.ckpt'}"]
-    longer = fit(*spoilt, layer="ff", epochs=4)
+    longer = fit(*spoilt, layer="ff", epochs=10)
     assert longer.metrics["val/accuracy"] == short.metrics["val/accuracy"]
     for best in moved.glob("epoch*"):
         best.unlink()
     with pytest.raises(UserError, match="the best of that run, is not there"):
-        fit(*spoilt, layer="ff", epochs=6)
+        fit(*spoilt, layer="ff", epochs=12)
 
 
 def test_a_schedule_is_not_trained_beyond_its_end() -> None:

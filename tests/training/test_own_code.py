@@ -124,7 +124,7 @@ def test_an_error_in_the_users_code(
 
 
 def test_building_without_training() -> None:
-    made, data, trainer = build(digits("fff", epochs=3))
+    made, data, trainer, *_ = build(digits("fff", epochs=3))
     assert trainer.max_epochs == 3
     assert made.layers.keys() == {"layer"}
     data.setup("fit")

@@ -1,189 +1,238 @@
 """Seeds trained at once against the same seeds trained by `fffexp fit`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from processes import enter, with_store
+from torch import Tensor
 
 from fffexp.errors import UserError
+from fffexp.training import experiment, vectorized
+from fffexp.training.classification import ClassificationTask
 from fffexp.training.experiment import Context, run
-from fffexp.training.vectorized import Replicas, _add_noise, _Best
+from fffexp.training.vectorized import Seed, train_seeds
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
+PLAIN = "--trainer.callbacks=null"  # no average of the weights
+NOISE = "--model.input_noise_std=0.2", "--model.label_smoothing=0.1"
+FOREST = (
+    "--model.layer=Forest", "--model.layer.trees=2", "--model.layer.depth=2", "--model.layer.leaf_width=4",
+    "--model.layer.master_width=8",
+)  # fmt: skip
+VIT = (
+    "--model.network=fffexp.models.ViT", "--model.network.features=16", "--model.network.num_blocks=1",
+    "--model.network.input_dropout=0",
+)  # fmt: skip
+SGD = "--model.optimizer=torch.optim.SGD", "--model.lr_scheduler=null"
+ADAFACTOR = "--model.optimizer=torch.optim.Adafactor", "--model.optimizer.lr=0.01", "--model.lr_scheduler=null"
+PLATEAU = (
+    "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.mode=max",
+    "--model.lr_scheduler.monitor=val/accuracy", "--model.lr_scheduler.patience=0",
+)  # fmt: skip
 
 
 def arguments(layer: str, *more: str) -> list[str]:
     return [
         f"--config={CONFIGS}/experiment/digits_{layer}.yaml",
-        "--trainer.max_epochs=3",
-        "--data.batch_size=100",
+        "--trainer.max_epochs=8",
+        "--data.batch_size=200",
         *more,
     ]
 
 
-AVERAGED = (
-    '--trainer.callbacks=[{"class_path": "fffexp.training.callbacks.averaging.WeightAveraging", '
-    '"init_args": {"decay": 0.9}}]'
-)
-STEPS = "--model.lr_scheduler=torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size=1"
+def alone(args: list[str], seed: int) -> dict[str, float]:
+    result = run(["fit", *args, f"--seed_everything={seed}"], Context(quiet=True))
+    assert result is not None
+    return result.metrics
+
+
+def same(seed: Seed, expected: dict[str, float]) -> None:
+    """Everything that both report, but for times."""
+    shared = {name: value for name, value in expected.items() if not name.startswith("speed/")}
+    assert seed.result.keys() >= shared.keys()
+    found = {name: seed.result[name] for name in shared}
+    assert found == pytest.approx(shared, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layer", "more"),
+    [
+        ("ff", ()), ("ff", (PLAIN,)), ("fff", ()), ("moe", ()), ("switch", ()), ("fff", FOREST),
+        ("ff", ("--model.layer.dropout=0.3", *NOISE)),
+        ("fff", ("--model.layer.dropout=0.3", "--model.layer.region_leak=0.2", *NOISE)),
+        ("fff", ("--model.aux_weights.hardening_mean=0.1", "--model.aux_weights.load_balance=0.1")),
+        ("moe", ("--model.aux_weights.load=0.1", *NOISE)),
+        ("switch", NOISE),
+        ("ff", ("--trainer.gradient_clip_val=0.1",)),
+        ("ff", ("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=0.5")),
+        ("ff", ("--model.lr_scheduler=torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size=1")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_seed_gives_what_fit_gives(
+    layer: str,
+    more: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    enter(with_store(tmp_path), monkeypatch)
+    args = arguments(layer, *more)
+    seeds = train_seeds(args, [0, 5], test=True)
+    assert "one after another" not in capsys.readouterr().err
+    for seed, number in zip(seeds, (0, 5), strict=True):
+        same(seed, alone(args, number))
 
 
 @pytest.mark.parametrize(
-    ("layer", "more"),
-    [("ff", ()), ("ff", (AVERAGED,)), ("ff", STEPS), ("fff", ()), ("fff", (AVERAGED,)), ("moe", ()), ("switch", ())],
-)
-def test_a_seed_gives_what_fit_gives(
-    layer: str, more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ("layer", "more", "reason"),
+    [
+        ("ff", ADAFACTOR, "Adafactor is not known to update each element for itself"),
+        ("ff", PLATEAU, "ReduceLROnPlateau differs from seed to seed"),
+        ("moe", ("--model.layer.dropout=0.3",), "NoisyTopKMoE cannot run under torch.vmap"),
+        ("fff", ("--model.aux_weights.importance=Adaptive", "--model.aux_weights.importance.start=0.1",
+                 "--model.aux_weights.importance.factor=1.1",
+                 "--model.aux_weights.importance.maximum=1"), "an Adaptive"),
+        ("fff", ("--model.layer.trained=chosen_leaf", "--model.optimizer=fffexp.LazyAdamW", "--model.aux_weights=null"),
+         "LazyAdamW is not known"),
+        ("ff", ("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/accuracy",
+                "--trainer.callbacks.mode=max"), "EarlyStopping is not known"),
+        ("ff", (*VIT, "--model.network.input_dropout=0.5"), None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_trained_at_once_is_trained_one_after_another(
+    layer: str,
+    more: tuple[str, ...],
+    reason: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     enter(with_store(tmp_path), monkeypatch)
-    monkeypatch.setattr("fffexp.layers.moe.normal_like", torch.zeros_like)  # a gate's noise is drawn in another order
-    args = arguments(layer, *more)
-    replicas = Replicas(args, [0, 5]).train()
-    assert [r.seed for r in replicas] == [0, 5]
-    for replica in replicas:
-        alone = run(["fit", *args, f"--seed_everything={replica.seed}"], Context(quiet=True))
-        assert alone is not None
-        metrics = alone.metrics
-        # sums in another order: a row of 288 may be a tie
-        assert replica.val_accuracy == pytest.approx(metrics["val/accuracy"], abs=0.004)
-        assert replica.test_accuracy == pytest.approx(metrics["test/accuracy"], abs=0.004)
-        assert (replica.epochs_to_best, replica.epochs) == (metrics["epochs_to_best"], 3)
-        assert replica.val_accuracy_std == pytest.approx(metrics["stability/val_monitor_std"], abs=0.004)
-        assert replica.loss_spikes == pytest.approx(metrics["stability/loss_spikes"], abs=1)
-        assert replica.dead_blocks == metrics.get("stability/dead_leaves")
-        if layer == "ff":
-            assert replica.used_blocks is None
-        else:
-            assert replica.used_blocks is not None
-            assert 1 < replica.used_blocks <= 16
+    args = arguments(layer, *more, "--trainer.max_epochs=2")
+    seeds = train_seeds(args, [0, 5], test=True)
+    if reason is not None:
+        assert f"seeds are trained one after another: {reason}" in capsys.readouterr().err
+    same(seeds[1], alone(args, 5))
 
 
-@pytest.mark.parametrize("layer", ["fff", "moe", "switch"])
-def test_a_seed_alone_runs_on_the_kernels_and_gives_the_same(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fffexp.layers.moe.normal_like", torch.zeros_like)
-    both = Replicas(arguments(layer), [0, 5]).train()
-    monkeypatch.setattr(torch, "vmap", None)
-    (alone,) = Replicas(arguments(layer), [5]).train()
-    assert alone.val_accuracy == pytest.approx(both[1].val_accuracy, abs=0.004)
-    assert alone.test_accuracy == pytest.approx(both[1].test_accuracy, abs=0.004)
+def test_seeds_of_other_sizes_are_trained_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:
+    train_seeds(arguments("ff", "--trainer.max_epochs=1"), [0, 2], test=False)
+    assert "trained one after another: " in capsys.readouterr().err
 
 
-def test_seeds_of_a_transformer_train_at_once() -> None:
-    vit = ["--model.network=fffexp.models.ViT", "--model.network.features=16", "--model.network.num_blocks=1"]
-    args = arguments("fff", *vit, "--model.network.input_dropout=0")
-    both, (alone,) = (Replicas(args, seeds).train(test=False) for seeds in ([0, 5], [5]))
-    assert alone.val_accuracy == pytest.approx(both[1].val_accuracy, abs=0.01)
+@pytest.mark.parametrize("more", [ADAFACTOR, SGD])
+def test_seeds_do_not_mix(more: tuple[str, ...]) -> None:
+    args = arguments("ff", *more, "--trainer.max_epochs=2")
+    assert train_seeds(args, [0, 5], test=True)[0].result == train_seeds(args, [0, 6], test=True)[0].result
+
+
+def test_seeds_of_a_transformer_train_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    args = arguments("fff", *VIT, "--trainer.max_epochs=2")
+    both, (single,) = (train_seeds(args, seeds, test=False) for seeds in ([0, 5], [5]))
+    assert both[1].result == pytest.approx(single.result, abs=1e-4)
+    assert not capsys.readouterr().err
+
+
+class OwnStep(ClassificationTask):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 2 * super().training_step(batch, batch_idx)
+
+
+class Draws(ClassificationTask):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+@pytest.mark.parametrize(("task", "reason"), [(OwnStep, "own training_step"), (Draws, "vmap")])
+def test_a_task_that_does_more_is_trained_one_after_another(
+    task: type, reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = experiment.build
+
+    def build(args: Any) -> Any:
+        found = built(args)
+        found.task.__class__ = task
+        return found
+
+    monkeypatch.setattr(vectorized, "build", build)
+    assert len(train_seeds(arguments("ff", "--trainer.max_epochs=1"), [0, 5], test=False)) == 2
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_same() -> None:
     args = arguments("fff")
-    gpu = Replicas(args, [0, 5])
-    assert gpu.device.type == "cuda"
-    cpu = Replicas([*args, "--trainer.accelerator=cpu"], [0, 5])
-    for there, here in zip(gpu.train(), cpu.train(), strict=True):
-        assert there.val_accuracy == pytest.approx(here.val_accuracy, abs=0.01)
+    gpu = train_seeds(args, [0, 5], test=True)
+    cpu = train_seeds([*args, "--trainer.accelerator=cpu"], [0, 5], test=True)
+    for there, here in zip(gpu, cpu, strict=True):
+        assert there.result["val/accuracy"] == pytest.approx(here.result["val/accuracy"], abs=0.01)
 
 
-def test_noise_differs_between_seeds() -> None:
-    # with equal splits, initialisation and order: only the gates' noise is left
-    replicas = Replicas(arguments("moe"), [0, 0]).train()
-    assert replicas[0] != replicas[1]
-
-
-def test_input_noise_is_that_of_the_task_and_differs_between_seeds() -> None:
-    x = torch.zeros(3, 50, 1, 8, 8)
-    _add_noise(x, 0.2)
-    flat = x.flatten(1)
-    assert flat.std(dim=1) == pytest.approx(0.2, abs=0.01)
-    assert (torch.corrcoef(flat) - torch.eye(3)).abs().max() < 0.1
-    _add_noise(before := x.clone(), 0.0)
-    assert torch.equal(before, x)
-    noisy = Replicas(arguments("ff", "--model.input_noise_std=1.0"), [0, 0]).train()
-    assert noisy[0] != noisy[1]
-    assert noisy[0] != Replicas(arguments("ff"), [0, 0]).train()[0]
-
-
-def test_patience_ends_the_training() -> None:
+@pytest.mark.parametrize("fit_counts", [False, True])
+def test_patience_ends_the_training(fit_counts: bool) -> None:
     # a learning rate of 0 improves nothing after the first epoch
-    frozen = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0", "--model.lr_scheduler=null"]
-    replicas = Replicas([*arguments("ff", *frozen), "--trainer.max_epochs=9"], [0, 1]).train(patience=2)
-    assert [(r.epochs, r.epochs_to_best, r.epochs_to_fit) for r in replicas] == [(3, 1, 1)] * 2
+    seeds = train_seeds(
+        arguments("ff", *SGD, PLAIN, "--model.optimizer.lr=0"), [0, 1], test=False, patience=2, measure_fit=True,
+        fit_counts=fit_counts,
+    )  # fmt: skip
+    found = [(s.result["epochs"], s.result["epochs_to_best"], s.result["epochs_to_fit"]) for s in seeds]
+    assert found == [(3, 1, 1)] * 2
 
 
-def test_a_better_fit_can_be_left_out_of_patience() -> None:
-    best = _Best([0, 1])
-    for epoch, train in enumerate((0.5, 0.6, 0.7), start=1):
-        best.observe(0, epoch, train, 0.5, {})
-        best.observe(1, epoch, 0.5, 0.5, {})
-    assert best.stalled(0, 3, 2, fit_matters=False)
-    assert not best.stalled(0, 3, 2, fit_matters=True), "the training accuracy was better just now"
-    assert best.stalled(1, 3, 2, fit_matters=True)
-    assert best.stalled(0, 5, 2, fit_matters=True)
+def test_a_better_fit_counts_where_asked_to() -> None:
+    args = arguments("ff", PLAIN, "--trainer.max_epochs=30", "--trainer.limit_val_batches=1")
+    stopped, went_on = (
+        train_seeds(args, [0, 1], test=False, patience=2, measure_fit=True, fit_counts=fit_counts)
+        for fit_counts in (False, True)
+    )
+    assert all(a.result["epochs"] <= b.result["epochs"] for a, b in zip(stopped, went_on, strict=True))
+    assert all(s.result["epochs"] >= s.result["epochs_to_fit"] for s in went_on)
 
 
-@pytest.mark.parametrize("averaged", [False, True])
-def test_a_seed_stops_by_itself(averaged: bool) -> None:
-    args = arguments("ff", "--trainer.max_epochs=40", *([AVERAGED] if averaged else []))
-    alone = [Replicas(args, [seed]).train(patience=3)[0] for seed in (0, 5, 1)]
-    assert len({replica.epochs for replica in alone}) > 1, "they stop at different epochs"
-    for mine, other in zip(alone, Replicas(args, [0, 5, 1]).train(patience=3), strict=True):
-        assert (other.epochs, other.epochs_to_best) == (mine.epochs, mine.epochs_to_best)
-        assert other.test_accuracy == pytest.approx(mine.test_accuracy, abs=0.004)
-        assert other.loss_spikes == pytest.approx(mine.loss_spikes, abs=1)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), (PLAIN,)])
+def test_a_seed_stops_by_itself(more: tuple[str, ...]) -> None:
+    args = arguments("ff", "--trainer.max_epochs=40", *more)
+    single = [train_seeds(args, [number], test=True, patience=3)[0] for number in (0, 5, 1)]
+    assert len({seed.result["epochs"] for seed in single}) > 1, "they stop at different epochs"
+    for mine, other in zip(single, train_seeds(args, [0, 5, 1], test=True, patience=3), strict=True):
+        assert other.result == pytest.approx(mine.result, abs=1e-5)
 
 
-PLATEAU = [
-    "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.mode=max",
-    "--model.lr_scheduler.patience=0", "--model.lr_scheduler.threshold=0.02", "--trainer.max_epochs=6",
-]  # fmt: skip
+def test_the_fit_is_measured_as_on_validation() -> None:
+    (seed, _) = train_seeds(arguments("fff", "--trainer.max_epochs=3"), [0, 5], test=False, measure_fit=True)
+    assert 0.3 < seed.result["train/accuracy"] <= 1
+    with torch.no_grad():
+        x, y = seed.data.train_data  # type: ignore[attr-defined] # of ours
+        right = (seed.task.eval()(x).argmax(1) == y).float().mean()
+    if seed.result["epochs_to_best"] == seed.result["epochs_to_fit"]:
+        assert float(right) == pytest.approx(seed.result["train/accuracy"], abs=1e-5)
 
 
-@pytest.mark.parametrize("monitor", ["train/accuracy", "val/accuracy"])
-def test_a_plateau_is_that_of_fit(monitor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    enter(with_store(tmp_path), monkeypatch)
-    args = arguments("ff", *PLATEAU, f"--model.lr_scheduler.monitor={monitor}", "--model.lr_scheduler.factor=0.01")
-    (replica,) = Replicas(args, [0]).train()
-    alone = run(["fit", *args, "--seed_everything=0"], Context(quiet=True))
-    assert alone is not None
-    assert replica.val_accuracy == pytest.approx(alone.metrics["val/accuracy"], abs=0.004)
-    assert replica.val_accuracy_std == pytest.approx(alone.metrics["stability/val_monitor_std"], abs=0.004)
-    other = [a.replace("factor=0.01", "factor=0.9") for a in args]
-    assert Replicas(other, [0]).train()[0] != replica, "the plateau was met"
+def test_divergence_is_reported() -> None:
+    wild = [*SGD, PLAIN, "--model.optimizer.lr=1e30", "--trainer.max_epochs=2"]
+    assert all(
+        s.result["stability/nonfinite_steps"] > 0 for s in train_seeds(arguments("ff", *wild), [0, 1], test=False)
+    )
 
 
-def test_a_plateau_differs_from_seed_to_seed() -> None:
-    for seeds, monitor in (([0, 1], "val/accuracy"), ([0], "val/loss")):
-        with pytest.raises(UserError, match="a plateau differs from seed to seed"):
-            Replicas(arguments("ff", *PLATEAU, f"--model.lr_scheduler.monitor={monitor}"), seeds).train()
-
-
-def test_divergence_is_told() -> None:
-    wild = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1e30", "--model.lr_scheduler=null"]
-    replicas = Replicas(arguments("ff", *wild), [0, 1]).train()
-    assert all(r.nonfinite_steps > 0 for r in replicas)
-    assert not any(r.nonfinite_steps for r in Replicas(arguments("ff"), [0, 1]).train())
+def test_the_test_set_is_read_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "test", None)
+    for seed in train_seeds(arguments("ff", "--trainer.max_epochs=1"), [0, 5], test=False):
+        assert "test/accuracy" not in seed.result
 
 
 @pytest.mark.parametrize(
-    ("seeds", "more", "message"),
-    [
-        ([0, 2], [], "training parts differ in size"),
-        ([0], ["--model.aux_weights.load_balance=Adaptive", "--model.aux_weights.load_balance.start=0.1",
-               "--model.aux_weights.load_balance.factor=1.1",
-               "--model.aux_weights.load_balance.maximum=1"], "Adaptive"),
-        ([0], ["--model.layer.depth=-1"], "depth is -1"),
-        ([0], ["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val is 1"),
-        ([0], ["--trainer.limit_train_batches=2"], "trainer.limit_train_batches is 2"),
-        ([0], ["--trainer.max_epochs=-1"], "trainer.max_epochs is -1"),
-        ([0], ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/accuracy"],
-         "EarlyStopping is a callback"),
-        ([0], ["--model.layer.trained=chosen_leaf", "--model.optimizer=fffexp.LazyAdamW", "--model.aux_weights=null"],
-         "sparse gradients have no seed axis"),
-    ],
-)  # fmt: skip
-def test_mistakes(seeds: list[int], more: list[str], message: str) -> None:
+    ("more", "message"),
+    [(["--model.layer.depth=-1"], "depth is -1"), (["--trainer.limit_val_batches=0"], "needs validation")],
+)
+def test_mistakes(more: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Replicas(arguments("fff", *more), seeds).train()
+        train_seeds(arguments("fff", *more), [0, 5], test=False)
