@@ -312,7 +312,8 @@ class StudySpec:
     def recipe(self, label: str, values: Values) -> str:
         """Digest of all that decides the result of a point but its seed; comments and paths do not count."""
         settings = given(self.arguments(label, values, None)[1:])
-        return _digest([{k: v for k, v in settings.items() if k not in ("name", "test")}, self.patience])[:12]
+        ends = (self.patience, self.fit) if self.fit == "awaited" else self.patience
+        return _digest([{k: v for k, v in settings.items() if k not in ("name", "test")}, ends])[:12]
 
     def default_objectives(self, monitor: str, mode: str) -> dict[str, Direction]:
         """Those given, else the monitored metric and, where it is measured, the latency."""

@@ -92,3 +92,13 @@ def test_trees_harden() -> None:
         model[0].routing_mode = "soft"
     assert model[0].inverse_temperature.item() == pytest.approx(300)
     assert gaps[0] > gaps[1] > gaps[2]
+
+
+def test_a_shared_layer_counts_once_with_all_its_passes() -> None:
+    torch.manual_seed(0)
+    layer = FFF(6, 6, 2, 3)
+    model = nn.Sequential(nn.Sequential(layer), layer)
+    model(torch.randn(20, 6))
+    assert len(layer.routings) == 2
+    expected = 0.1 * sum(layer.aux_losses["importance"](routing) for routing in layer.routings)
+    assert auxiliary_loss(model).item() == pytest.approx(expected.item())
