@@ -121,7 +121,10 @@ def ordered(results: Results) -> list[Trial]:
 def cells(results: Results) -> list[Row]:
     """A row for each point and metric, as in JSON."""
     return [
-        row(results, trial, metric) for trial in ordered(results) for metric in METRICS if trial.by_seed(metric.key)
+        row(results, trial, metric)
+        for trial in ordered(results)
+        for metric in METRICS
+        if trial.by_seed(metric.key) and trial.by_seed(metric.score)
     ]
 
 

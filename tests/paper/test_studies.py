@@ -78,7 +78,7 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
     assert main([*command, "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["cells"] == content["cells"]
     config = small.parents[1] / "configs/recipe/fff.yaml"
-    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"trainer": {"max_epochs": 7}}))
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": {"input_noise_std": 0.7}}))
     assert main(command) == 2
     assert "FFF" in (error := capsys.readouterr().err)
     assert "was trained by another recipe: give another file" in error
