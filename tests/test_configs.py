@@ -143,6 +143,7 @@ def test_every_config_is_run_here() -> None:
     known = {
         *EXPERIMENTS,
         *LAYERS,
+        CONFIGS / "layer/none.yaml",
         *RECIPES,
         *(CONFIGS / "recipe" / "weights").glob("*.yaml"),
         *(CONFIGS / "data").glob("*.yaml"),
