@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from types import MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 from weakref import ref
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fffexp.kernels.naive import Blocks
-from fffexp.layers.blocks import BlockMLP, Device
+from fffexp.layers.blocks import BlockMLP, Device, reset_parts
 
 RoutingMode = Literal["auto", "soft", "hard"]
 ROUTING_MODES = get_args(RoutingMode)
@@ -181,11 +181,8 @@ class FeedforwardLayer(nn.Module, ABC):
         return False
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, and set buffers to their first values; by default those of each child module."""
-        for child in self.children():
-            for module in child.modules():
-                if isinstance(reset := getattr(module, "reset_parameters", None), MethodType):
-                    reset()
+        """Draw the weights anew, and set buffers to their first values; here by what the modules within know."""
+        reset_parts(self)
 
     def check_trainable(self) -> None:
         """Raise ValueError if this layer can be timed but not trained."""
@@ -256,8 +253,8 @@ class FeedforwardLayer(nn.Module, ABC):
         """Distinct scalars of the weights that hard inference of x (rows, in_features) needs; all for a dense layer."""
         return self.parameter_count
 
-    def _checked(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """An input of the right width in the weights' dtype.
+    def _checked(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An input of the right width in the weights' dtype, that of the first unless it is given.
 
         Raises:
             ValueError: x is of another width.
@@ -266,14 +263,15 @@ class FeedforwardLayer(nn.Module, ABC):
         if not x.dim() or x.shape[-1] != self.in_features:  # else its elements might do for other rows
             width = x.shape[-1] if x.dim() else "no"
             raise ValueError(f"x has {width} features; this {type(self).__name__} takes {self.in_features}")
+        dtype = dtype or next(self.parameters()).dtype
         if x.dtype is dtype:
             return x
         if not x.is_floating_point():
             raise TypeError(f"x is {x.dtype}; {type(self).__name__} takes floating-point numbers: x.to({dtype})")
         return x.to(dtype)
 
-    def _rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., in_features) -> (rows, in_features), checked."""
+    def _rows(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(..., in_features) -> (rows, in_features), checked as by `_checked`."""
         x = self._checked(x, dtype)
         return x if x.dim() == 2 else x.reshape(-1, self.in_features)
 

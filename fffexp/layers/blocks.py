@@ -64,7 +64,7 @@ class BlockMLP(nn.Module):
         _, width, in_features = self.hidden_weight.shape
         for parameter, fan_in in zip(self.tensors(), (in_features, in_features, width, width), strict=True):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
-        reset_activation(self.hidden[0])
+        reset_parts(self.hidden)
 
     @property
     def compiled_activation(self) -> str | None:
@@ -184,7 +184,10 @@ def make_activation(activation: Activation) -> nn.Module:
     return made
 
 
-def reset_activation(activation: nn.Module) -> None:
-    """Set the parameters of an activation, if it has any, to their first values."""
-    if callable(reset := getattr(activation, "reset_parameters", None)):
-        reset()
+def reset_parts(module: nn.Module) -> None:
+    """Call `reset_parameters` of the outermost modules within that have one."""
+    for part in module.children():
+        if callable(reset := getattr(part, "reset_parameters", None)):
+            reset()
+        else:
+            reset_parts(part)

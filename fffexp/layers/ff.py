@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fffexp.kernels.naive import Blocks
 from fffexp.layers.base import DenseBlocks, FeedforwardLayer, check_fits, probability, whole
-from fffexp.layers.blocks import Activation, Device, make_activation, reset_activation
+from fffexp.layers.blocks import Activation, Device, make_activation
 from fffexp.layers.random import Dropout
 
 
@@ -52,12 +52,6 @@ class FF(FeedforwardLayer):
             Dropout(dropout),
             nn.Linear(width, out_features, device=device, dtype=dtype),
         )
-
-    def reset_parameters(self) -> None:
-        """As of torch.nn.Linear."""
-        up, activation, _, down = self.network
-        for module in (up, activation, down):
-            reset_activation(module)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""

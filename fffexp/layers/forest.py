@@ -80,11 +80,6 @@ class Forest(FeedforwardLayer):
         if master_width:
             self.master = FF(in_features, out_features, master_width, activation, dropout, device=device, dtype=dtype)
 
-    def reset_parameters(self) -> None:
-        """Those of all parts."""
-        for part in self.parts:
-            part.reset_parameters()
-
     @property
     def parts(self) -> list[FeedforwardLayer]:
         """The trees and the master leaf."""
@@ -98,13 +93,9 @@ class Forest(FeedforwardLayer):
         more = {"trees": 2 if depth else 1} | more
         return super().sized(in_features, out_features, max(0, depth - 1), leaf_width, top_k, **more)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        x = self._checked(x, self._dtype)
+        x = self._checked(x)
         first, *others = self.parts
         output: Tensor = first(x)
         for part in others:
@@ -155,7 +146,7 @@ class Forest(FeedforwardLayer):
 
     def route(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (rows, parts) leaf of each row in each tree, numbered through."""
-        x = self._checked(x, self._dtype)
+        x = self._checked(x)
         offset, routes = 0, []
         for part in self.parts:
             routes.append(part.route(x) + offset)
