@@ -420,3 +420,12 @@ def test_a_layer_of_other_sizes_is_refused(sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"a layer of {sizes[0]} -> {sizes[1]} for 0, an MLP of {D} -> 5: use the in_"):
         replace_feedforward(model, lambda *_: FFF(*sizes, depth=1, leaf_width=4))
     assert isinstance(model[0], nn.Linear)
+
+
+def test_a_gate_that_never_trains_is_refused_in_training() -> None:
+    model = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))
+    replace_feedforward(model, partial(NoisyTopKMoE, num_experts=4, expert_width=8, top_k=1))
+    x = torch.randn(5, D)
+    assert model.eval()(x).shape == (5, D)
+    with pytest.raises((ValueError, RuntimeError), match="top_k"):
+        model.train()(x)
