@@ -1,4 +1,4 @@
-"""Trees in a LightningModule of one's own: digits, read row by row.
+"""Trees in your own LightningModule: digits, read row by row.
 
 python examples/lightning_module.py
 """

@@ -14,7 +14,7 @@ from fffexp.layers.base import SIZES
 
 LayerFactory = Callable[[int, int], FeedforwardLayer]
 Select = Callable[[str, nn.Module], bool]
-# By what names a block of OPT, BART and their kin holds a linear layer, an activation and a linear layer.
+# By what names a block of OPT, BART and the like holds a linear layer, an activation and a linear layer.
 HELD = ("fc1", "activation_fn", "fc2")
 # and the probability at which a function, no module, drops the hidden values
 DROPPED = "activation_dropout"
@@ -85,7 +85,7 @@ def replace_feedforward(
     Known are: modules of two linear layers with an activation between them (timm, GPT-2, FF), gated ones of three
     (Llama; Phi-3, with two in one), pairs within an nn.Sequential, nn.TransformerEncoderLayer and
     nn.TransformerDecoderLayer, the `intermediate` and `output` of BERT and its kin, and the linear layers that a block
-    of OPT, BART and their kin holds itself; a classification head of this form is one of them. That nothing else
+    of OPT, BART and the like holds itself; a classification head of this form is one of them. That nothing else
     happens between an MLP's input and its output is made sure by running it on a few rows (but not that a block uses
     hidden values of its MLP for nothing else). Dropout within an MLP goes with it: give the factory's layer its own; a
     dropout module behind it stays. The new layers can be trained where the MLP was frozen, and share no weights with
@@ -103,7 +103,7 @@ def replace_feedforward(
 
     Raises:
         ValueError: there is no MLP, or none that is selected, its weights are on the meta device, or the factory makes
-            something else than a layer of the sizes that it is told.
+            something else than a layer of the sizes that it is given.
     """
     mlps = find_mlps(model, select)
     layers = [build(mlp, layer_factory) for mlp in mlps]  # all can be made, or nothing is changed

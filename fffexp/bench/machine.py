@@ -1,4 +1,4 @@
-"""What this machine can do, measured in the run whose shares of it are told."""
+"""What this machine can do, measured in the run that reports shares of it."""
 
 import time
 from collections.abc import Callable

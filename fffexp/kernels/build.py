@@ -57,10 +57,10 @@ def build() -> Path:
 def compiler_version() -> str | None:
     """First line that the C++ compiler says of itself, or None if there is none."""
     try:
-        told = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+        printed = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
     except BuildError:
         return None
-    return told.partition("\n")[0]
+    return printed.partition("\n")[0]
 
 
 def _compiler() -> str:

@@ -129,8 +129,10 @@ class PaperStudy:
         results = Results.load(path)
         if differing := [key for key, value in extra.items() if results.extra.get(key) != value]:
             key = differing[0]
-            told = f"{key} is {results.extra.get(key)} there and {extra[key]} here"
-            raise UserError(f"--json {path}: it holds another measurement, {told}: give another file, or remove it")
+            difference = f"{key} is {results.extra.get(key)} there and {extra[key]} here"
+            raise UserError(
+                f"--json {path}: it holds another measurement, {difference}: give another file, or remove it"
+            )
         wanted = self.points()
         for trial in results.trials:
             if any(trial.params == each.params and trial.recipe != each.recipe for each in wanted):

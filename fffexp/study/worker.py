@@ -235,9 +235,12 @@ class Worker:
             measure_fit=self.spec.fit != "ignored",
             fit_counts=self.spec.fit == "awaited",
         )
-        _describe(group, trained[0].config, trained[0].params, seeds)
-        task.trial.set_user_attr("sizes", total_sizes(trained[0].task))
-        for seed, metrics in zip(seeds, (each.result for each in trained), strict=True):
+        wanted = task.trial.user_attrs["seeds"]
+        for seed, each in zip(seeds, trained, strict=True):
+            metrics = each.result
+            if seed == wanted[0]:
+                _describe(group, each.config, each.params, wanted)
+                task.trial.set_user_attr("sizes", total_sizes(each.task))
             if task.searched and metrics.get("stability/nonfinite_steps"):
                 raise NonFiniteLossError(
                     f"the loss of seed {seed} was not finite at {metrics['stability/nonfinite_steps']:.0f} steps: "

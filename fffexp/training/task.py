@@ -29,7 +29,7 @@ _PLAIN = str | int | float | bool | None
 class Task(LightningModule, ABC):
     """A loss to minimise with a network, whose feedforward layers add their weighted auxiliary losses in training.
 
-    A task of one's own gives its arguments and `**kwargs` to the base, sets `network`, and says what the `loss` of a
+    Your own task gives its arguments and `**kwargs` to the base, sets `network`, and says what the `loss` of a
     batch is; `monitor`, `mode` and `make_metrics` if it is not the validation loss that counts:
 
         class Regression(Task):

@@ -110,8 +110,8 @@ def train_seeds(
     patience: int | None = None,
     measure_fit: bool = False,
     fit_counts: bool = False,
-) -> list[Seed]:
-    """Train an experiment with several seeds and select each on validation.
+) -> Iterator[Seed]:
+    """Train an experiment with several seeds and select each on validation; a seed is given as soon as it is done.
 
     Args:
         args: of `fffexp fit`, without a seed.
@@ -123,9 +123,9 @@ def train_seeds(
             reported as `train/NAME`, its epoch as `epochs_to_fit`.
         fit_counts: patience ends only when that has not improved either.
 
-    Returns:
-        The seeds; `result` has the metrics of the selected weights and of the training, under the names of a single
-        fit, and `epochs`.
+    Yields:
+        The seeds in their order; `result` has the metrics of the selected weights and of the training, under the names
+        of a single fit, and `epochs`.
 
     Raises:
         UserError: a mistake in the arguments.
@@ -135,14 +135,13 @@ def train_seeds(
         try:
             made = [_make(args, seed) for seed in seeds]
             _check(made)
-            return _train(made, _Together(made), _SeedData(made), test, options)
+            yield from _train(made, _Together(made), _SeedData(made), test, options)
+            return
         except NotVectorizable as reason:
             print(f"seeds are trained one after another: {reason}", file=sys.stderr)
-    alone = []
     for number in seeds:
         seed = _make(args, number)
-        alone += _train([seed], seed.task, seed.data, test, options)
-    return alone
+        yield from _train([seed], seed.task, seed.data, test, options)
 
 
 def _make(args: Sequence[str], number: int) -> Seed:

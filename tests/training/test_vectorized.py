@@ -13,7 +13,7 @@ from fffexp.errors import UserError
 from fffexp.training import experiment, vectorized
 from fffexp.training.classification import ClassificationTask
 from fffexp.training.experiment import Context, run
-from fffexp.training.vectorized import Seed, train_seeds
+from fffexp.training.vectorized import Seed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PLAIN = "--trainer.callbacks=null"  # no average of the weights
@@ -32,6 +32,10 @@ PLATEAU = (
     "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.mode=max",
     "--model.lr_scheduler.monitor=val/accuracy", "--model.lr_scheduler.patience=0",
 )  # fmt: skip
+
+
+def train_seeds(*args: Any, **options: Any) -> list[Seed]:
+    return list(vectorized.train_seeds(*args, **options))
 
 
 def arguments(layer: str, *more: str) -> list[str]:
@@ -236,3 +240,20 @@ def test_the_test_set_is_read_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> 
 def test_mistakes(more: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train_seeds(arguments("fff", *more), [0, 5], test=False)
+
+
+def test_a_seed_is_given_before_the_next_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    build = experiment.build
+
+    def counted(args: Any) -> Any:
+        made.append(args[-1])
+        return build(args)
+
+    monkeypatch.setattr(vectorized, "build", counted)
+    mixing = ("--model.optimizer=torch.optim.Adafactor", "--model.optimizer.lr=0.01", "--model.lr_scheduler=null")
+    found = vectorized.train_seeds(arguments("ff", *mixing, "--trainer.max_epochs=1"), [0, 5], test=False)
+    next(found)
+    before = len(made)
+    next(found)
+    assert len(made) == before + 1, "both were trained before the first was given"
