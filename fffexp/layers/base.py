@@ -79,6 +79,7 @@ class FeedforwardLayer(nn.Module, ABC):
     metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({})  # tracked quantities, functions of `routing`
     annealed_buffers: ClassVar[frozenset[str]] = frozenset()  # buffers that a schedule may set
     baseline: ClassVar[str] = ""  # benchmarks record "speedup_over_BASELINE" of the layers after this one
+    peer: ClassVar[str] = ""  # module:class of another package's form of it, for benchmarks
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -56,6 +56,7 @@ class FFF(FeedforwardLayer):
             chosen leaf together with region_leak, or weights that do not fit in memory.
     """
 
+    peer: ClassVar[str] = "fastfeedforward:FFF"
     shape: ClassVar[tuple[str, ...]] = ("depth", "leaf_width")
 
     has_soft_mode: ClassVar[bool] = True
