@@ -1,49 +1,31 @@
 """Layers of equal training width to be timed against each other, checked against the truth before."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fffexp import layers
+from fffexp.bench.setting import Setting
 from fffexp.errors import UserError, one_line
 from fffexp.layers import FeedforwardLayer
 
-PEER = "fastfeedforward"
 # Largest error against the reference, as a share of its largest output, or of 1 where that is smaller.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}
-# Rows that are computed one by one to check an output.
-CHECKED_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Point:
-    """What is compared: layers of 2^depth * leaf_width hidden neurons; `layer_args` has more arguments by layer."""
-
-    in_features: int
-    out_features: int
-    depth: int
-    leaf_width: int
-    top_k: int
-    dtype: torch.dtype
-    device: str
-    backend: str
-    layer_args: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def inputs(self, batch_size: int, batches: int) -> list[Tensor]:
-        """Random inputs: `batches` different ones."""
-        generator = torch.Generator().manual_seed(1)
-        shape = (batch_size, self.in_features)
-        return [torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(batches)]
+CHECKED_ROWS = 16  # that are computed one by one to check an output
 
 
 @dataclass
 class Contender:
-    """A way to compute a layer; `truth` is what it should give for a few rows."""
+    """A way to compute a layer; `truth` is what it should give for a few rows.
+
+    A peer is another package's form of the layer.
+    """
 
     name: str
     backend: str
@@ -52,21 +34,22 @@ class Contender:
     truth: Callable[[Tensor], Tensor]
 
     @property
+    def is_peer(self) -> bool:
+        """Whether it is no layer of ours."""
+        return self.module is not self.layer
+
+    @property
     def baseline(self) -> str:
-        """What others are compared with it as, or an empty string."""
+        """What others are compared with it as, or an empty string; not inherited."""
         return "peer" if self.is_peer else vars(type(self.layer)).get("baseline", "")
 
     @property
-    def is_peer(self) -> bool:
-        """Whether it is another package's form of the layer."""
-        return self.module is not self.layer
+    def rank(self) -> int:
+        """Place among the baselines, after which others are compared with them."""
+        return ("ff", "moe", self.baseline).index(self.baseline)
 
     def check(self, x: Tensor) -> float:
-        """Largest error over a few rows of x.
-
-        Raises:
-            UserError: it is not within the tolerance: nothing of this layer may be timed.
-        """
+        """Largest error over a few rows of x; raises as `compare`."""
         # rows of the whole batch, which may run other code than a few rows would
         rows = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_ROWS)).long().unique().to(x.device)
         return self.compare(self.module(x)[rows], self.truth(x[rows]))
@@ -75,7 +58,8 @@ class Contender:
         """Largest error of an output.
 
         Raises:
-            UserError: it is more than `factor` times the tolerance of the output's type.
+            UserError: it is more than `factor` times the tolerance of the output's type: nothing of this layer may be
+                timed.
         """
         if not truth.numel():
             return 0.0
@@ -90,13 +74,12 @@ class Contender:
 
 def public_layers() -> dict[str, type[FeedforwardLayer]]:
     """The package's own layers by name, dense first."""
-    found = {name: getattr(layers, name) for name in layers.__all__}
-    made = {name: kind for name, kind in found.items() if _is_layer(kind) and kind is not FeedforwardLayer}
-    return dict(sorted(made.items(), key=lambda pair: pair[1].baseline != "ff"))
+    found = {name: kind for name in layers.__all__ if _is_layer(kind := getattr(layers, name))}
+    return dict(sorted(found.items(), key=lambda pair: pair[1].baseline != "ff"))
 
 
 def _is_layer(found: Any) -> bool:
-    return isinstance(found, type) and issubclass(found, FeedforwardLayer)
+    return isinstance(found, type) and issubclass(found, FeedforwardLayer) and found is not FeedforwardLayer
 
 
 def layer_class(name: str) -> type[FeedforwardLayer]:
@@ -106,13 +89,11 @@ def layer_class(name: str) -> type[FeedforwardLayer]:
         UserError: there is no such class, or it is no feedforward layer.
     """
     known = public_layers()
-    if name in known:
-        return known[name]
     home, _, attribute = name.rpartition(".")
-    if not home:
+    if not home and name not in known:
         raise UserError(f"--layers: {name!r} is not one of {', '.join(known)}, nor a class path such as own.MyLayer")
     try:
-        found = getattr(import_module(home), attribute)
+        found = known[name] if name in known else getattr(import_module(home), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--layers: {name} cannot be imported ({one_line(str(error))})") from error
     if not _is_layer(found):
@@ -120,63 +101,74 @@ def layer_class(name: str) -> type[FeedforwardLayer]:
     return found
 
 
-def make(names: Sequence[str], point: Point, peers: bool = False) -> list[Contender]:
-    """The layers by these names, and the peers; they share the weights of their leaves and experts where they can.
+def make(setting: Setting, depth: int, peers: bool = False) -> list[Contender]:
+    """The layers of a depth, and their peers; they share the weights of their leaves and experts where they can.
 
     Raises:
         UserError: an unknown layer, sizes that it refuses, or a peer that is not installed.
     """
     torch.manual_seed(0)
-    p = point
     contenders: list[Contender] = []
-    for name in names:
-        kind, arguments = layer_class(name), dict(p.layer_args.get(name, {}))
+    sizes = setting.in_features, setting.out_features, depth, setting.leaf_width, setting.top_k
+    for name in setting.layers:
+        kind = layer_class(name)
         try:
-            with torch.device(p.device):
-                layer = kind.sized(p.in_features, p.out_features, p.depth, p.leaf_width, p.top_k, **arguments)
+            with torch.device(setting.device):
+                layer = kind.sized(*sizes, **setting.layer_args.get(name, {}))
         except (ValueError, TypeError) as error:
-            raise UserError(f"--layers {name}, depth {p.depth}: {one_line(str(error))}") from error
-        layer = layer.to(p.dtype)
+            raise UserError(f"--layers {name}, depth {depth}: {one_line(str(error))}") from error
+        layer = layer.to(getattr(torch, setting.dtype))
         for other in contenders:
             layer.share_experts(other.layer)
         for parameter in layer.parameters():
             if not parameter.any():  # a gate that begins at zero sends every sample to the same expert
-                nn.init.normal_(parameter, std=p.in_features**-0.5)
-        layer.backend = p.backend
+                nn.init.normal_(parameter, std=setting.in_features**-0.5)
+        layer.backend = setting.backend
         try:
             backend = layer.inference_backend()
         except ValueError as error:
-            raise UserError(f"--backend {p.backend}: {name}: {error}") from error
+            raise UserError(f"--backend {setting.backend}: {name}: {error}") from error
         contenders.append(Contender(name, backend, layer, layer, layer.forward_reference))
-    if peers and p.depth > 0:  # at depth 0 the reference package crashes
-        contenders += [_peer(p, c.layer) for c in contenders if hasattr(c.layer, "node_weight")][:1]
+    if peers and depth > 0:  # at depth 0 the reference package crashes
+        contenders += [_peer(setting, c.layer) for c in contenders if c.layer.peer][:1]
     return contenders
 
 
-def _peer(p: Point, tree: Any) -> Contender:
+def _peer(setting: Setting, tree: Any) -> Contender:
     """The reference package's tree with the weights of ours."""
+    package, leaves = tree.peer.partition(":")[0], tree.leaves
     try:
-        from fastfeedforward import FFF as Peer
+        kind = resolve_name(tree.peer)
     except ImportError as error:
-        raise UserError("--peers needs the package fastfeedforward: pip install 'fffexp[peers]'") from error
-    if p.dtype != torch.float32:
-        raise UserError(f"--peers: fastfeedforward computes in float32 alone, not in {p.dtype}")
-    peer = Peer(p.in_features, p.leaf_width, p.out_features, p.depth, activation=nn.ReLU()).to(p.device)
-    leaves = tree.leaves
+        raise UserError(f"--peers needs the package {package}: pip install 'fffexp[peers]'") from error
+    if setting.dtype != "float32":
+        raise UserError(f"--peers: {package} computes in float32 alone, not in {setting.dtype}")
+    peer = kind(tree.in_features, tree.leaf_width, tree.out_features, tree.depth, activation=nn.ReLU())
+    copies = {
+        "node_weights": tree.node_weight,
+        "node_biases": tree.node_bias.unsqueeze(1),
+        "w1s": leaves.hidden_weight.mT,
+        "b1s": leaves.hidden_bias,
+        "w2s": leaves.output_weight,
+        "b2s": leaves.output_bias,
+    }
     with torch.no_grad():
-        peer.node_weights.copy_(tree.node_weight)
-        peer.node_biases.copy_(tree.node_bias.unsqueeze(1))
-        peer.w1s.copy_(leaves.hidden_weight.mT)
-        peer.b1s.copy_(leaves.hidden_bias)
-        peer.w2s.copy_(leaves.output_weight)
-        peer.b2s.copy_(leaves.output_bias)
+        for name, value in copies.items():
+            getattr(peer.to(setting.device), name).copy_(value)
 
     def truth(x: Tensor) -> Tensor:
         # it leaves the output bias out at inference
         return tree.forward_reference(x) - leaves.output_bias[tree.route(x)[:, 0]].double()
 
     try:
-        release = version(PEER)
+        release = version(package)
     except PackageNotFoundError:
         release = "?"
-    return Contender(PEER, release, tree, peer, truth)
+    return Contender(package, release, tree, peer, truth)
+
+
+def inputs(setting: Setting, batch_size: int, batches: int) -> list[Tensor]:
+    """Random inputs: `batches` different ones, (batch_size, in_features)."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = (torch.randn(batch_size, setting.in_features, generator=generator) for _ in range(batches))
+    return [x.to(setting.device, getattr(torch, setting.dtype)) for x in drawn]

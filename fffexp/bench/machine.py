@@ -1,45 +1,28 @@
 """What this machine can do, measured in the run that reports shares of it."""
 
-import time
+import timeit
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fffexp.timing import exclusive_timing, synchronize
 
-REPEATS = 20
-GEMM_SIZE = 2048
-READ_BYTES = 2**30
+REPEATS, GEMM_SIZE, READ_BYTES = 20, 2048, 2**30
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Best of 20 products of 2048 x 2048 matrices and of 20 reads of 1 GiB."""
-
-    gemm_flops_per_s: float
-    read_bytes_per_s: float
-
-
-def measure_limits(dtype: torch.dtype, device: str) -> Limits:
-    """With the threads that torch is set to, and the machine to itself."""
+def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Best of 20 products of 2048 x 2048 matrices and of 20 reads of 1 GiB, with the machine to itself."""
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
     # in float32 whatever the dtype: a sum in bfloat16 would be bound by its arithmetic
     memory = torch.ones(READ_BYTES // 4, device=device)
     with exclusive_timing():
         gemm, read = _best(lambda: a @ b, device), _best(memory.sum, device)
-    return Limits(2 * GEMM_SIZE**3 / gemm, READ_BYTES / read)
+    return {"gemm_flops_per_s": 2 * GEMM_SIZE**3 / gemm, "read_bytes_per_s": READ_BYTES / read}
 
 
 def _best(run: Callable[[], object], device: str) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(lambda: (run(), synchronize(device)), number=1, repeat=REPEATS))
 
 
 def last_level_cache_bytes() -> int:

@@ -13,10 +13,11 @@ from lightning.pytorch import Trainer
 from fffexp.bench.contenders import layer_class, public_layers
 from fffexp.data import FashionMNIST
 from fffexp.data.base import ClassificationData
-from fffexp.layers import FeedforwardLayer
 from fffexp.models.mlp import MLP
 from fffexp.timing import interleaved, median_ratio
 from fffexp.training.classification import ClassificationTask
+
+PLAIN = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 
 
 def compare(layers: Sequence[str], epochs: int, rounds: int, threads: int) -> list[dict[str, Any]]:
@@ -32,19 +33,15 @@ def compare(layers: Sequence[str], epochs: int, rounds: int, threads: int) -> li
     data, rows = FashionMNIST(), []
     data.setup()
     for name in layers or public_layers():
-        kind = layer_class(name)
-
-        def factory(i: int, o: int, kind: type[FeedforwardLayer] = kind) -> FeedforwardLayer:
-            torch.manual_seed(0)
-            return kind.sized(i, o, depth=4, leaf_width=8, top_k=2)
-
-        network = MLP(factory, data.in_shape, data.num_classes)
-        task = ClassificationTask(factory, data.in_shape, data.num_classes, optimizer=torch.optim.AdamW)
+        made = partial(layer_class(name).sized, depth=4, leaf_width=8, top_k=2), data.in_shape, data.num_classes
+        torch.manual_seed(0)
+        network = MLP(*made)
+        torch.manual_seed(0)
+        task = ClassificationTask(*made, optimizer=torch.optim.AdamW)
         calls = {"bare": partial(_bare, network, data, epochs), "fit": partial(_fit, task, data, epochs)}
         seconds = interleaved(calls, 0.0, threads=threads, rounds=(rounds, rounds), block_s=0)
-        bare, fit = (statistics.median(seconds[way]) for way in calls)
-        ratio = median_ratio(seconds["fit"], seconds["bare"])
-        rows.append({"layer": name, "bare, s": bare, "fit, s": fit, "ratio": ratio})
+        medians = {f"{way}, s": statistics.median(spent) for way, spent in seconds.items()}
+        rows.append({"layer": name, **medians, "ratio": median_ratio(seconds["fit"], seconds["bare"])})
     return rows
 
 
@@ -59,13 +56,6 @@ def _bare(network: MLP, data: ClassificationData, epochs: int) -> None:
 
 
 def _fit(task: ClassificationTask, data: ClassificationData, epochs: int) -> None:
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    plain: dict[str, Any] = dict.fromkeys(PLAIN, False)
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **plain)
     trainer.fit(task, datamodule=data)

@@ -3,77 +3,40 @@
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from fffexp.bench.contenders import Contender, Point
-from fffexp.bench.machine import Limits
+from fffexp.bench.contenders import Contender, public_layers
+from fffexp.bench.setting import Setting
+from fffexp.environment import environment
 from fffexp.errors import UserError
 from fffexp.files import save_json
+from fffexp.report.tables import table
 from fffexp.timing import median_ratio
+
+Record = dict[str, Any]  # as in JSON; what does not apply is None
 
 # Records that were measured elsewhere are not comparable.
 MACHINE = ("cpu", "cores", "device", "torch", "compiler", "instruction_set", "huge_pages")
-SETTING = ("task", "in_features", "out_features", "dtype", "device")
-BASELINES = ("ff", "moe")
+SETTING = ("in_features", "out_features", "dtype", "device")
+# Times are in seconds. `limit_s` is the larger of operations and distinct bytes at the machine's rates; `visited_share`
+# is of the leaves or experts, over all batches that were timed; `fastest_ff` is a form faster than `linear`; the parts
+# of a training step are apart; `operations_over_ff` are counted
+MEASURED = (
+    *("median_s", "p10_s", "p90_s", "flops", "bytes", "limit_s", "max_abs_error", "visited_share"),
+    *("speedup_over_ff", "speedup_over_moe", "speedup_over_peer", "fastest_ff", "fastest_ff_s"),
+    *("forward_s", "backward_s", "optimizer_s", "operations_over_ff", "peak_bytes"),
+)
 
 
-@dataclass(kw_only=True)
-class Timed:
-    """What was timed; what does not apply is None."""
-
-    task: str
-    layer: str
-    backend: str
-    in_features: int
-    out_features: int
-    training_width: int
-    inference_width: int
-    depth: int | None
-    leaf_width: int | None
-    num_experts: int | None
-    top_k: int | None
-    batch_size: int
-    threads: int
-    dtype: str
-    device: str
-
-
-@dataclass(kw_only=True)
-class Record(Timed):
-    """Times are medians in seconds; `limit_s` is the larger of operations and distinct bytes at the machine's rates."""
-
-    median_s: float
-    p10_s: float
-    p90_s: float
-    flops: int
-    bytes: int
-    limit_s: float
-    max_abs_error: float
-    visited_share: float  # of the leaves or experts, over all batches that were timed
-    speedup_over_ff: float | None = None
-    speedup_over_moe: float | None = None
-    speedup_over_peer: float | None = None
-    fastest_ff: str | None = None  # where it is not `linear`
-    fastest_ff_s: float | None = None
-    forward_s: float | None = None  # the parts of a training step
-    backward_s: float | None = None
-    optimizer_s: float | None = None
-    operations_over_ff: float | None = None  # counted
-    peak_bytes: int | None = None
-
-
-def describe(task: str, contender: Contender, point: Point, batch_size: int, threads: int) -> dict[str, Any]:
-    """What a record says of its contender, the fields of Timed."""
-    layer = contender.layer
-    top_k = getattr(layer, "top_k", None)
+def describe(task: str, contender: Contender, setting: Setting, batch_size: int, threads: int) -> Record:
+    """What a record says of its contender."""
+    layer, top_k = contender.layer, getattr(contender.layer, "top_k", None)
     return {
         "task": task,
         "layer": contender.name,
         "backend": contender.backend,
-        "in_features": point.in_features,
-        "out_features": point.out_features,
+        "in_features": setting.in_features,
+        "out_features": setting.out_features,
         "training_width": layer.training_width,
         "inference_width": layer.inference_width,
         "depth": getattr(layer, "depth", None),
@@ -82,72 +45,63 @@ def describe(task: str, contender: Contender, point: Point, batch_size: int, thr
         "top_k": top_k,
         "batch_size": batch_size,
         "threads": threads,
-        "dtype": str(point.dtype).removeprefix("torch."),
-        "device": point.device,
+        "dtype": setting.dtype,
+        "device": setting.device,
     }
 
 
-def make_record(
-    timed: Mapping[str, Any], contender: Contender, seconds: Mapping[str, list[float]], limits: Limits, **more: Any
+def measured(
+    contender: Contender, contenders: Sequence[Contender], seconds: Mapping[str, list[float]], **more: Any
 ) -> Record:
-    """A record of a contender from the seconds of its rounds; `more` holds flops, bytes and what else is known."""
+    """What was measured of a contender, by the seconds of its rounds; `more` is what else is known.
+
+    Speedups are medians of the paired ratios to the baselines that come before it, and of a tree to its peer.
+    """
     own = seconds[contender.name]
     tenths = statistics.quantiles(own, n=10, method="inclusive") if len(own) > 1 else own * 9
-    limit = max(more["flops"] / limits.gemm_flops_per_s, more["bytes"] / limits.read_bytes_per_s)
-    return Record(**timed, median_s=statistics.median(own), p10_s=tenths[0], p90_s=tenths[-1], limit_s=limit, **more)
-
-
-def speedups(contender: Contender, others: Sequence[Contender], seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    """Medians of the paired ratios to the baselines that come before the contender, and of a tree to its peer."""
-    found: dict[str, float] = {}
-    for other in others:
-        place, own = (BASELINES.index(c.baseline) if c.baseline in BASELINES else 2 for c in (other, contender))
-        peer = other.is_peer and contender.module is other.layer
-        if peer or place < own:
-            ratio = median_ratio(seconds[other.name], seconds[contender.name])
-            found.setdefault(f"speedup_over_{other.baseline}", ratio)
-    return found
+    found = dict.fromkeys(MEASURED) | {"median_s": statistics.median(own), "p10_s": tenths[0], "p90_s": tenths[-1]}
+    for other in reversed(contenders):
+        if contender.module is other.layer if other.is_peer else other.rank < contender.rank:
+            found[f"speedup_over_{other.baseline}"] = median_ratio(seconds[other.name], own)
+    return found | more
 
 
 class ResultsFile:
     """Records in a JSON file; those that it holds already are not measured again.
 
-    Args:
-        path: None keeps them in memory only.
-        setting: what all of its records have in common, the fields SETTING of Timed.
+    Attributes:
+        records: as they are in the file, or in memory alone where there is none.
         environment: where the records to come are measured.
+        limits: what the machine can do, by number of threads.
 
     Raises:
         UserError: it holds something else, or was measured in another setting or on another machine.
     """
 
-    def __init__(self, path: Path | None, setting: Mapping[str, Any], environment: dict[str, Any]) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {"environment": environment, "records": []}
-        if path is None or not path.exists():
-            return
-        try:
-            found = json.loads(path.read_text())
-            records, measured = found["records"], found["environment"]
-            differing = [key for key in SETTING if {record[key] for record in records} - {setting[key]}]
-            differing += [key for key in MACHINE if measured[key] != environment[key]]
-        except OSError as error:
-            raise UserError(f"--json {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--json {path}: it holds no records of this benchmark: name another file") from error
-        if differing:
-            raise UserError(f"--json {path}: measured with another {' and '.join(differing)}: name another file")
-        self.content = found
-        added = found.setdefault("environments", [measured])
-        if environment not in added:
-            added.append(environment)
-        print(f"{len(records)} records of {path} ({measured['date']}, commit {measured['commit']}) are kept")
+    def __init__(self, task: str, setting: Setting) -> None:
+        self.path, self.environment = setting.json, environment(setting.threads, setting.device)
+        self._head: dict[str, Any] = {"environment": self.environment}
+        self.records: list[Record] = []
+        if self.path is not None and self.path.exists():
+            self._load({"task": task} | {key: getattr(setting, key) for key in SETTING})
+        self.limits: dict[str, dict[str, float]] = self._head.get("limits_by_threads", {})
 
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """As they are in the file."""
-        found: list[dict[str, Any]] = self.content["records"]
-        return found
+    def _load(self, setting: Mapping[str, Any]) -> None:
+        assert self.path is not None
+        try:
+            self._head = json.loads(self.path.read_text())
+            self.records, there = self._head.pop("records"), self._head["environment"]
+            differing = [key for key in setting if {record[key] for record in self.records} - {setting[key]}]
+            differing += [key for key in MACHINE if there[key] != self.environment[key]]
+        except OSError as error:
+            raise UserError(f"--json {self.path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--json {self.path}: it holds no records of this benchmark: name another file") from error
+        if differing:
+            raise UserError(f"--json {self.path}: measured with another {' and '.join(differing)}: name another file")
+        added = self._head.setdefault("environments", [there])
+        added += [self.environment] * (self.environment not in added)
+        print(f"{len(self.records)} records of {self.path} ({there['date']}, commit {there['commit']}) are kept")
 
     def has(self, timed: Mapping[str, Any]) -> bool:
         """Whether there is a record of what these fields describe.
@@ -155,64 +109,63 @@ class ResultsFile:
         Raises:
             UserError: there is, of another backend.
         """
-        for record in self.records:
-            if all(record[name] == value for name, value in timed.items() if name != "backend"):
-                if record["backend"] != timed["backend"]:
-                    raise UserError(
-                        f"--json {self.path}: {record['layer']} was measured with the backend {record['backend']}, "
-                        f"now it is {timed['backend']}: name another file"
-                    )
-                return True
-        return False
+        alike = (r for r in self.records if all(r[key] == timed[key] for key in timed if key != "backend"))
+        if (record := next(alike, None)) and record["backend"] != timed["backend"]:
+            raise UserError(
+                f"--json {self.path}: {record['layer']} was measured with the backend {record['backend']}, "
+                f"now it is {timed['backend']}: name another file"
+            )
+        return record is not None
 
-    def limits(self, threads: int) -> Limits | None:
-        """What the machine could do with so many threads, if that was measured."""
-        found = self.content.get("limits_by_threads", {}).get(str(threads))
-        return Limits(**found) if found else None
-
-    def set_limits(self, threads: int, limits: Limits) -> None:
-        """Keep them; `limits` are those of the first number of threads."""
-        self.content.setdefault("limits", asdict(limits))
-        self.content.setdefault("limits_by_threads", {})[str(threads)] = asdict(limits)
-
-    def add(self, record: Timed) -> None:
+    def add(self, record: Record) -> None:
         """Keep and write a record."""
-        self.records.append(asdict(record))
+        self.records.append(record)
+        if self.limits:  # `limits` are those of the first number of threads
+            self._head |= {"limits": next(iter(self.limits.values())), "limits_by_threads": self.limits}
         if self.path:
-            order = ("environment", "environments", "limits", "limits_by_threads")
-            save_json(self.path, {key: self.content[key] for key in order if key in self.content} | self.content)
+            save_json(self.path, self._head | {"records": self.records})
 
 
-TIMES = ("median", "limit", "forward", "backward", "optimizer", "other form", "layer", "model")
-FORMATS = {f"{name}, us": ",.1f" for name in TIMES} | {
-    **dict.fromkeys(("x FF", "x MoE", "x peer", "step, FF = 1", "counted", "layer x FF", "model x FF"), ".4g"),
-    **dict.fromkeys(("of limit", "visited", "layer's share"), ".0%"),
-    "error": ".0e",
+SIZES = {"layer": "layer", "backend": "backend", "width": "training_width", "depth": "depth", "batch": "batch_size"}
+US, RATIO, SHARE = ",.1f", ".4g", ".0%"
+# By task: title, with the name of the dense layer, format and value of a record; times in microseconds
+COLUMNS: dict[str, tuple[tuple[str, str, Any], ...]] = {
+    "inference": (
+        ("median, us", US, lambda r: 1e6 * r["median_s"]),
+        ("limit, us", US, lambda r: 1e6 * r["limit_s"]),
+        ("of limit", SHARE, lambda r: r["limit_s"] / r["median_s"]),
+        ("x {dense}", RATIO, lambda r: r["speedup_over_ff"]),
+        ("x MoE", RATIO, lambda r: r["speedup_over_moe"]),
+        ("x peer", RATIO, lambda r: r["speedup_over_peer"]),
+        ("visited", SHARE, lambda r: r["visited_share"]),
+        ("error", ".0e", lambda r: r["max_abs_error"]),
+        ("other form, us", US, lambda r: r["fastest_ff_s"] and 1e6 * r["fastest_ff_s"]),
+    ),
+    "training": (
+        ("median, us", US, lambda r: 1e6 * r["median_s"]),
+        ("forward, us", US, lambda r: 1e6 * r["forward_s"]),
+        ("backward, us", US, lambda r: 1e6 * r["backward_s"]),
+        ("optimizer, us", US, lambda r: 1e6 * r["optimizer_s"]),
+        ("step, {dense} = 1", RATIO, lambda r: r["speedup_over_ff"] and 1 / r["speedup_over_ff"]),
+        ("counted", RATIO, lambda r: r["operations_over_ff"]),
+    ),
+    "model": (
+        ("layer, us", US, lambda r: 1e6 * r["layer_s"]),
+        ("model, us", US, lambda r: 1e6 * r["model_s"]),
+        ("layer's share", SHARE, lambda r: r["layer_share"]),
+        ("layer x {dense}", RATIO, lambda r: r["layer_speedup"]),
+        ("model x {dense}", RATIO, lambda r: r["model_speedup"]),
+    ),
 }
 
 
-def row(r: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as a row of the table; times in microseconds."""
-    start = {
-        "layer": r["layer"],
-        "backend": r["backend"],
-        "width": r["training_width"],
-        "depth": r["depth"],
-        "batch": r["batch_size"],
-        "threads": r["threads"],
-        "median, us": 1e6 * r["median_s"],
-    }
-    if r["task"] == "training":
-        parts = {f"{part}, us": 1e6 * r[f"{part}_s"] for part in ("forward", "backward", "optimizer")}
-        step = r["speedup_over_ff"] and 1 / r["speedup_over_ff"]
-        return start | parts | {"step, FF = 1": step, "counted": r["operations_over_ff"]}
-    return start | {
-        "limit, us": 1e6 * r["limit_s"],
-        "of limit": r["limit_s"] / r["median_s"],
-        "x FF": r["speedup_over_ff"],
-        "x MoE": r["speedup_over_moe"],
-        "x peer": r["speedup_over_peer"],
-        "visited": r["visited_share"],
-        "error": r["max_abs_error"],
-        "other form, us": r["fastest_ff_s"] and 1e6 * r["fastest_ff_s"],
-    }
+def report(records: Sequence[Record], task: str) -> str:
+    """The records as a table, with ratios to the dense layer and other baselines."""
+    dense = next(iter(public_layers()))
+    columns = [(title.format(dense=dense), spec, value) for title, spec, value in COLUMNS[task]]
+    rows = [
+        {title: r.get(key) for title, key in ({"model": "model"} | SIZES | {"threads": "threads"}).items()}
+        | {title: value(r) for title, _, value in columns}
+        for r in records
+    ]
+    return table(rows, {title: spec for title, spec, _ in columns})

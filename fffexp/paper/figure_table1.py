@@ -4,32 +4,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fffexp.paper.rows import METRICS, Row, is_dense, leaf_width, ordered, row, width
+from fffexp.paper.rows import METRICS, is_dense, ordered, row, width
+from fffexp.report.figures import COLOURS
 from fffexp.study.results import Results, Trial
 
-# colours of Okabe and Ito, which the colour-blind can tell apart
 DENSE_COLOUR = "0.3"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def draw(results: Results, path: Path) -> None:
     """A panel a layer, with the dense one in each: means with their intervals, and hollow the paper's best of ten."""
     trials = ordered(results)
-    titles = sorted({_title(trial) for trial in trials if not is_dense(trial)})
+    titles = sorted({_title(trial) for trial in trials if not is_dense(trial)}) or [""]
     # dense controls have widths that are nobody's training width
-    shown = sorted({width(trial) for trial in trials if not titles or not is_dense(trial)})
+    shown = sorted({width(trial) for trial in trials if titles == [""] or not is_dense(trial)})
     dense = [trial for trial in trials if is_dense(trial) and width(trial) in shown]
-    figure = Figure(figsize=(2 + 3.4 * max(1, len(titles)), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, max(1, len(titles)), sharey=True, squeeze=False)[0]
-    leaf_widths = sorted({leaf for trial in trials if (leaf := leaf_width(trial))}, reverse=True)
-    for axes, title in zip(panels, titles or [""], strict=True):
+    figure = Figure(figsize=(2 + 3.4 * len(titles), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    leaf_widths = sorted({leaf for trial in trials if (leaf := trial.params.get("leaf_width"))}, reverse=True)
+    for axes, title in zip(panels, titles, strict=True):
         _line(axes, results, dense, dense[0].layer if dense else "", DENSE_COLOUR, 0)
         for index, leaf in enumerate(leaf_widths):
-            of = [trial for trial in trials if _title(trial) == title and leaf_width(trial) == leaf]
+            of = [trial for trial in trials if _title(trial) == title and trial.params.get("leaf_width") == leaf]
             _line(axes, results, of, f"leaves or experts of {leaf}", COLOURS[index % len(COLOURS)], index + 1)
         axes.plot([], [], "o", color="0.4", markerfacecolor="none", markersize=7, label="printed: best of ten")
         axes.set_title(title, fontsize=10)
@@ -42,10 +39,9 @@ def draw(results: Results, path: Path) -> None:
     handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right center")
     counts = sorted({len(trial.runs) for trial in trials}) or [0]
-    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    seeds = " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
     title = f"{results.extra['data']}, {results.extra['recipe']} recipe: mean of {seeds} seeds, 95% interval"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
@@ -54,7 +50,7 @@ def _title(trial: Trial) -> str:
 
 
 def _line(axes: Axes, results: Results, trials: Sequence[Trial], name: str, colour: str, place: int) -> None:
-    rows: list[Row] = [row(results, trial, METRICS[0]) for trial in sorted(trials, key=width)]
+    rows = [row(results, trial, METRICS[0]) for trial in sorted(trials, key=width)]
     if not rows:
         return
     widths = [each["training_width"] * 1.03**place for each in rows]  # beside each other

@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from fffexp.layers import FeedforwardLayer
-from fffexp.paper.rows import note
-from fffexp.report.tables import table
-from fffexp.study.results import Results, Trial
+from fffexp.paper.rows import section
+from fffexp.study.results import Results
 
 SHARES = (0, 0.1, 0.25, 0.5, 1)  # of the training
 ENTROPY = "routing/entropy"
@@ -49,26 +47,22 @@ class Hardening(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the last epoch's entropies, and count."""
         self._keep(trainer, pl_module)
-        task: Any = pl_module
-        batches = trainer.val_dataloaders
-        assert batches is not None
-        x, y = (torch.cat(part).to(task.device) for part in zip(*batches, strict=True))
-        classes = int(y.max()) + 1
-        leaves: dict[str, Tensor] = {}
+        task: Any = pl_module.eval()
+        assert trainer.val_dataloaders is not None
+        x, y = (torch.cat(part).to(task.device) for part in zip(*trainer.val_dataloaders, strict=True))
+        rows, labels = x.split(1024), y.split(1024)
 
-        def route(path: str, layer: FeedforwardLayer, args: tuple[Tensor]) -> None:
-            leaves[path] = layer.route(args[0]).squeeze(1)
+        def count(path: str, layer: FeedforwardLayer, args: tuple[Tensor]) -> None:
+            leaf, counts = layer.route(args[0]).squeeze(1), self.classes_by_leaf[path]
+            each = labels[batch].repeat_interleave(len(leaf) // len(labels[batch]))  # an image's tokens have its class
+            counts += torch.bincount(leaf * counts.shape[1] + each, minlength=counts.numel()).view_as(counts)
 
-        handles = [layer.register_forward_pre_hook(partial(route, path)) for path, layer in task.layers.items()]
-        task.eval()
+        handles = []
         for path, layer in task.layers.items():
-            self.classes_by_leaf[path] = torch.zeros(layer.num_experts, classes, dtype=torch.long, device=x.device)
-        for rows, labels in zip(x.split(1024), y.split(1024), strict=True):
-            task(rows)
-            for path, leaf in leaves.items():
-                each = labels.repeat_interleave(len(leaf) // len(labels))  # the tokens of an image have its class
-                counts = self.classes_by_leaf[path]
-                counts += torch.bincount(leaf * classes + each, minlength=counts.numel()).view_as(counts)
+            self.classes_by_leaf[path] = y.new_zeros(layer.num_experts, int(y.max()) + 1)
+            handles.append(layer.register_forward_pre_hook(partial(count, path)))
+        for batch in range(len(rows)):
+            task(rows[batch])
         for handle in handles:
             handle.remove()
 
@@ -90,17 +84,12 @@ def train(args: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _curves(results: Results) -> list[tuple[str, str, list[float], list[list[int]]]]:
     """Name of the training, path of the layer, entropies, classes by leaf."""
-    drawn = results.extra["trainings"]
     return [
-        (_title(trial), path, entropies, drawn[str(trial.number)]["classes_by_leaf"][path])
+        (f"depth {trial.params['depth']}", path, entropies, drawn["classes_by_leaf"][path])
         for trial in results.trials
-        if str(trial.number) in drawn
-        for path, entropies in drawn[str(trial.number)]["entropies"].items()
+        if (drawn := results.extra["trainings"].get(str(trial.number)))
+        for path, entropies in drawn["entropies"].items()
     ]
-
-
-def _title(trial: Trial) -> str:
-    return f"depth {trial.params['depth']}"
 
 
 def report(results: Results) -> str:
@@ -111,10 +100,13 @@ def report(results: Results) -> str:
         used = sum(sum(leaf) > 0 for leaf in counts)
         known = mutual_info_score(None, None, contingency=counts)
         lines.append({"tree": title, "layer": path, **at, "leaves": used, "class, nats": f"{known:.3f}"})
-    return f"{table(lines)}\n" + note(
+    return section(
+        "",
+        lines,
+        None,
         "Mean entropy of the choices in nats (undecided: 0.693) after these shares of the training; leaves "
         "that validation inputs reach at its end; what the leaf tells of the class: their mutual information "
-        "(of ten classes at most 2.303)."
+        "(of ten classes at most 2.303).",
     )
 
 
@@ -122,14 +114,12 @@ def draw(results: Results, path: Path) -> None:
     """Entropies over the epochs; where a model has several layers also the classes by leaf of each."""
     curves = _curves(results)
     several = len({path for _, path, *_ in curves}) > 1
-    panels = 1 + (len(curves) if several else 0)
+    panels = 1 + several * len(curves)
     figure = Figure(figsize=(5 + 2.4 * (panels - 1), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
     first, *others = figure.subplots(1, panels, squeeze=False, width_ratios=[2.2, *[1] * (panels - 1)])[0]
     for title, layer, entropies, _ in curves:
         first.plot(range(1, len(entropies) + 1), entropies, label=layer if several else title)
-    first.set_xlabel("epoch")
-    first.set_ylabel("mean entropy of the choices, nats")
+    first.set(xlabel="epoch", ylabel="mean entropy of the choices, nats")
     first.set_ylim(bottom=0)
     first.grid(alpha=0.25)
     first.spines[["top", "right"]].set_visible(False)
@@ -138,12 +128,9 @@ def draw(results: Results, path: Path) -> None:
         shares = torch.tensor(counts, dtype=torch.float64)
         axes.imshow((shares / shares.sum(0).clamp_min(1)).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_title(layer, fontsize=8)
-        axes.set_xlabel("leaf")
-        axes.set_xticks(range(len(counts)))
-        axes.set_yticks(range(len(counts[0])))
+        axes.set(xlabel="leaf", xticks=range(len(counts)), yticks=range(len(counts[0])))
     if others:
         others[0].set_ylabel("class: share of its tokens by leaf")
     epochs = max(len(entropies) for *_, entropies, _ in curves)
     figure.suptitle(f"{results.extra['data']}, {epochs} epochs", x=0.01, ha="left", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fffexp import paths
-from fffexp.configs import read_yaml
+from fffexp.configs import given, read_yaml
 from fffexp.errors import UserError
 from fffexp.paper.rows import ordered
 from fffexp.study.results import Results, Trial
@@ -17,11 +17,14 @@ from fffexp.study.results import Results, Trial
 if TYPE_CHECKING:
     from torch import nn
 
-    from fffexp.study.spec import StudySpec
+    from fffexp.study.spec import Point, StudySpec
 
 FOLDER = Path(__file__).parents[2] / "studies/paper"
 DATA = {"fashion_mnist": "../../configs/data/fashion_mnist.yaml"}
 HUB = "../../configs/data/hub.yaml"  # has the others
+KEYS = {"epochs": "trainer.max_epochs", "blocks": "model.network.init_args.num_blocks"}
+# pixels of a vision transformer's patch that divide the images
+PATCH, PATCHES = "model.network.init_args.patch_size", {"fashion_mnist": 7, "mnist": 7, "cifar10": 4, "usps": 4}
 
 
 class PaperStudy:
@@ -31,19 +34,18 @@ class PaperStudy:
         name: of the file, without its ending.
         data: name of a data set.
         seeds: how many, from 0 on; those of the file if None.
-        overrides: further config keys and their values.
+        more: `epochs` and `blocks`; those of the file if None.
     """
 
-    def __init__(
-        self, name: str, data: str, seeds: int | None = None, overrides: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, name: str, data: str, seeds: int | None = None, **more: int | None) -> None:
         self.content = read_yaml(FOLDER / f"{name}.yaml")
-        self.data = data
-        more = dict(overrides or {})
+        self.data, settings = data, self.content.setdefault("overrides", {})
+        settings |= {KEYS[name]: value for name, value in more.items() if value is not None}
+        if PATCH in settings:
+            settings[PATCH] = PATCHES[data]
         if data not in DATA:
-            more["data.init_args.name"] = data
+            settings["data.init_args.name"] = data
         self.content["configs"][0] = DATA.get(data, HUB)
-        self.content["overrides"] = self.content.get("overrides", {}) | more
         if seeds is not None:
             self.content["seeds"] = list(range(seeds))
 
@@ -58,16 +60,19 @@ class PaperStudy:
         Raises:
             UserError: no point is left.
         """
-        groups = self.content["layers"]
-        for label, group in list(groups.items()):
+        for label, group in self.content["layers"].items():
             group["points"] = [point for point in group["points"] if wanted(label, point)]
-            if not group["points"]:
-                del groups[label]
-        if not groups:
-            name = self.content["name"]
+        self.content["layers"] = {label: group for label, group in self.content["layers"].items() if group["points"]}
+        if not self.content["layers"]:
             raise UserError(
-                f"studies/paper/{name}.yaml has no such point: add it there, or choose from those that it lists"
+                f"studies/paper/{self.content['name']}.yaml has no such point: add it there, or choose from those that "
+                "it lists"
             )
+
+    @property
+    def text(self) -> str:
+        """Its YAML."""
+        return yaml.safe_dump(json.loads(json.dumps(self.content)), sort_keys=False)  # of plain types alone
 
     @cached_property
     def spec(self) -> "StudySpec":
@@ -76,26 +81,22 @@ class PaperStudy:
 
         return parse(self.text, FOLDER, self.content["name"])
 
-    @property
-    def text(self) -> str:
-        """Its YAML."""
-        return yaml.safe_dump(json.loads(json.dumps(self.content)), sort_keys=False)  # of plain types alone
+    @cached_property
+    def _by_recipe(self) -> "dict[str, Point]":
+        return {self.spec.recipe(point.label, point.values): point for point in self.spec.points()}
 
     def points(self) -> list[Trial]:
-        """The points as trials without runs, numbered as in the study."""
+        """The points as trials without runs, numbered as in the study; a layer is called as its configs name it."""
+        paths = {p.label: given(self.spec.arguments(p.label, p.values, None)) for p in self._by_recipe.values()}
+        layers = {label: str(found.get("model.layer.class_path", "none")) for label, found in paths.items()}
         return [
-            Trial(
-                p.number,
-                "WAITING",
-                {"layer": self._layer(p.label), **p.values},
-                recipe=self.spec.recipe(p.label, p.values),
-            )
-            for p in self.spec.points()
+            Trial(p.number, "WAITING", {"layer": layers[p.label].rpartition(".")[2], **p.values}, recipe=recipe)
+            for recipe, p in self._by_recipe.items()
         ]
 
     def arguments(self, trial: Trial, seed: int) -> list[str]:
         """Of the fit of a point, as `points` has it or a file."""
-        point = next(p for p in self.spec.points() if self.spec.recipe(p.label, p.values) == trial.recipe)
+        point = self._by_recipe[str(trial.recipe)]
         return self.spec.arguments(point.label, point.values, seed, test=self.spec.test)
 
     def build(self, trial: Trial) -> "tuple[nn.Module, Sequence[int]]":
@@ -105,14 +106,6 @@ class PaperStudy:
         task, data, *_ = build(self.arguments(trial, 0))
         in_shape: Sequence[int] = getattr(data, "in_shape")  # noqa: B009, of a LightningDataModule that has one
         return task.network.eval(), in_shape
-
-    def _layer(self, label: str) -> str:
-        """Class of the layer of a group, as its configs name it."""
-        found = "none"
-        for config in self.spec.layers[label].files:
-            model = read_yaml(FOLDER / config).get("model", {})
-            found = ((model.get("layer") or {}).get("class_path") or found).rpartition(".")[2]
-        return found
 
     def open(self, path: Path | None, extra: Mapping[str, Any]) -> Results:
         """What the file holds, or empty results where there is none yet.
@@ -126,26 +119,21 @@ class PaperStudy:
         """
         if path is None or not path.is_file():
             return Results(self.content["name"], "val/accuracy", "max", unit=True, extra=dict(extra))
-        results = Results.load(path)
-        if differing := [key for key, value in extra.items() if results.extra.get(key) != value]:
-            key = differing[0]
-            difference = f"{key} is {results.extra.get(key)} there and {extra[key]} here"
-            raise UserError(
-                f"--json {path}: it holds another measurement, {difference}: give another file, or remove it"
-            )
+        results, remedy = Results.load(path), "give another file, or remove it"
+        for key, value in extra.items():
+            if (there := results.extra.get(key)) != value:
+                difference = f"{key} is {there} there and {value} here"
+                raise UserError(f"--json {path}: it holds another measurement, {difference}: {remedy}")
         wanted = self.points()
         for trial in results.trials:
             if any(trial.params == each.params and trial.recipe != each.recipe for each in wanted):
-                raise UserError(
-                    f"--json {path}: {trial.layer} with {trial.params} was trained by another recipe: "
-                    "give another file, or remove it"
-                )
+                point = f"{trial.layer} with {trial.params}"
+                raise UserError(f"--json {path}: {point} was trained by another recipe: {remedy}")
         return results
 
     def wanted(self, results: Results) -> list[Trial]:
         """The trials of the results that are among the points of this study."""
-        recipes = {each.recipe for each in self.points()}
-        return [trial for trial in ordered(results) if trial.recipe in recipes]
+        return [trial for trial in ordered(results) if trial.recipe in self._by_recipe]
 
     def missing(self, results: Results) -> list[Trial]:
         """The points that lack a seed in the results."""
@@ -160,10 +148,3 @@ class PaperStudy:
 
         stores = paths.storage(), paths.tracking_uri()
         return StudyRunner(self.spec, self.text, *stores, jobs, results_path=path, extra=results.extra).run()
-
-    @staticmethod
-    def add(results: Results, trial: Trial) -> None:
-        """A point that was trained on its own, in place of what the results had of it."""
-        results.trials = sorted(
-            [t for t in results.trials if t.recipe != trial.recipe] + [trial], key=lambda t: t.number
-        )

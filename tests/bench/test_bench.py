@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from fffexp.bench import inference
-from fffexp.bench.contenders import Point, make, public_layers
-from fffexp.bench.machine import Limits, last_level_cache_bytes, measure_limits
+from fffexp.bench import measure
+from fffexp.bench.contenders import make, public_layers
+from fffexp.bench.machine import last_level_cache_bytes, measure_limits
+from fffexp.bench.setting import Setting
 from fffexp.cli import main
 from fffexp.files import hold
 
 SMALL = ["--leaf_width", "4", "--in_features", "24", "--out_features", "20", "--seconds", "0.001"]
 OF_THREE = ["--layers", "FF", "NoisyTopKMoE", "FFF"]
 POINTS = ["--depths", "0", "3", "--batch_sizes", "1", "33"]
-POINT = Point(24, 20, 3, 4, 2, torch.float32, "cpu", "auto")
+SIZES = {"in_features": 24, "out_features": 20, "leaf_width": 4}
 KEYS = {  # those that others rely on
     *("task", "layer", "backend", "in_features", "out_features", "training_width", "inference_width", "depth"),
     *("leaf_width", "num_experts", "top_k", "batch_size", "threads", "dtype", "device", "median_s", "p10_s", "p90_s"),
@@ -38,9 +39,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Limits take seconds to measure: the devices that they were asked of."""
     asked: list[str] = []
 
-    def quick(dtype: torch.dtype, device: str) -> Limits:
+    def quick(dtype: torch.dtype, device: str) -> dict[str, float]:
         asked.append(device)
-        return Limits(1e11, 1e10)
+        return {"gemm_flops_per_s": 1e11, "read_bytes_per_s": 1e10}
 
     monkeypatch.setattr("fffexp.bench.machine.measure_limits", quick)
     return asked
@@ -87,7 +88,7 @@ def test_inference_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_speedup_is_the_median_of_the_ratios_of_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spent = {"FF": [4.0, 40.0, 4.0], "FF addmm": [1.0, 1.0, 1.0], "NoisyTopKMoE": [3.0, 30.0, 3.0], "FFF": [2.0, 20, 2]}
     spent["fastfeedforward"] = [8.0, 80.0, 8.0]
-    monkeypatch.setattr(inference, "interleaved", lambda calls, *_, **__: {name: spent[name] for name in calls})
+    monkeypatch.setattr(measure, "interleaved", lambda calls, *_, **__: {name: spent[name] for name in calls})
     found = bench("inference", tmp_path / "a.json", "--depths", "2", "--batch_sizes", "3", *OF_THREE, "--peers")
     speedups = {
         r["layer"]: tuple(r[f"speedup_over_{other}"] for other in ("ff", "moe", "peer")) for r in found["records"]
@@ -185,7 +186,7 @@ def test_records_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         return 1.0
 
-    monkeypatch.setattr(inference, "visited_share", stop)
+    monkeypatch.setattr(measure, "visited_share", stop)
     more = ["--depths", "1", "2", "--batch_sizes", "2", "--layers", "FF", "SwitchMoE"]
     assert main(["bench", "inference", *SMALL, *more, "--json", str(path)]) == 130
     assert [r["layer"] for r in json.loads(path.read_text())["records"]] == ["FF", "SwitchMoE"]
@@ -265,7 +266,9 @@ def test_what_is_wrong_is_not_timed(
 
 
 def test_leaves_and_experts_share_their_weights() -> None:
-    moe, tree, switch = (contender.layer for contender in make(["NoisyTopKMoE", "FFF", "SwitchMoE"], POINT))
+    moe, tree, switch = (
+        contender.layer for contender in make(Setting(["NoisyTopKMoE", "FFF", "SwitchMoE"], top_k=2, **SIZES), 3)
+    )
     assert moe.training_width == tree.training_width == switch.training_width == 32
     assert (
         len(
@@ -284,7 +287,7 @@ def test_leaves_and_experts_share_their_weights() -> None:
 
 
 def test_forms_of_a_layer_compute_what_it_computes() -> None:
-    dense, tree = (contender.layer for contender in make(["FF", "FFF"], POINT))
+    dense, tree = (contender.layer for contender in make(Setting(["FF", "FFF"], **SIZES), 3))
     x = torch.randn(40, 24)
     (form,) = dense.fast_forms().values()
     torch.testing.assert_close(form(x), dense(x))
@@ -296,21 +299,21 @@ def test_forms_of_a_layer_compute_what_it_computes() -> None:
 
 
 def test_inputs_rotate_until_the_weights_do_not_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = Point(24, 20, 6, 4, 1, torch.float32, "cpu", "auto")
-    layers = [contender.layer for contender in make(["FFF"], point)]
-    monkeypatch.setattr(inference, "last_level_cache_bytes", lambda: 2**30)
-    batches = inference.beyond_caches(layers, point, 1)
-    assert inference.visited_share(layers[0].route, batches, 64) >= inference.WHOLE
-    monkeypatch.setattr(inference, "last_level_cache_bytes", lambda: 100)
-    assert len(inference.beyond_caches(layers, point, 1)) == 8
+    setting = Setting(["FFF"], **SIZES)
+    layers = [contender.layer for contender in make(setting, 6)]
+    monkeypatch.setattr(measure, "last_level_cache_bytes", lambda: 2**30)
+    batches = measure.beyond_caches(layers, setting, 1)
+    assert measure.visited_share(layers[0], batches) >= measure.WHOLE
+    monkeypatch.setattr(measure, "last_level_cache_bytes", lambda: 100)
+    assert len(measure.beyond_caches(layers, setting, 1)) == 8
     assert len({float(batch[0, 0]) for batch in batches}) == len(batches)
 
 
 def test_limits_count_operations_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fffexp.bench.machine.REPEATS", 2)
     limits = measure_limits(torch.float32, "cpu")
-    assert 1e8 < limits.gemm_flops_per_s < 1e14
-    assert 1e8 < limits.read_bytes_per_s < 1e13
+    assert 1e8 < limits["gemm_flops_per_s"] < 1e14
+    assert 1e8 < limits["read_bytes_per_s"] < 1e13
     assert 2**18 <= last_level_cache_bytes() <= 2**32
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fffexp import FF, FFF
-from fffexp.bench.model import MLP
+from fffexp.bench.measure import mlp
 from fffexp.cli import main
 from fffexp.models.transformer import TransformerBlock
 
@@ -71,6 +71,8 @@ def test_the_block_is_torchs_own_encoder_layer() -> None:
 
 def test_the_mlp_holds_the_layer() -> None:
     layer = FFF(6, 4, 2, 3).eval()
-    model = MLP(layer).eval()
+    model = mlp(layer).eval()
+    first, _, held, classifier = model.children()
     x = torch.randn(5, 6)
-    torch.testing.assert_close(model(x), model.classifier(layer(torch.relu(model.first(x)))))
+    assert held is layer
+    torch.testing.assert_close(model(x), classifier(layer(torch.relu(first(x)))))

@@ -7,19 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fffexp.bench.machine import Limits
 from fffexp.cli import main
 from fffexp.paper import figure3
-from fffexp.paper.cost import distinct, fit, local_slopes
+from fffexp.paper.figure3 import fit, local_slopes
 
 SMALL = ["--leaf_width", "4", "--in_features", "24", "--out_features", "20", "--ff_depth", "2"]
-
-
-@pytest.mark.parametrize(("blocks", "draws"), [(1, 5), (8, 1), (8, 20), (1024, 256)])
-def test_distinct_blocks_are_those_of_random_draws(blocks: int, draws: int) -> None:
-    drawn = np.random.default_rng(0).integers(blocks, size=(4000, draws))
-    counted = [len(np.unique(row)) for row in drawn]
-    assert distinct(blocks, draws) == pytest.approx(np.mean(counted), rel=0.01)
 
 
 def test_the_fit_finds_the_rates_that_made_the_times() -> None:
@@ -58,8 +50,9 @@ def test_break_even_is_the_width_from_which_fff_stays_ahead(ratios: tuple[float,
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figure3, "POINT_S", 0.01)
-    monkeypatch.setattr(figure3, "measure_limits", lambda dtype, device: Limits(1e11, 1e10))
+    monkeypatch.setattr("fffexp.paper.commands.POINT_S", 0.01)
+    limits = {"gemm_flops_per_s": 1e11, "read_bytes_per_s": 1e10}
+    monkeypatch.setattr(figure3, "measure_limits", lambda dtype, device: limits)
 
 
 @pytest.mark.usefixtures("quick")
@@ -81,7 +74,7 @@ def test_the_command_measures_draws_and_goes_on_where_it_stopped(
         assert part in told
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # drawn again without measuring
-    monkeypatch.setattr(figure3, "run_point", None)
+    monkeypatch.setattr(figure3, "bench", None)
     assert main([*command, "1", "2", "3", "4"]) == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fffexp.cli import main
-from fffexp.paper import controls, studies, table3
+from fffexp.paper import speeds, studies
 from fffexp.paper.studies import PaperStudy
 
 STUDIES = sorted(path.stem for path in studies.FOLDER.glob("*.yaml"))
@@ -88,7 +88,7 @@ def test_the_command_trains_and_goes_on_where_it_stopped(
 def test_the_command_adds_controls(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(controls, "TIMING_S", 0.1)
+    monkeypatch.setattr(speeds, "BESIDE_S", 0.1)
     path = tmp_path / "table1.json"
     command = ["reproduce", "table1", "--training_widths", "16", "--leaf_widths", "8", "--controls", "--seeds", "2"]
     assert main([*command, "--jobs", "1", "--json", str(path), "--show", "controls"]) == 0
@@ -104,7 +104,7 @@ def test_the_command_adds_controls(
 def test_table_3_times_what_it_trains(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table3, "TIMING_S", 0.1)
+    monkeypatch.setattr(speeds, "TIMING_S", 0.1)
     path = tmp_path / "table3.json"
     command = ["reproduce", "table3", "--jobs", "1", "--blocks", "1", "--epochs", "2", "--seeds", "1"]
     command += ["--leaf_widths", "8", "--json", str(path)]
@@ -112,9 +112,9 @@ def test_table_3_times_what_it_trains(
     dense = {("FF", width, None) for width in (128, 12, 8)}
     assert runs(path).keys() == {*dense, ("none", 0, None), ("FFF", 128, 8), ("NoisyTopKMoE", 128, 16)}
     content = json.loads(path.read_text())
-    speeds = {(speed["layer"], speed["training_width"]): speed for speed in content["speeds"]}
-    assert speeds["FF", 128]["layer_speedup"] == speeds["FF", 128]["model_speedup"] == 1
-    assert speeds["none", 0]["layer_s"] is None
+    times = {(speed["layer"], speed["training_width"]): speed for speed in content["speeds"]}
+    assert times["FF", 128]["layer_speedup"] == times["FF", 128]["model_speedup"] == 1
+    assert times["none", 0]["layer_s"] is None
     capsys.readouterr()
     assert main(command) == 0
     assert json.loads(path.read_text())["speeds"] == content["speeds"], "times are not taken again"
@@ -130,7 +130,7 @@ def test_table_3_times_what_it_trains(
         (["table1", "--json", "/proc/no/x.json"], "--json /proc/no/x.json cannot be written"),
         (["table1", "--training_widths", "13", "--leaf_widths", "8"], "table1.yaml has no such point"),
         (["table1", "--data", "letters"], "data: "),
-        (["table1", "--recipe", "printed", "--layers", "SwitchMoE"], "--recipe printed has FF, FFF"),
+        (["table1", "--recipe", "printed", "--layers", "SwitchMoE"], "table1_printed.yaml has FF, FFF"),
         (["table1", "--figure", "x.foo"], "--figure x.foo: name a file that ends in .png"),
         (["table1", "--seeds", "0"], "seeds: "),
         (["table3", "--leaf_widths", "3", "--blocks", "0"], "blocks: "),

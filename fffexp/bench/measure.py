@@ -1,0 +1,261 @@
+"""The one loop of all benchmarks: layers of a depth side by side, at each batch size and number of threads.
+
+Inference and training stand beside what the machine could do; a model beside the layer in it.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fffexp.bench.contenders import Contender, inputs, make
+from fffexp.bench.machine import last_level_cache_bytes
+from fffexp.bench.records import Record, describe, measured
+from fffexp.bench.setting import Setting
+from fffexp.layers import FeedforwardLayer
+from fffexp.models.transformer import TransformerBlock
+from fffexp.timing import interleaved, median_ratio, rotating, synchronize
+
+# Inputs rotate until the weights that they touch exceed so many last-level caches, or are nearly the whole layer.
+CACHES, WHOLE, MAX_INPUT_BYTES = 4, 0.95, 2**29
+# A training pass is checked on so many rows in layers up to this size, on one in larger ones.
+CHECKED_ROWS, CHECKED_SCALARS = 8, 2**24
+# Of the models that a layer is timed in.
+TOKENS, HEADS, CLASSES = 128, 12, 10
+
+
+def measure(
+    task: str,
+    setting: Setting,
+    limits: Mapping[str, Mapping[str, float]] | None = None,
+    peers: bool = False,
+    has: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+) -> Iterator[Record]:
+    """Records of all layers.
+
+    Args:
+        task: inference, training or model.
+        setting: what is timed.
+        limits: what the machine can do, by number of threads; none for models.
+        peers: whether the reference package joins.
+        has: whether there is a record of what `describe` says of a contender: it is timed again only beside others.
+    """
+    ways: dict[str, Callable[..., dict[str, Record]]] = {
+        "inference": {"": inference},
+        "training": {"": training},
+        "model": {body: partial(model, body=body) for body in bodies(setting)},
+    }[task]
+    for depth in setting.depths:
+        contenders = make(setting, depth, peers)
+        if task == "training":
+            contenders = with_forms(contenders, setting)
+        for body, batch_size, threads in itertools.product(ways, setting.batch_sizes, setting.threads):
+            more = {"model": body} if body else {}
+            timed = {c.name: describe(task, c, setting, batch_size, threads) | more for c in contenders}
+            wanted = [name for name in timed if not has(timed[name])]
+            found = ways[body](contenders, setting, batch_size, threads) if wanted else {}
+            for record in (timed[name] | found[name] for name in wanted):
+                if limits:
+                    rates = limits[str(threads)]
+                    least = record["flops"] / rates["gemm_flops_per_s"], record["bytes"] / rates["read_bytes_per_s"]
+                    record["limit_s"] = max(least)
+                yield record
+
+
+@torch.inference_mode()
+def inference(contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int) -> dict[str, Record]:
+    """What is measured of the inference of each contender, by name."""
+    for c in contenders:
+        c.module.eval()
+    batches = beyond_caches([c.layer for c in contenders], setting, batch_size)
+    errors = {c.name: c.check(batches[0]) for c in contenders}
+    calls: dict[str, Callable[[Tensor], object]] = {c.name: c.module for c in contenders}
+    forms = {c.name: {} if c.is_peer else c.layer.fast_forms() for c in contenders}
+    for c in contenders:
+        for name, form in forms[c.name].items():
+            c.compare(form(batches[0]), c.module(batches[0]), 1e3, f"output by {name}")
+            calls[f"{c.name} {name}"] = form
+    rotated = {name: rotating(call, batches) for name, call in calls.items()}
+    seconds, found = interleaved(rotated, setting.seconds, device=setting.device, threads=threads), {}
+    for c in contenders:
+        scalars = c.layer.weights_read(batches[0]) + batch_size * (setting.in_features + setting.out_features)
+        found[c.name] = record = measured(
+            c,
+            contenders,
+            seconds,
+            flops=batch_size * c.layer.flops_per_sample,
+            bytes=scalars * batches[0].element_size(),
+            max_abs_error=errors[c.name],
+            visited_share=visited_share(c.layer, batches),
+            peak_bytes=_peak(c.module, batches[0]) if setting.device.startswith("cuda") else None,
+        )
+        fastest = min(((statistics.median(seconds[f"{c.name} {name}"]), name) for name in forms[c.name]), default=None)
+        if fastest and fastest[0] < record["median_s"]:
+            record |= {"fastest_ff": fastest[1], "fastest_ff_s": fastest[0]}
+    return found
+
+
+def beyond_caches(layers: Sequence[Any], setting: Setting, batch_size: int) -> list[Tensor]:
+    """Batches whose weights, of each sparse layer, do not fit the caches together, or are the whole layer."""
+    batches = inputs(setting, batch_size, 8)
+    most, size = max(8, MAX_INPUT_BYTES // batches[0].nbytes), batches[0].element_size()
+    for layer in layers:
+        while layer.num_experts > 1 and len(batches) < most and visited_share(layer, batches) < WHOLE:
+            if layer.weights_read(torch.cat(batches)) * size > CACHES * last_level_cache_bytes():
+                break
+            batches = inputs(setting, batch_size, min(2 * len(batches), most))
+    return batches
+
+
+def visited_share(layer: Any, batches: Sequence[Tensor]) -> float:
+    """Of the leaves or experts, those that any of the batches reaches."""
+    return len(torch.cat([layer.route(batch).flatten() for batch in batches]).unique()) / layer.num_experts
+
+
+def _peak(module: Callable[[Tensor], object], x: Tensor) -> int:
+    torch.cuda.reset_peak_memory_stats(x.device)
+    module(x)
+    torch.cuda.synchronize(x.device)
+    return torch.cuda.max_memory_allocated(x.device)
+
+
+def with_forms(contenders: Sequence[Contender], setting: Setting) -> list[Contender]:
+    """The contenders, and other ways to train their layers, by the backends that train."""
+    own, x = [c for c in contenders if not c.is_peer], inputs(setting, 1, 1)[0]
+    forms = {f"{c.name} {name}": form for c in own for name, form in c.layer.training_forms().items()}
+    others = [Contender(name, "", form, form, form.forward_reference) for name, form in forms.items()]
+    for c in own + others:
+        c.backend = c.layer.train().training_backend(x)
+    return [*contenders, *others]
+
+
+def training(contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int) -> dict[str, Record]:
+    """What is measured of the training steps of each contender, by name: forward, backward and optimizer apart."""
+    batches, features = inputs(setting, batch_size, 8), setting.in_features + setting.out_features
+    errors = {c.name: check(c, batches[0]) for c in contenders}
+    parts: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
+    steps = {c.name: _step(c, batches, setting.out_features, parts[c.name]) for c in contenders}
+    timing: dict[str, Any] = {"device": setting.device, "threads": threads, "rounds": (5, 51), "block_s": 0}
+    seconds, found = interleaved(steps, setting.seconds, **timing), {}
+    for c in contenders:
+        layer, everything = c.layer, c.layer.trains_all_experts
+        weights = layer.parameter_count if everything else layer.weights_read(batches[0])
+        dense = layer.training_width * features
+        deciding = (layer.training_size - layer.training_width) * setting.in_features
+        # without those of the warm-up
+        medians = map(statistics.median, zip(*parts[c.name][-len(seconds[c.name]) :], strict=True))
+        found[c.name] = measured(
+            c,
+            contenders,
+            seconds,
+            flops=batch_size * layer.training_flops_per_sample,
+            bytes=(3 * weights + 2 * batch_size * features) * batches[0].element_size(),
+            max_abs_error=errors[c.name],
+            visited_share=1.0 if everything else visited_share(layer, batches),
+            operations_over_ff=(dense + deciding) / dense if everything and c.baseline != "ff" else None,
+            **dict(zip(("forward_s", "backward_s", "optimizer_s"), medians, strict=True)),
+        )
+    return found
+
+
+def _step(c: Contender, batches: Sequence[Tensor], out_features: int, parts: list[list[float]]) -> Callable[[], None]:
+    """One training step a call; `parts` gets the seconds of forward, backward and optimizer.
+
+    SGD, the cheapest optimizer, hides least of what the layer costs.
+    """
+    optimizer = torch.optim.SGD(c.module.train().parameters(), lr=1e-9)
+    following = itertools.cycle([(x, x.new_empty(len(x), out_features).normal_()) for x in batches])
+
+    def now(x: Tensor) -> float:
+        synchronize(x.device)
+        return time.perf_counter()
+
+    def run() -> None:
+        x, grad = next(following)
+        optimizer.zero_grad()
+        start = time.perf_counter()
+        output = c.module(x)
+        forward = now(x)
+        output.backward(grad)
+        backward = now(x)
+        optimizer.step()
+        parts.append([forward - start, backward - forward, now(x) - backward])
+        c.layer.routing = None
+
+    return run
+
+
+def check(contender: Contender, x: Tensor) -> float:
+    """Largest error of the outputs of a training pass over a few rows; gradients are checked too.
+
+    Raises:
+        UserError: it is larger than the tolerance: nothing of this layer may be timed.
+    """
+    layer, module, asked = contender.layer, contender.module.train(), contender.layer.backend
+    small = layer.parameter_count <= CHECKED_SCALARS
+    rows = x[: CHECKED_ROWS if small else 1]
+    decisions: Literal["soft", "hard"] = "hard" if layer.sparse_gradients else "soft"
+    if not (contender.is_peer or layer.sparse_gradients):
+        layer.routing_mode = decisions
+        module.eval()  # the noise of a gate is not compared
+        if not layer.has_soft_mode:
+            layer.backend = "eager"  # what trains, where inference has another
+    try:
+        output, truth = module(rows), layer.forward_reference(rows, decisions if layer.has_soft_mode else "hard")
+        error = contender.compare(output, truth)
+        if small and not contender.is_peer:
+            parameters = dict(layer.named_parameters())
+            found, true = (
+                torch.autograd.grad(y, [*parameters.values()], torch.ones_like(y), allow_unused=True)
+                for y in (output, truth)
+            )
+            for (name, parameter), a, b in zip(parameters.items(), found, true, strict=True):
+                if b is not None:  # hard decisions have no gradient
+                    a = torch.zeros_like(parameter) if a is None else a.to_dense()
+                    contender.compare(a, b, 10, f"gradient of {name}")
+    finally:
+        layer.routing_mode, layer.backend = "auto", asked
+        module.train()
+    return error
+
+
+def mlp(layer: FeedforwardLayer) -> nn.Module:
+    """(..., in) -> (..., classes): the layer between a projection of the input and a classifier."""
+    first, classifier = nn.Linear(layer.in_features, layer.in_features), nn.Linear(layer.out_features, CLASSES)
+    return nn.Sequential(first, nn.ReLU(), layer, classifier)
+
+
+def _block(layer: FeedforwardLayer) -> nn.Module:
+    return TransformerBlock(lambda i, o: layer, layer.in_features, 1 if layer.in_features % HEADS else HEADS)
+
+
+def bodies(setting: Setting) -> dict[str, Callable[[FeedforwardLayer], nn.Module]]:
+    """The models by name; in the block a layer gives what it takes."""
+    return {"MLP": mlp} | ({"transformer block": _block} if setting.in_features == setting.out_features else {})
+
+
+@torch.inference_mode()
+def model(
+    contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int, body: str
+) -> dict[str, Record]:
+    """Medians, and speedups over the first contender, in the layer alone and the model; a block takes tokens."""
+    shape = (batch_size,) if body == "MLP" else (max(1, batch_size // TOKENS), min(batch_size, TOKENS))
+    batches = [x.view(*shape, -1) for x in inputs(setting, math.prod(shape), 8)]
+    calls: dict[str, Callable[[], object]] = {}
+    for c in contenders:
+        made = bodies(setting)[body](c.layer).to(batches[0]).eval()
+        c.check(batches[0].flatten(0, -2))
+        calls |= {f"layer {c.name}": rotating(c.layer, batches), f"model {c.name}": rotating(made, batches)}
+    seconds, found = interleaved(calls, setting.seconds, device=setting.device, threads=threads), {}
+    for c in contenders:
+        own = {part: seconds[f"{part} {c.name}"] for part in ("layer", "model")}
+        layer_s, model_s = map(statistics.median, own.values())
+        over = {f"{p}_speedup": median_ratio(seconds[f"{p} {contenders[0].name}"], own[p]) for p in own}
+        found[c.name] = {"layer_s": layer_s, "model_s": model_s, "layer_share": layer_s / model_s, **over}
+    return found
