@@ -16,7 +16,6 @@ def table(
     formats: Mapping[str, str] | None = None,
     width: int | None = None,
     wrap: Sequence[str] = (),
-    blank: str = "",
 ) -> str:
     """The rows under the names of their columns; numbers to the right, a column without any value left out.
 
@@ -25,7 +24,6 @@ def table(
         formats: format specification of a column's numbers, such as {"mean": ".2f"}.
         width: wraps what is wider; None never wraps.
         wrap: columns that may be wrapped.
-        blank: in place of None.
     """
     if not rows:
         return ""
@@ -35,14 +33,12 @@ def table(
         numbers = all(isinstance(row.get(name), int | float | None) for row in rows)
         made.add_column(Text(name), justify="right" if numbers else "left", no_wrap=name not in wrap, overflow="fold")
     for row in rows:
-        made.add_row(*(Text(cell(row.get(name), (formats or {}).get(name, ""), blank)) for name in names))
+        made.add_row(*(Text(_cell(row.get(name), (formats or {}).get(name, ""))) for name in names))
     file = io.StringIO()
     Console(file=file, width=width or 10_000, color_system=None, legacy_windows=False).print(made)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def cell(value: Any, spec: str = "", blank: str = "") -> str:
-    """A value by a format specification if it is a number, `blank` if it is None."""
-    if value is None:
-        return blank
-    return format(value, spec) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+def _cell(value: Any, spec: str) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return format(value, spec) if number else "" if value is None else str(value)

@@ -5,66 +5,32 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fffexp.errors import UserError
 from fffexp.report.tables import COLUMNS, table
 from fffexp.statistics import Interval, format_difference, paired_tests
 from fffexp.study.results import Answer, Results, Trial, answer
 
-DIFFERENCE = "difference to the best"
 
-
-def label(trial: Trial) -> str:
-    """Sizes of a trial's layer in a few characters: `d4 lw8`; without whole numbers, `#12`."""
-    sizes = [initials(n) + str(v) for n, v in trial.params.items() if isinstance(v, int) and not isinstance(v, bool)]
-    return " ".join(sizes) or f"#{trial.number}"
-
-
-def initials(name: str) -> str:
-    """`lw` of leaf_width."""
-    return "".join(word[0] for word in name.split("_") if word)
-
-
-def finalists(results: Results) -> str:
-    """The finalists, fastest first, for a terminal of 120 columns."""
-    trials = results.finalist_trials()
-    if not trials:
-        return f"study {results.study} has no finalists: no trial was completed"
-    differences = to_best(results, trials)
+def summary(results: Results) -> str:
+    """The finalists, fastest first, or all trials where there is none, for a terminal of 120 columns."""
+    finalists = results.finalist_trials()
+    differences = to_best(results, finalists)
     rows = [
         {
-            "trial": f"{trial.number}{'*' if trial.number in results.pareto else ''}",
+            "trial": f"{trial.number}{'*' * (bool(finalists) and trial.number in results.pareto)}",
             "layer": trial.layer,
-            "hyperparameters": describe(trial),
+            "hyperparameters": settings(trial.params),
             title(results.monitor): value(trial.mean, trial.ci95, results.unit),
             title(results.test_monitor): value(trial.test_mean, trial.test_ci95, results.unit),
-            "latency": latency(trial),
-            DIFFERENCE: differences.get(trial.number, ""),
-        }
-        for trial in trials
-    ]
-    notes = [how_measured(results), "*: on the Pareto front of the search."]
-    return "\n".join(
-        [
-            table(rows, width=COLUMNS, wrap=("hyperparameters", DIFFERENCE)),
-            "",
-            *(line for n in notes for line in textwrap.wrap(n, COLUMNS)),
-        ]
-    )
-
-
-def listed(results: Results) -> str:
-    """All trials of a study that only lists points."""
-    rows = [
-        {
-            "trial": trial.number,
-            "layer": trial.layer,
-            "hyperparameters": describe(trial),
-            title(results.monitor): value(trial.mean, trial.ci95, results.unit),
-            title(results.test_monitor): value(trial.test_mean, trial.test_ci95, results.unit),
+            "latency": latency(trial) if finalists else None,
+            "difference to the best": differences.get(trial.number),
             "error": trial.error,
         }
-        for trial in results.trials
+        for trial in finalists or results.trials
     ]
-    return table(rows, width=COLUMNS, wrap=("hyperparameters", "error"))
+    text = table(rows, width=COLUMNS, wrap=("hyperparameters", "difference to the best", "error"))
+    notes = [how_measured(results), "*: on the Pareto front of the search."] if finalists else []
+    return "\n".join([text, *([""] if notes else []), *(textwrap.fill(note, COLUMNS) for note in notes)])
 
 
 def to_best(results: Results, trials: Sequence[Trial]) -> dict[int, str]:
@@ -73,10 +39,15 @@ def to_best(results: Results, trials: Sequence[Trial]) -> dict[int, str]:
     if not measured:
         return {}
     best = results.best_of(measured)
-    others = [t for t in measured if t is not best and t.by_seed(results.monitor).keys() & {*best.seeds}]
-    tests = paired_tests([(t.by_seed(results.monitor), best.by_seed(results.monitor)) for t in others])
-    texts = {t.number: format_difference(test, results.scale) for t, test in zip(others, tests, strict=True)}
-    return texts | {best.number: "best"}
+    values = {t.number: (t.by_seed(results.monitor), best.by_seed(results.monitor)) for t in measured if t is not best}
+    return _differences(values, results.scale) | {best.number: "best"}
+
+
+def _differences(values: Mapping[int, tuple[dict[int, float], dict[int, float]]], scale: float) -> dict[int, str]:
+    """Of two with a seed in common each, by their keys."""
+    shared = {number: (a, b) for number, (a, b) in values.items() if a.keys() & b.keys()}
+    tests = paired_tests([*shared.values()])
+    return {number: format_difference(test, scale) for number, test in zip(shared, tests, strict=True)}
 
 
 def how_measured(results: Results) -> str:
@@ -104,45 +75,33 @@ def show(results: Results, max_latency_ms: float | None = None) -> str:
     found = answer(results, max_latency_ms)
     best, rival = found.best, found.rival
     within = "with any latency" if max_latency_ms is None else f"within {max_latency_ms:g} ms"
+    other = results.baseline if best.layer != results.baseline else "other layer"
+    texts = to_best(results, found.fitting)
+    equal = [f"{t.layer} (trial {t.number})" for t in found.fitting if "not significant" in texts.get(t.number, "")]
     lines = [
         f"study {results.study}: best finalist {within}, by {title(results.monitor)} on fresh seeds",
         "",
-        f"  {best.layer} (trial {best.number}): {describe(best)}",
-        *measured(results, best),
+        *_measured(results, best, "  "),
+        *([f"  MLflow run: {best.run_id} (its config.yaml reruns it)"] if best.run_id else []),
+        *([f"  not significantly worse: {', '.join(equal)}"] if equal else []),
+        "",
     ]
-    if best.run_id:
-        lines.append(f"  MLflow run: {best.run_id} (its config.yaml reruns it)")
-    if equal := not_worse(results, found):
-        lines.append(f"  not significantly worse: {', '.join(f'{t.layer} (trial {t.number})' for t in equal)}")
-    other = results.baseline if best.layer != results.baseline else "other layer"
     if rival is None:
         why = "was retrained" if max_latency_ms is None else f"fits {max_latency_ms:g} ms"
-        return "\n".join([*lines, "", f"No {other} among the finalists {why}."])
-    lines += [
-        "",
-        f"best {other} {within}: {rival.layer} (trial {rival.number}): {describe(rival)}",
-        *measured(results, rival),
-        "",
-        verdict(results, found),
-        "",
-        how_measured(results),
-    ]
+        lines.append(f"No {other} among the finalists {why}.")
+    else:
+        lines += _measured(results, rival, f"best {other} {within}: ")
+        lines += ["", verdict(results, found), "", how_measured(results)]
     return "\n".join(line for long in lines for line in textwrap.wrap(long, COLUMNS, subsequent_indent="  ") or [""])
 
 
-def measured(results: Results, trial: Trial) -> list[str]:
-    """The metrics of a finalist, a line each."""
+def _measured(results: Results, trial: Trial, heading: str) -> list[str]:
     return [
+        f"{heading}{trial.layer} (trial {trial.number}): {settings(trial.params)}",
         f"  {title(results.test_monitor)}: {value(trial.test_mean, trial.test_ci95, results.unit)}",
         f"  {title(results.monitor)}: {value(trial.mean, trial.ci95, results.unit)}",
         f"  latency: {latency(trial)} for a batch of 256",
     ]
-
-
-def not_worse(results: Results, found: Answer) -> list[Trial]:
-    """Finalists within the budget that are not significantly worse than the best, by paired tests on validation."""
-    texts = to_best(results, found.fitting)
-    return [t for t in found.fitting if "not significant" in texts.get(t.number, "")]
 
 
 def verdict(results: Results, found: Answer) -> str:
@@ -152,11 +111,80 @@ def verdict(results: Results, found: Answer) -> str:
     a, b, test = found.best.layer, found.rival.layer, found.test
     if test is None:
         return f"{a} and {b} share no seed: no difference can be given"
-    seeds = f"{test.seeds} seed{'s' * (test.seeds != 1)}"
     text = (
-        f"{title(results.test_monitor)}, {a} minus {b}, paired over {seeds}: {format_difference(test, results.scale)}"
+        f"{title(results.test_monitor)}, {a} minus {b}, paired over {test.seeds} seed{'s' * (test.seeds != 1)}: "
+        f"{format_difference(test, results.scale)}"
     )
-    return f"{text}: {a} is {'better' if results.sign * test.difference > 0 else 'worse'}" * test.significant or text
+    return f"{text}: {a} is {'better' if results.sign * test.difference > 0 else 'worse'}" if test.significant else text
+
+
+def trials(results: Results, baseline: int | None = None) -> str:
+    """Every trial, the best first: its monitored metric, and the difference to the best of its layer.
+
+    What all trials of a layer have in common is said once; with a baseline, trials of its layer say what differs.
+
+    Args:
+        results: of a study.
+        baseline: number of the trial, of whatever layer, that the others are compared with instead.
+
+    Raises:
+        UserError: no such trial with values by seed.
+    """
+    means = {t.number: mean for t in results.trials if (mean := results.selected_by(t)) is not None}
+    done = sorted((t for t in results.trials if t.number in means), key=lambda t: -results.sign * means[t.number])
+    layers = {layer: [t for t in done if t.layer == layer] for layer in dict.fromkeys(t.layer for t in done)}
+    if baseline is None:
+        others = {layer: own[0] for layer, own in layers.items()}
+        common = {
+            layer: {n: v for n, v in own[0].params.items() if all((n, v) in t.params.items() for t in own)}
+            for layer, own in layers.items()
+        }
+    elif baseline in means:
+        others = dict.fromkeys(layers, results.trial(baseline))
+        common = {t.layer: t.params for t in others.values()}
+    else:
+        known = ", ".join(map(str, sorted(means))) or "none"
+        raise UserError(f"--baseline {baseline}: no such trial with a {results.monitor}; there are {known}")
+    seen = {t.number: t.by_seed(results.monitor, t.runs) for t in done}
+    pairs = {n: (seen[n], seen[b.number]) for n, b in ((t.number, others[t.layer]) for t in done) if n != b.number}
+    differences = _differences(pairs, results.scale)
+    column = "difference to " + ("the best of its layer" if baseline is None else f"trial {baseline}")
+    rows: list[dict[str, Any]] = [
+        {
+            "trial": t.number,
+            "layer": t.layer,
+            "hyperparameters": settings(t.params, common.get(t.layer)),
+            title(results.monitor): results.scale * means[t.number],
+            column: differences.get(t.number),
+        }
+        for t in done
+    ]
+    shared = {f"every {n}" if baseline is None else f"trial {baseline}": settings(p) for n, p in sorted(common.items())}
+    failed = [t for t in results.trials if t.number not in means]
+    note = (
+        f"{'In percent, m' if results.unit else 'M'}ean over seeds {', '.join(map(str, results.seeds))}. "
+        "Differences are paired by seed, brackets are 95% t intervals of one difference each; "
+        "p: paired t-test, adjusted for all lines by Benjamini and Hochberg"
+        f"{'; small by chance too, for the best is the best of these trials' if baseline is None else ''}."
+    )
+    lines = [
+        *([table(rows, {title(results.monitor): ".2f" if results.unit else ".4g"})] if rows else []),
+        *(f"{name}: {rest}" for name, rest in shared.items() if rest),
+        *(
+            f"trial {t.number} {t.layer} {settings(t.params)}: {t.error or t.state.lower()}, "
+            f"started {t.attempts} time{'s' * (t.attempts != 1)}"
+            for t in failed
+        ),
+        "",
+        textwrap.fill(note, COLUMNS),
+    ]
+    return "\n".join(lines)
+
+
+def label(trial: Trial) -> str:
+    """Sizes of a trial's layer in a few characters: `d4 lw8`; without whole numbers, `#12`."""
+    sizes = [("".join(word[:1] for word in n.split("_")), v) for n, v in trial.params.items() if type(v) is int]
+    return " ".join(f"{initials}{size}" for initials, size in sizes) or f"#{trial.number}"
 
 
 def title(metric: str) -> str:
@@ -164,14 +192,12 @@ def title(metric: str) -> str:
     return metric.replace("/", " ")
 
 
-def describe(trial: Trial) -> str:
-    """Hyperparameters: `depth=4 leaf_width=8 lr=0.0123`."""
-    return settings({name: value for name, value in trial.params.items() if name != "layer"})
-
-
-def settings(values: Mapping[str, Any]) -> str:
-    """`depth=4 lr=0.0123`."""
-    return " ".join(f"{n}={v:.3g}" if isinstance(v, float) else f"{n}={v}" for n, v in values.items())
+def settings(params: Mapping[str, Any], common: Mapping[str, Any] | None = None) -> str:
+    """Hyperparameters, as `depth=4 lr=0.0123`, but for those in common; `-` for what only the others have."""
+    others = common or {}
+    own = {n: params.get(n, "-") for n in {**others, **params} if n != "layer"}
+    own = {n: v for n, v in own.items() if n not in params or (n, v) not in others.items()}
+    return " ".join(f"{n}={v:.3g}" if isinstance(v, float) else f"{n}={v}" for n, v in own.items())
 
 
 def value(mean: float | None, interval: Interval | None = None, unit: bool = True) -> str:
@@ -180,16 +206,6 @@ def value(mean: float | None, interval: Interval | None = None, unit: bool = Tru
         return "-"
     numbers = [f"{100 * x:.2f}" if unit else f"{x:.4g}" for x in (mean, *(interval or ()))]
     return numbers[0] + "%" * unit + (f" [{numbers[1]}, {numbers[2]}]" if interval else "")
-
-
-def count(number: float | None) -> str:
-    """`812`, `12.3k`, `1.23M`."""
-    if number is None:
-        return "-"
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number < 999.5 * size else f"{number / size:.0f}{unit}"
-    return f"{number:g}"
 
 
 def latency(trial: Trial) -> str:

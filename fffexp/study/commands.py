@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +12,6 @@ from fffexp.errors import UserError, terminated_by_signal
 if TYPE_CHECKING:
     from fffexp.study.results import Results
     from fffexp.study.spec import StudySpec
-    from fffexp.study.store import Storage
 
 
 def run(file: Path, jobs: PositiveInt = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
@@ -27,8 +25,7 @@ def run(file: Path, jobs: PositiveInt = 1, storage: str | None = None, tracking_
     """
     from fffexp.study.spec import load
 
-    spec, text = load(file)
-    _run(spec, text, jobs, paths.storage(storage), tracking_uri)
+    _run(load(file), jobs, paths.storage(storage), tracking_uri)
 
 
 def resume(name: str, jobs: PositiveInt = 1, storage: str | None = None, tracking_uri: str | None = None) -> None:
@@ -40,17 +37,13 @@ def resume(name: str, jobs: PositiveInt = 1, storage: str | None = None, trackin
         storage: Optuna storage (default: FFFEXP_STORAGE, else optuna.db in outputs/).
         tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/).
     """
-    import optuna
-
-    from fffexp.study.spec import parse
+    from fffexp.study import spec, store
 
     url = paths.storage(storage)
-    opened, _ = _find(name, url)
-    attrs = optuna.load_study(study_name=f"{name}/runs", storage=opened).user_attrs
+    attrs = store.find(name, url)[1][f"{name}/runs"].user_attrs
     if "digest" not in attrs:
         raise UserError(f"study {name!r} was interrupted before it began: use `fffexp study run` with its file")
-    spec = parse(attrs["text"], Path(attrs["folder"]), f"of study {name}")
-    _run(spec, attrs["text"], jobs, url, tracking_uri)
+    _run(spec.parse(attrs["text"], Path(attrs["folder"]), f"of study {name}"), jobs, url, tracking_uri)
 
 
 def show(name: str, max_latency_ms: PositiveFloat | None = None, format: Literal["text", "json"] = "text") -> None:
@@ -85,9 +78,9 @@ def trials(name: str, baseline: NonNegativeInt | None = None) -> None:
         name: of the study, or a results file such as summary.json.
         baseline: number of the trial, of whatever layer, to print the differences to instead.
     """
-    from fffexp.report.trials import trials as table
+    from fffexp.report import text
 
-    print(table(_results(name), baseline))
+    print(text.trials(_results(name), baseline))
 
 
 def best(name: str, tracking_uri: str | None = None) -> None:
@@ -100,7 +93,7 @@ def best(name: str, tracking_uri: str | None = None) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    from fffexp.report.text import describe, title, value
+    from fffexp.report.text import settings, title, value
     from fffexp.study.results import answer
 
     results = _results(name)
@@ -108,12 +101,11 @@ def best(name: str, tracking_uri: str | None = None) -> None:
         raise UserError(f"study {results.study} has no completed trial yet")
     evaluated = any(trial.evaluation for trial in results.trials)
     trial = answer(results).best if evaluated else results.trial(results.best)
-    scores: dict[str, float] = {
-        run.get("run_id") or str(trial.run_id): results.sign * run[results.monitor] for run in trial.trainings
-    }
-    run_id = max(scores, key=lambda each: scores[each])
-    print(f"{trial.layer} (trial {trial.number}): {describe(trial)}")
-    print(f"{title(results.monitor)}: {value(trial.mean, trial.ci95, results.unit)}, the best of {len(scores)} runs:")
+    runs = trial.evaluation or trial.runs
+    chosen = max(runs, key=lambda run: results.sign * float(run[results.monitor]))
+    run_id: str = chosen.get("run_id") or str(trial.run_id)
+    print(f"{trial.layer} (trial {trial.number}): {settings(trial.params)}")
+    print(f"{title(results.monitor)}: {value(trial.mean, trial.ci95, results.unit)}, the best of {len(runs)} runs:")
     print(f"run: {run_id}")
     try:
         client = MlflowClient(paths.tracking_uri(tracking_uri))
@@ -133,18 +125,16 @@ def delete(name: str, storage: str | None = None) -> None:
         name: of the study.
         storage: Optuna storage (default: FFFEXP_STORAGE, else optuna.db in outputs/).
     """
-    import optuna
-    from optuna.trial import TrialState
+    from fffexp.study import store
 
-    opened, parts = _find(name, paths.storage(storage))
-    studies = [optuna.load_study(study_name=part, storage=opened) for part in parts]
+    opened, parts = store.find(name, paths.storage(storage))
     with opened.exclusive():
-        for study in studies:
-            optuna.storages.fail_stale_trials(study)
-            if any("job" in t.user_attrs for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))):
+        for study in parts.values():
+            store.free(opened, study)
+            if any("job" in trial.user_attrs for trial in store.running(study)):
                 raise UserError(f"study {name} is running: stop its commands, wait half a minute, and delete it then")
         for part in sorted(parts, key=lambda part: part.endswith("/runs")):  # which says that it is begun
-            optuna.delete_study(study_name=part, storage=opened)
+            opened.delete_study(parts[part]._study_id)
     shutil.rmtree(paths.studies() / name, ignore_errors=True)
     print(f"deleted study {name}; its runs are still in MLflow")
 
@@ -156,27 +146,19 @@ def clean(storage: str | None = None, tracking_uri: str | None = None) -> None:
         storage: Optuna storage (default: FFFEXP_STORAGE, else optuna.db in outputs/).
         tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/).
     """
-    import optuna
     from mlflow.exceptions import MlflowException
-    from optuna.trial import TrialState
+    from mlflow.tracking import MlflowClient
 
     from fffexp import tracking
-    from fffexp.study.store import GRACE_S, open_storage
+    from fffexp.study import store
 
-    opened, uri = open_storage(paths.storage(storage)), paths.tracking_uri(tracking_uri)
-    stale = removed = 0
-    for name in optuna.get_all_study_names(opened):
-        study = optuna.load_study(study_name=name, storage=opened)
-        running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        with opened.exclusive():
-            optuna.storages.fail_stale_trials(study)
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                begun = trial.datetime_start
-                if "job" not in trial.user_attrs and begun and time.time() - begun.timestamp() > GRACE_S:
-                    study.tell(trial.number, state=TrialState.FAIL)
-        stale += running - len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        client, _ = tracking.open_store(uri, name.partition("/")[0])  # which marks the runs of dead processes
-    for folder in paths.checkpoints().glob("*") if stale is not None else ():
+    opened, uri = store.open_storage(paths.storage(storage)), paths.tracking_uri(tracking_uri)
+    studies = store.studies(opened)
+    freed = sum(store.free(opened, study) for study in studies.values())
+    for name in {name.partition("/")[0] for name in studies}:
+        tracking.open_store(uri, name)  # which marks the runs of dead processes
+    client, removed = MlflowClient(uri), 0
+    for folder in paths.checkpoints().glob("*"):
         try:
             run = client.get_run(folder.name)
         except MlflowException:
@@ -184,7 +166,7 @@ def clean(storage: str | None = None, tracking_uri: str | None = None) -> None:
         if run.info.status != "RUNNING" and "study" in run.data.tags:
             shutil.rmtree(folder)
             removed += 1
-    print(f"freed {stale} stale trials, removed {removed} checkpoint folders")
+    print(f"freed {freed} stale trials, removed {removed} checkpoint folders")
 
 
 def report(name: str) -> None:
@@ -198,7 +180,7 @@ def report(name: str) -> None:
     results = _results(name)
     folder = paths.studies() / results.study
     page.write(results, folder)
-    print(text.finalists(results) if results.finalists else text.listed(results))
+    print(text.summary(results))
     print(f"\nwritten to {folder}: report.html, pareto.png, history.png")
 
 
@@ -211,40 +193,17 @@ def _results(name: str) -> "Results":
     return Results.load(path)
 
 
-def _find(name: str, url: str) -> tuple["Storage", list[str]]:
-    """The storage, and the Optuna studies of a study.
-
-    Raises:
-        UserError: there is no such study.
-    """
-    import optuna
-
-    from fffexp.study.store import open_storage
-
-    opened = open_storage(url)
-    names = optuna.get_all_study_names(opened)
-    known = [each.removesuffix("/runs") for each in names if each.endswith("/runs")]
-    if name not in known:
-        raise UserError(f"no study {name!r} in {url}; there are: {', '.join(known) or 'none'}")
-    return opened, [each for each in names if each.startswith(f"{name}/")]
-
-
-def _run(spec: "StudySpec", text: str, jobs: int, url: str, tracking_uri: str | None) -> None:
-    from fffexp.report.text import finalists, listed
+def _run(spec: "StudySpec", jobs: int, url: str, tracking_uri: str | None) -> None:
+    from fffexp.report.text import summary
     from fffexp.study.runner import StudyRunner
 
-    uri = paths.tracking_uri(tracking_uri)
+    name = spec.name
     with terminated_by_signal():
-        runner = StudyRunner(spec, text, url, uri, jobs)
-        print(
-            f"study {spec.name}: {len(spec.points())} trials, {jobs} jobs; Ctrl-C stops, "
-            f"`fffexp study resume {spec.name}` goes on",
-            flush=True,
-        )
+        runner = StudyRunner(spec, url, paths.tracking_uri(tracking_uri), jobs)
+        resume = f"Ctrl-C stops, `fffexp study resume {name}` goes on"
+        print(f"study {name}: {len(spec.points())} trials, {jobs} jobs; {resume}", flush=True)
         results = runner.run()
-    print(f"\n{finalists(results) if results.finalists else listed(results)}\n")
-    print(
-        f"took {results.wall_s:.0f} s; written to {paths.studies() / spec.name}: report.html, pareto.png, history.png"
-    )
-    following = "study show {} --max_latency_ms 0.5" if results.finalists else "study trials {}"
-    print(f"next: make ui, or fffexp {following.format(spec.name)}")
+    print(f"\n{summary(results)}\n")
+    print(f"took {results.wall_s:.0f} s; written to {paths.studies() / name}: report.html, pareto.png, history.png")
+    following = f"study show {name} --max_latency_ms 0.5" if results.finalists else f"study trials {name}"
+    print(f"next: make ui, or fffexp {following}")

@@ -3,8 +3,7 @@
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,16 +15,15 @@ from optuna.trial import FrozenTrial
 from fffexp import paths, tracking
 from fffexp.errors import UserError
 from fffexp.report import page
-from fffexp.report import text as texts
-from fffexp.report.text import settings
+from fffexp.report.text import settings, value
 from fffexp.study import store, worker
 from fffexp.study.results import LATENCY, Record, Results, Trial
-from fffexp.study.spec import StudySpec, digest
-from fffexp.study.store import Queue
+from fffexp.study.spec import StudySpec
 from fffexp.study.worker import StoredStudy
-from fffexp.training.experiment import Checked, check
+from fffexp.training.experiment import check
 
 STOP_S = 60  # for a worker to mark its trial when it is stopped
+STORED = ("run_id", "sizes", "error")  # of a trial, as its worker stores them
 
 
 class StudyRunner:
@@ -33,7 +31,6 @@ class StudyRunner:
 
     Args:
         spec: of the study.
-        text: the YAML that the spec was parsed from, which workers parse again.
         url: of the Optuna storage.
         uri: of the MLflow store.
         jobs: worker processes.
@@ -45,23 +42,27 @@ class StudyRunner:
     def __init__(
         self,
         spec: StudySpec,
-        text: str,
         url: str,
         uri: str,
         jobs: int,
         results_path: Path | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        self.spec, self.text, self.url, self.uri, self.jobs = spec, text, url, uri, jobs
+        self.spec, self.url, self.uri, self.jobs = spec, url, uri, jobs
         self.path, self.extra = results_path, dict(extra or {})
-        mark = digest(spec, text)
+        mark = spec.digest()
         # one file may be completed by many definitions
         self.name = spec.name if results_path is None else f"{spec.name}-{mark[:8]}"
-        self.recipes = {point.number: spec.recipe(point.label, point.values) for point in spec.points() if point.values}
-        self.file = self._load()
+        listed = [point for point in spec.points() if point.label not in spec.searched]
+        self.recipes = {point.number: spec.recipe(point.label, point.values) for point in listed}
+        self.file = Results.load(results_path) if results_path is not None and results_path.exists() else None
+        if other := [key for key, of in self.extra.items() if self.file and self.file.extra.get(key) != of]:
+            raise UserError(f"{results_path} holds another {other[0]}: give another file, or remove it")
         self.storage = store.open_storage(url)
         self.client, self.experiment = tracking.open_store(uri, spec.name)
-        attrs = self._attrs()
+        attrs: dict[str, Any] = {}
+        if f"{self.name}/runs" in optuna.get_all_study_names(self.storage):
+            attrs = optuna.load_study(study_name=f"{self.name}/runs", storage=self.storage).user_attrs
         if attrs.get("digest", mark) != mark:
             raise UserError(
                 f"study {spec.name} was begun with another definition: restore its file and configs, "
@@ -72,53 +73,41 @@ class StudyRunner:
             self._create(described, mark)
         self.study = StoredStudy(spec, self.name, self.storage)
 
-    def _attrs(self) -> dict[str, Any]:
-        if f"{self.name}/runs" not in optuna.get_all_study_names(self.storage):
-            return {}
-        return optuna.load_study(study_name=f"{self.name}/runs", storage=self.storage).user_attrs
-
     def _describe(self) -> dict[str, Any]:
         """What is known of a study before its first trial; a mistake ends here, not in the trial that meets it."""
         classes: dict[str, str] = {}
-        checked: Checked | None = None
-        for label in self.spec.layers:
-            for values in self.spec.corners(label):
-                where = f"study {self.spec.name}, layer {label} with {settings(values) or 'no parameters'}"
-                try:
-                    checked = check(self.spec.arguments(label, values, self.spec.seeds[0]))
-                except UserError as error:
-                    raise UserError(f"{where}: {error}") from error
-                layer = checked.layer or "none"
-                if classes.setdefault(label, layer) != layer:
-                    raise UserError(f"{where}: it makes a {layer}, others a {classes[label]}: label them apart")
-        assert checked is not None
+        for label, values in [(each, values) for each in self.spec.layers for values in self.spec.corners(each)]:
+            where = f"study {self.spec.name}, layer {label} with {settings(values) or 'no parameters'}"
+            try:
+                checked = check(self.spec.arguments(label, values, self.spec.seeds[0]))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            layer = checked.layer or "none"
+            if classes.setdefault(label, layer) != layer:
+                raise UserError(f"{where}: it makes a {layer}, others a {classes[label]}: label them apart")
         objectives = self.spec.default_objectives(checked.monitor, checked.mode)
-        for name in (*objectives, *self.spec.constraints):
-            if name not in checked.metrics:
-                raise UserError(
-                    f"study {self.spec.name}: metric {name} is not measured; there are {', '.join(checked.metrics)}"
-                )
+        if unknown := [name for name in (*objectives, *self.spec.constraints) if name not in checked.metrics]:
+            known = ", ".join(checked.metrics)
+            raise UserError(f"study {self.spec.name}: metric {unknown[0]} is not measured; there are {known}")
         monitored = {"monitor": checked.monitor, "mode": checked.mode, "unit": checked.unit}
         return monitored | {"classes": classes, "objectives": objectives}
 
     def _create(self, described: dict[str, Any], mark: str) -> None:
         runs = optuna.create_study(study_name=f"{self.name}/runs", storage=self.storage, load_if_exists=True)
         self.begun_here = "digest" not in runs.user_attrs
-        if self.path is not None:
-            runs.set_user_attr("known", self._known())
+        if self.path is not None:  # seeds that the file has of each point
+            have = {t.recipe: [run["seed"] for run in t.runs] for t in self.file.trials} if self.file else {}
+            runs.set_user_attr("known", {str(number): have.get(recipe, []) for number, recipe in self.recipes.items()})
         if not self.begun_here:
             return
+        directions = list(described["objectives"].values())
         for label in self.spec.searched:
-            optuna.create_study(
-                study_name=f"{self.name}/{label}",
-                storage=self.storage,
-                directions=list(described["objectives"].values()),
-                load_if_exists=True,
-            )
+            part = f"{self.name}/{label}"
+            optuna.create_study(study_name=part, storage=self.storage, directions=directions, load_if_exists=True)
         run = tracking.Run(self.client, self.experiment, self.spec.name, {"study": self.spec.name}, None)
-        run.text(self.text, "study.yaml")
+        run.text(self.spec.text, "study.yaml")
         attrs = described | {
-            "text": self.text,
+            "text": self.spec.text,
             "folder": str(self.spec.folder),
             # latencies are compared with each other, so all are measured with as many threads
             "threads": max(1, (os.cpu_count() or 1) // self.jobs),
@@ -127,14 +116,13 @@ class StudyRunner:
             "run_id": run.id,
             "digest": mark,  # last: the study is begun
         }
-        for key, value in attrs.items():
-            runs.set_user_attr(key, value)
+        for key, attr in attrs.items():
+            runs.set_user_attr(key, attr)
 
     def run(self) -> Results:
         """Do what is left, and summarise."""
-        run_id = self.study.attrs["run_id"]
         try:
-            run = tracking.Run(self.client, run_id=run_id)
+            run = tracking.Run(self.client, run_id=self.study.attrs["run_id"])
         except MlflowException as error:
             raise UserError(
                 f"study {self.spec.name} is not tracked in {self.uri}: give the --tracking_uri that it was begun with"
@@ -147,12 +135,16 @@ class StudyRunner:
             if not self._complete():
                 raise RuntimeError(f"study {self.spec.name} is not finished; `fffexp study resume` goes on")
             results = self.results()
-            if self.path is None:
+            if self.path is not None:
+                results.save(self.path)
+            else:
                 for path in page.write(results, paths.studies() / self.spec.name):
                     run.file(path)
-                self._log_finals(results)
-            else:
-                results.save(self.path)
+                finals = [(t, t.mean, t.test_mean) for t in results.trials if t.run_id and t.evaluation]
+                for trial, *means in finals:
+                    for metric, mean in zip((results.monitor, results.test_monitor), means, strict=True):
+                        if mean is not None:
+                            self.client.log_metric(str(trial.run_id), f"final/{metric.replace('/', '_')}", mean)
         except BaseException:
             run.end("FAILED")
             raise
@@ -163,45 +155,36 @@ class StudyRunner:
         return all(queue.all_finished() for queue in self.study.queues)
 
     def _work(self) -> None:
-        begun = time.monotonic()
-        attrs, runs = self.study.attrs, self.study.runs_study
-        threads: int = attrs["threads"]
+        begun, runs, threads = time.monotonic(), self.study.runs_study, str(self.study.attrs["threads"])
         # libraries read these when they start, which is before a worker can set them
-        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        context = multiprocessing.get_context("spawn")
-        shared = (self.text, self.spec.folder, self.name, self.url, self.uri)
+        os.environ |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        shared = (self.spec.text, self.spec.folder, self.name, self.url, self.uri)
         # the first worker of whoever begins a study keeps to the sampler's seed; any other with it would draw the same
         seeded = [self.begun_here and i == 0 for i in range(self.jobs)]
-        workers = [context.Process(target=worker.main, args=(*shared, keep, threads)) for keep in seeded]
-        progress = Progress(self.study)
+        context = multiprocessing.get_context("spawn")
+        workers = [context.Process(target=worker.main, args=(*shared, keep, int(threads))) for keep in seeded]
+        progress = [Progress(self.study, self.study.queues[:-1]), Progress(self.study, self.study.queues[-1:])]
         try:
             for process in workers:
                 process.start()
-            while any(process.is_alive() for process in workers):
-                self._update(progress)
-                _raise_failure(workers)
+            alive = True
+            while alive:
                 time.sleep(worker.POLL_S)
-            _raise_failure(workers)
-            self._update(progress)
+                alive = any(process.is_alive() for process in workers)  # before the rest, which then misses nothing
+                if sum(part.update() for part in progress) and self.path is not None:
+                    self.results().save(self.path)
+                if any(process.exitcode == 2 for process in workers):
+                    raise UserError("a worker met the mistake above; nothing that was finished is lost")
+                if status := next((process.exitcode for process in workers if process.exitcode), None):
+                    finished = "`fffexp study resume` goes on from what is finished"
+                    raise RuntimeError(f"a worker ended with status {status}; {finished}")
         finally:
-            for process in workers:
-                if process.is_alive():
-                    process.terminate()
-            for process in workers:
-                if process.pid is not None:
-                    process.join(STOP_S)
+            left = [process for process in workers if process.is_alive()]
+            for process in left:
+                process.terminate()
+            for process in left:
+                process.join(STOP_S)
             runs.set_user_attr("worked_s", runs.user_attrs["worked_s"] + time.monotonic() - begun)
-
-    def _update(self, progress: "Progress") -> None:
-        if progress.update() and self.path is not None:
-            self.results().save(self.path)
-
-    def _log_finals(self, results: Results) -> None:
-        for trial in results.trials:
-            if trial.run_id and trial.evaluation:
-                for metric, mean in ((results.monitor, trial.mean), (results.test_monitor, trial.test_mean)):
-                    if mean is not None:
-                        self.client.log_metric(trial.run_id, f"final/{metric.replace('/', '_')}", mean)
 
     def results(self) -> Results:
         """What came out so far, and with a file what that holds."""
@@ -214,88 +197,69 @@ class StudyRunner:
             directions=list(attrs["objectives"].values()),
             metrics=list(attrs["objectives"]),
             seeds=self.spec.seeds,
-            trials=self._trials(attrs),
-            finalists=self.study.finalists(),
+            finalists=[trial.user_attrs["number"] for trial in self.study.finalists()],
+            machines=max(1, len({environment["host"] for environment in attrs["environments"]})),
             environments=attrs["environments"],
             wall_s=attrs["worked_s"],
             extra=self.extra,
         )
-        hosts = {environment["host"] for environment in results.environments}
-        results.machines = max(1, len(hosts))
+        results.trials = self._trials(results)
         if self.file is not None:
             results = merged(self.file, results)
         results.update()
-        complete = [t for t in results.trials if t.state == "COMPLETE" and t.values and self._feasible(t)]
+        complete = [t for t in results.trials if t.state == "COMPLETE" and t.values and self._feasible(results, t)]
         results.pareto = pareto(complete, results.directions)
-        results.best = max(complete, key=lambda t: _rank(results, t)).number if complete else None
+        seen = results.selected_by
+        ranks = {t.number: (results.sign * (seen(t) or 0.0), -(seen(t, LATENCY) or 0.0)) for t in complete}
+        results.best = max(ranks, key=lambda number: ranks[number]) if ranks else None
         return results
 
-    def _feasible(self, trial: Trial) -> bool:
-        return all(
-            (values := trial.by_seed(name, trial.runs).values()) and fmean(values) <= limit
-            for name, limit in self.spec.constraints.items()
-        )
+    def _feasible(self, results: Results, trial: Trial) -> bool:
+        means = [(results.selected_by(trial, name), limit) for name, limit in self.spec.constraints.items()]
+        return all(mean is not None and mean <= limit for mean, limit in means)
 
-    def _trials(self, attrs: Mapping[str, Any]) -> list[Trial]:
-        searched = self.study.trials()
-        others: dict[int, list[FrozenTrial]] = {}
-        for job in store.current(self.study.runs_study).values():
-            others.setdefault(job.user_attrs["number"], []).append(job)
+    def _trials(self, results: Results) -> list[Trial]:
+        jobs: dict[int, list[FrozenTrial]] = {}
+        for job in (job for queue in self.study.queues for job in queue.trials().values()):
+            jobs.setdefault(job.user_attrs["number"], []).append(job)
         made = []
         for number, point in self.study.points.items():
-            jobs = [searched[number]] if number in searched else [j for j in others.get(number, []) if not _fresh(j)]
-            values = jobs[0].params if number in searched else point.values
-            if not jobs or (number in searched and not values and point.label in self.study.searches):
-                continue
+            own = [job for job in jobs.get(number, []) if not job.user_attrs.get("fresh")]
+            values = own[0].params if own and point.label in self.study.searches else point.values
+            if not own or (point.label in self.study.searches and not values):
+                continue  # nobody has begun it
+            stored: dict[str, Any] = {
+                key: next((job.user_attrs[key] for job in own if key in job.user_attrs), None) for key in STORED
+            }
             trial = Trial(
                 number=number,
-                state=_state(jobs),
-                params={"layer": attrs["classes"][point.label], **values},
-                values=jobs[0].values if number in searched else None,
-                runs=_records(jobs),
-                evaluation=_records(filter(_fresh, others.get(number, []))),
-                run_id=next((j.user_attrs["run_id"] for j in jobs if "run_id" in j.user_attrs), None),
-                sizes=next((j.user_attrs["sizes"] for j in jobs if "sizes" in j.user_attrs), None),
-                attempts=max(map(store.attempts, jobs)),
-                error=next((j.user_attrs["error"] for j in jobs if "error" in j.user_attrs), None),
-                recipe=self.recipes.get(number) if number not in searched else None,
+                state=next((job.state.name for job in own if job.state.name != "COMPLETE"), "COMPLETE"),
+                params={"layer": self.study.attrs["classes"][point.label], **values},
+                runs=_records(own),
+                evaluation=_records([job for job in jobs[number] if job not in own]),
+                attempts=max(map(store.attempts, own)),
+                recipe=self.recipes.get(number),
+                **stored,
             )
-            if number not in searched and trial.state == "COMPLETE":
-                means = [trial.by_seed(name, trial.runs).values() for name in attrs["objectives"]]
-                trial.values = [fmean(mean) for mean in means] if all(means) else None
+            if point.label in self.study.searches:
+                trial.values = own[0].values
+            elif trial.state == "COMPLETE":
+                means = [results.selected_by(trial, name) for name in results.metrics]
+                trial.values = [mean for mean in means if mean is not None] if None not in means else None
             made.append(trial)
         return made
-
-    def _load(self) -> Results | None:
-        if self.path is None or not self.path.exists():
-            return None
-        found = Results.load(self.path)
-        if other := [key for key, value in self.extra.items() if found.extra.get(key) != value]:
-            raise UserError(f"{self.path} holds another {other[0]}: give another file, or remove it")
-        return found
-
-    def _known(self) -> dict[str, list[int]]:
-        """Seeds that the file has of each point."""
-        by_recipe = {trial.recipe: trial for trial in self.file.trials} if self.file else {}
-        return {
-            str(number): [run["seed"] for run in by_recipe[recipe].runs]
-            for number, recipe in self.recipes.items()
-            if recipe in by_recipe
-        }
 
 
 def merged(file: Results, new: Results) -> Results:
     """The results of a file with the runs that it does not have; its trials keep their numbers."""
     by_recipe = {trial.recipe: trial for trial in file.trials}
     for trial in new.trials:
-        old = by_recipe.get(trial.recipe)
-        if old is None:
+        old = by_recipe.setdefault(trial.recipe, trial)
+        if old is trial:
             trial.number = max((t.number for t in file.trials), default=-1) + 1
             file.trials.append(trial)
-            by_recipe[trial.recipe] = trial
-            continue
-        have = {run["seed"] for run in old.runs}
-        old.runs = sorted([*old.runs, *(run for run in trial.runs if run["seed"] not in have)], key=lambda r: r["seed"])
+        runs = {run["seed"]: run for run in (*trial.runs, *old.runs)}  # the file's before the new ones
+        old.runs = [runs[seed] for seed in sorted(runs)]
         old.sizes, old.state = old.sizes or trial.sizes, trial.state
     file.environments += [each for each in new.environments if each not in file.environments]
     file.seeds = sorted({*file.seeds, *new.seeds})
@@ -309,89 +273,37 @@ def pareto(trials: Sequence[Trial], directions: Sequence[Any]) -> list[int]:
     return sorted(best.user_attrs["number"] for best in study.best_trials)
 
 
-def _rank(results: Results, trial: Trial) -> tuple[float, float]:
-    monitored, latency = (trial.by_seed(name, trial.runs).values() for name in (results.monitor, LATENCY))
-    return results.sign * fmean(monitored), -fmean(latency) if latency else 0.0
-
-
-def _fresh(job: FrozenTrial) -> bool:
-    return bool(job.user_attrs.get("fresh"))
-
-
-def _state(jobs: Sequence[FrozenTrial]) -> str:
-    """COMPLETE if all jobs are, else that of the first that is not."""
-    return next((job.state.name for job in jobs if job.state.name != "COMPLETE"), "COMPLETE")
-
-
-def _records(jobs: Iterable[FrozenTrial]) -> list[Record]:
+def _records(jobs: Sequence[FrozenTrial]) -> list[Record]:
     """Of all seeds that are finished."""
     found = {v["seed"]: v for job in jobs for name, v in job.user_attrs.items() if name.startswith(worker.RUN)}
     return [found[seed] for seed in sorted(found)]
 
 
-def _raise_failure(workers: Sequence[BaseProcess]) -> None:
-    for process in workers:
-        if process.exitcode == 2:
-            raise UserError("a worker met the mistake above; nothing that was finished is lost")
-        if process.exitcode:
-            raise RuntimeError(
-                f"a worker ended with status {process.exitcode}; `fffexp study resume` goes on from what is finished"
-            )
-
-
 class Progress:
-    """Lines that say how far a study is."""
+    """Lines that say how far some queues of a study are, and how long the others take if they go on so."""
 
-    def __init__(self, study: StoredStudy) -> None:
-        self.study = study
-        self.phases = [Phase("trial", list(study.searches.values())), Phase("run", [study.runs])]
+    def __init__(self, study: StoredStudy, queues: Sequence[store.Queue]) -> None:
+        self.study, self.queues, self.begun = study, queues, time.monotonic()
+        self.seen = set(self._finished())
+        self.before = len(self.seen)
+
+    def _finished(self) -> dict[tuple[int, str], FrozenTrial]:
+        return {(i, key): job for i, queue in enumerate(self.queues) for key, job in queue.finished().items()}
 
     def update(self) -> bool:
         """Print what was finished since the last call; whether anything was."""
-        attrs, changed = self.study.attrs, False
-        for phase in self.phases:
-            for trial in phase.news():
-                changed = True
-                number = trial.user_attrs["number"]
-                layer = attrs["classes"][self.study.points[number].label]
-                values = dict(self.study.values(number))
-                fresh = _fresh(trial)
-                if phase.name == "run":
-                    values["seed"] = " ".join(map(str, trial.user_attrs["seeds"]))
-                score = trial.user_attrs.get("error", trial.state.name)
-                if records := _records([trial]):
-                    score = texts.value(fmean(r[attrs["monitor"]] for r in records), unit=attrs["unit"])
-                print(
-                    f"{'final' if fresh else phase.name} {phase.count()} {layer} {settings(values)}  {score}",
-                    flush=True,
-                )
-        return changed
-
-
-class Phase:
-    """Finished jobs of some queues, and the time that the others will take."""
-
-    def __init__(self, name: str, queues: Sequence[Queue]) -> None:
-        self.name, self.queues = name, queues
-        self.done = self._finished()
-        self._printed = self._before = len(self.done)
-        self._begun = time.monotonic()
-
-    def _finished(self) -> dict[tuple[int, str], FrozenTrial]:
-        return {(i, key): trial for i, queue in enumerate(self.queues) for key, trial in queue.finished().items()}
-
-    @property
-    def total(self) -> int:
-        """Jobs so far."""
-        return sum(len(queue.jobs()) for queue in self.queues)
-
-    def news(self) -> list[FrozenTrial]:
-        """Trials finished since the last call."""
-        known, self.done = self.done, self._finished()
-        return [trial for key, trial in self.done.items() if key not in known]
-
-    def count(self) -> str:
-        """`3 of 48, 20 s left`: one more with each call, and the time if the others take as long."""
-        self._printed += 1
-        left_s = (time.monotonic() - self._begun) / (self._printed - self._before) * (self.total - self._printed)
-        return f"{self._printed} of {self.total}, {left_s:.0f} s left:"
+        new = {key: job for key, job in self._finished().items() if key not in self.seen}
+        attrs, total = self.study.attrs, sum(len(queue.jobs()) for queue in self.queues)
+        for key, job in new.items():
+            self.seen.add(key)
+            count, number, fresh = len(self.seen), job.user_attrs["number"], job.user_attrs.get("fresh")
+            left_s = (time.monotonic() - self.begun) / (count - self.before) * (total - count)
+            label, values = self.study.points[number].label, {**job.params, **job.user_attrs.get("values", {})}
+            kind = "final" if fresh else "trial" if label in self.study.searches else "run"
+            if kind != "trial":
+                values["seed"] = " ".join(map(str, job.user_attrs["seeds"]))
+            scores = [record[attrs["monitor"]] for record in _records([job])]
+            score = value(fmean(scores), unit=attrs["unit"]) if scores else job.user_attrs.get("error", job.state.name)
+            layer = attrs["classes"][label]
+            print(f"{kind} {count} of {total}, {left_s:.0f} s left: {layer} {settings(values)}  {score}", flush=True)
+        return bool(new)

@@ -1,13 +1,13 @@
 """Jobs in an Optuna storage, shared by any number of processes: none is done twice, and none is left out."""
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
@@ -22,9 +22,6 @@ warnings.filterwarnings("ignore", "Choices for a categorical distribution should
 # a worker that has not been heard of for this long is taken for dead
 HEARTBEAT_S = 5
 GRACE_S = 20
-
-DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-_RETRY = RetryHeartbeatStaleTrialCallback()
 
 
 class Storage(RDBStorage):
@@ -71,11 +68,44 @@ def open_storage(url: str) -> Storage:
         ) from error
 
 
-class Job(NamedTuple):
-    """What a trial of an Optuna study is to do: values that are given, and user attributes."""
+def studies(storage: Storage) -> dict[str, optuna.Study]:
+    """All Optuna studies by their names."""
+    names = optuna.get_all_study_names(storage)
+    return {name: optuna.load_study(study_name=name, storage=storage) for name in names}
 
-    values: dict[str, Any]
-    attrs: dict[str, Any]
+
+def find(name: str, url: str) -> tuple[Storage, dict[str, optuna.Study]]:
+    """The storage, and the Optuna studies of a study by their names.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    storage = open_storage(url)
+    found = studies(storage)
+    if f"{name}/runs" not in found:
+        known = ", ".join(each.removesuffix("/runs") for each in found if each.endswith("/runs"))
+        raise UserError(f"no study {name!r} in {url}; there are: {known or 'none'}")
+    return storage, {part: study for part, study in found.items() if part.startswith(f"{name}/")}
+
+
+def running(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that a worker seems to work on."""
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+
+def free(storage: Storage, study: optuna.Study) -> int:
+    """Fail the trials of workers that are gone; how many there were."""
+    with storage.exclusive():
+        before = len(running(study))
+        optuna.storages.fail_stale_trials(study)
+        for trial in running(study):
+            begun = trial.datetime_start
+            if "job" not in trial.user_attrs and begun and time.time() - begun.timestamp() > GRACE_S:
+                study.tell(trial.number, state=TrialState.FAIL)
+        return before - len(running(study))
+
+
+Job = tuple[dict[str, Any], dict[str, Any]]  # values that are given to a trial, and its user attributes
 
 
 class Surplus(Exception):  # no error
@@ -84,22 +114,13 @@ class Surplus(Exception):  # no error
 
 def finished(trial: FrozenTrial) -> bool:
     """Whether its job needs no other: it has a result, or failed for a reason of its own."""
-    return trial.state in DONE or (trial.state == TrialState.FAIL and "error" in trial.user_attrs)
+    done = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    return done or (trial.state == TrialState.FAIL and "error" in trial.user_attrs)
 
 
 def attempts(trial: FrozenTrial) -> int:
     """How often its job was started."""
     return len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) + (trial.state != TrialState.WAITING)
-
-
-def current(study: optuna.Study) -> dict[str, FrozenTrial]:
-    """For each job the trial that stands for it: a finished one, else the newest."""
-    trials: dict[str, FrozenTrial] = {}
-    for trial in study.get_trials(deepcopy=False):
-        job = trial.user_attrs.get("job")
-        if job is not None and not (job in trials and finished(trials[job])):
-            trials[job] = trial
-    return trials
 
 
 class Queue:
@@ -117,17 +138,26 @@ class Queue:
     def __init__(self, storage: Storage, study: optuna.Study, jobs: Callable[[], Mapping[str, Job]]) -> None:
         self.storage, self.study, self.jobs = storage, study, jobs
 
+    def trials(self) -> dict[str, FrozenTrial]:
+        """For each job that was ever enqueued the trial that stands for it: a finished one, else the newest."""
+        trials: dict[str, FrozenTrial] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            job = trial.user_attrs.get("job")
+            if job is not None and not (job in trials and finished(trials[job])):
+                trials[job] = trial
+        return trials
+
     def fill(self) -> None:
         """Enqueue every job that is neither finished, running nor waiting."""
         with self.storage.exclusive():
             optuna.storages.fail_stale_trials(self.study)
-            trials = current(self.study)
-            for key, job in self.jobs().items():
+            trials = self.trials()
+            for key, (values, attrs) in self.jobs().items():
                 trial = trials.get(key)
                 if trial is None:
-                    self.study.enqueue_trial(job.values, user_attrs={"job": key, **job.attrs})
+                    self.study.enqueue_trial(values, user_attrs={"job": key, **attrs})
                 elif trial.state == TrialState.FAIL and not finished(trial):
-                    _RETRY(self.study, trial)
+                    RetryHeartbeatStaleTrialCallback()(self.study, trial)
 
     def run_one(self, objective: Callable[[optuna.Trial], Any], errors: tuple[type[Exception], ...] = ()) -> bool:
         """Do a job that waits, if there is one; whether there was.
@@ -157,16 +187,16 @@ class Queue:
 
         try:
             self.study.optimize(checked, n_trials=1, catch=(Surplus, *errors))
-        except (UpdateFinishedTrialError, ValueError, AssertionError) as error:
+        except (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError) as error:
             # a trial that was given up in the meantime, because this machine slept, say, cannot end a second time;
             # Optuna then says so by any of these
-            if error is raised and not isinstance(error, UpdateFinishedTrialError):
+            if error is raised and not isinstance(error, optuna.exceptions.UpdateFinishedTrialError):
                 raise
         return True
 
     def finished(self) -> dict[str, FrozenTrial]:
         """The trials of the jobs that are."""
-        trials = current(self.study)
+        trials = self.trials()
         return {key: trials[key] for key in self.jobs() if key in trials and finished(trials[key])}
 
     def all_finished(self) -> bool:

@@ -11,7 +11,7 @@ from processes import CONFIGS, digits, write_yaml
 
 from fffexp.cli import main
 from fffexp.errors import UserError
-from fffexp.study.spec import StudySpec, digest, load, parse
+from fffexp.study.spec import StudySpec, load
 from fffexp.training.experiment import check
 
 CONTENT: dict[str, Any] = {
@@ -43,7 +43,7 @@ def configs(tmp_path: Path) -> None:
 
 
 def spec(tmp_path: Path, **changes: Any) -> StudySpec:
-    return load(write_yaml(tmp_path / "tiny.yaml", CONTENT | changes))[0]
+    return load(write_yaml(tmp_path / "tiny.yaml", CONTENT | changes))
 
 
 def width(**changes: Any) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def test_a_study_of_points_needs_no_search(tmp_path: Path) -> None:
     points = [{"width": 4, "kind": "narrow", "recipe": "wide.yaml"}, {"width": 8, "kind": "wide"}]
     (tmp_path / "wide.yaml").write_text("trainer: {max_epochs: 3}")
     content |= {"layers": {"any label": listed(*points, **space)}, "test": True}
-    found, _ = load(write_yaml(tmp_path / "tiny.yaml", content))
+    found = load(write_yaml(tmp_path / "tiny.yaml", content))
     args = found.arguments("any label", found.points()[1].values, 5, found.test)
     assert f"--config={tmp_path / 'wide.yaml'}" == args[3], "on top of the layer's"
     assert set(args[4:]) == {"--model.layer.init_args.width=8", "--name=tiny", "--seed_everything=5", "--test=true"}
@@ -172,13 +172,6 @@ def test_the_recipe_is_what_decides_a_result(tmp_path: Path) -> None:
     digits.write_text(digits.read_text().replace("256", "64"))
     others.add(found.recipe("FF", {"width": 8, "lr": 0.1}))
     assert len({first, *others}) == 5
-
-
-def test_a_study_may_be_edited_as_it_is_read(tmp_path: Path) -> None:
-    path = write_yaml(tmp_path / "tiny.yaml", CONTENT)
-    found, text = load(path, lambda content: content.update(seeds=[8, 9]))
-    assert found.seeds == [8, 9]
-    assert parse(text, tmp_path, "edited").seeds == [8, 9]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +288,7 @@ def test_digest_changes_with_what_decides_a_result_alone(tmp_path: Path) -> None
     path = write_yaml(tmp_path / "tiny.yaml", CONTENT)
 
     def mark() -> str:
-        return digest(*load(path))
+        return load(path).digest()
 
     first = mark()
     path.write_text("# a comment\n" + path.read_text())

@@ -19,7 +19,7 @@ from fffexp.errors import UserError
 from fffexp.study import store
 from fffexp.study.store import Job, Queue, Storage
 
-JOBS = {"a": Job({"x": 0.5}, {"number": 0}), "b": Job({}, {"number": 1}), "c": Job({}, {"number": 2})}
+JOBS: dict[str, Job] = {"a": ({"x": 0.5}, {"number": 0}), "b": ({}, {"number": 1}), "c": ({}, {"number": 2})}
 names = itertools.count()
 
 
@@ -83,7 +83,7 @@ def test_jobs_may_be_added(storage: Storage) -> None:
     assert waiting(queue) == ["a", "b", "c"]
     while queue.run_one(draw):
         pass
-    jobs["d"] = Job({}, {})
+    jobs["d"] = ({}, {})
     assert not queue.all_finished()
     assert waiting(queue) == ["d"]
 
@@ -182,7 +182,7 @@ def work(url: str, name: str, keys: list[str], heartbeat_s: int) -> None:
 def open_queue(url: str, name: str, keys: list[str], heartbeat_s: int = 60) -> Queue:
     engine = {"connect_args": {"timeout": 60}}
     storage = Storage(url, engine_kwargs=engine, heartbeat_interval=heartbeat_s, grace_period=heartbeat_s)
-    jobs = {key: Job({}, {}) for key in keys}
+    jobs: dict[str, Job] = {key: ({}, {}) for key in keys}
     return Queue(storage, optuna.load_study(study_name=name, storage=storage), lambda: jobs)
 
 

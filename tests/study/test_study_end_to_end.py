@@ -307,9 +307,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
     enter(with_store(tmp_path), monkeypatch)
 
     def call(**changes: Any) -> Results:
-        spec, text = load(write_yaml(tmp_path / "tiny.yaml", CONTENT | {"evaluation_seeds": [5]} | changes))
+        spec = load(write_yaml(tmp_path / "tiny.yaml", CONTENT | {"evaluation_seeds": [5]} | changes))
         url, uri = f"sqlite:///{tmp_path}/outputs/optuna.db", paths.tracking_uri(None)
-        runner = StudyRunner(spec, text, url, uri, jobs=1)
+        runner = StudyRunner(spec, url, uri, jobs=1)
         Worker(StoredStudy(spec, runner.name, store.open_storage(url)), uri).work()
         runner.run()
         return written(tmp_path)
@@ -425,9 +425,9 @@ LISTED: dict[str, Any] = {key: CONTENT[key] for key in ("name", "configs", "over
 
 
 def run_listed(path: Path | None, **changes: Any) -> Results:
-    spec, text = load(write_yaml(Path("listed.yaml"), LISTED | changes))
+    spec = load(write_yaml(Path("listed.yaml"), LISTED | changes))
     url, uri = f"sqlite:///{Path.cwd()}/outputs/optuna.db", paths.tracking_uri(None)
-    runner = StudyRunner(spec, text, url, uri, jobs=1, results_path=path, extra={"table": "tiny"})
+    runner = StudyRunner(spec, url, uri, jobs=1, results_path=path, extra={"table": "tiny"})
     Worker(StoredStudy(spec, runner.name, store.open_storage(url)), uri).work()
     return runner.run()
 
@@ -471,9 +471,9 @@ def test_a_file_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert second.trial(2).runs[0] == first.trial(2).runs[0]
     trained = [r for r in runs(tmp_path) if r.info.run_id not in before and "mlflow.parentRunId" in r.data.tags]
     assert len(trained) == 3, "seed 1 of one point, both seeds of another"
-    spec, text = load(Path("listed.yaml"))
+    spec = load(Path("listed.yaml"))
     with pytest.raises(UserError, match="another table"):
-        StudyRunner(spec, text, "sqlite:///outputs/optuna.db", paths.tracking_uri(None), 1, path, {"table": "other"})
+        StudyRunner(spec, "sqlite:///outputs/optuna.db", paths.tracking_uri(None), 1, path, {"table": "other"})
 
 
 # mistakes
