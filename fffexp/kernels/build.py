@@ -7,19 +7,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-_SOURCES = Path(__file__).with_name("csrc")
+_SOURCES, _TORCH = Path(__file__).with_name("csrc"), Path(torch.__file__).parent
 _FLAGS = ["-O3", "-fPIC", "-std=c++20", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
 # kernel.cpp is compiled once per instruction set; which one runs is decided when it is loaded
-_INSTRUCTION_SETS: dict[str, list[str]] = {"plain": []}
+_INSTRUCTION_SETS = {"plain": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    _INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
-    _INSTRUCTION_SETS["avx512"] = [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512")
-    ]
+    _INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
+    _INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512"
 
 
 class BuildError(RuntimeError):
@@ -32,13 +31,12 @@ def build() -> Path:
     Raises:
         BuildError: no C++ compiler is found, or it refuses the source.
     """
-    compiler, version = _compiler(), compiler_version()
-    sources = sorted(_SOURCES.iterdir())
-    key = hashlib.sha256()
-    for part in (torch.__version__, compiler, str(version), str(_FLAGS), *(source.read_text() for source in sources)):
-        key.update(part.encode() + b"\0")
+    compiler = _compiler()
+    parts = [torch.__version__, compiler, str(compiler_version()), str(_FLAGS)]
+    parts += [source.read_text() for source in sorted(_SOURCES.iterdir())]
+    key = hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fffexp"
-    library = cache / f"operators-{key.hexdigest()[:16]}.so"
+    library = cache / f"operators-{key[:16]}.so"
     if library.exists():
         return library
     from filelock import FileLock  # comes with torch
@@ -71,29 +69,23 @@ def _compiler() -> str:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    torch_path = Path(torch.__file__).parent
-    headers = [f"-isystem{torch_path / 'include'}", f"-isystem{torch_path / 'include/torch/csrc/api/include'}"]
+    include = f"-isystem{_TORCH}/include"
+    units = {"operators": [f"{_SOURCES}/operators.cpp", include, f"{include}/torch/csrc/api/include", "-fopenmp"]}
+    for name, flags in _INSTRUCTION_SETS.items():
+        units[name] = [f"{_SOURCES}/kernel.cpp", f"-DKERNELS=kernels_{name}", *flags.split()]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        objects = {"operators": [*headers, "-fopenmp"]}
-        objects |= {name: [f"-DKERNELS=kernels_{name}", *flags] for name, flags in _INSTRUCTION_SETS.items()}
-        running = []
-        for name, flags in objects.items():
-            source = _SOURCES / ("operators.cpp" if name == "operators" else "kernel.cpp")
-            command = [compiler, *_FLAGS, *flags, "-c", str(source), "-o", f"{folder}/{name}.o"]
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        outputs = [process.communicate()[0] for process in running]
-        for process, output in zip(running, outputs, strict=True):
-            _succeeded(process.returncode, output)
+        objects = {f"{folder}/{name}.o": given for name, given in units.items()}
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run, ([compiler, *_FLAGS, "-c", *given, "-o", made] for made, given in objects.items())))
         # the process has loaded torch's libraries already, libgomp among them
-        made = Path(folder) / "operators.so"
-        command = [compiler, "-shared", "-fopenmp", *(f"{folder}/{name}.o" for name in objects), "-o", str(made)]
-        command += [f"-L{torch_path / 'lib'}", "-ltorch_cpu", "-lc10"]
-        linked = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        _succeeded(linked.returncode, linked.stdout)
-        made.replace(library)
+        libraries = [f"-L{_TORCH}/lib", "-ltorch_cpu", "-lc10"]
+        _run([compiler, "-shared", "-fopenmp", *objects, "-o", f"{folder}/operators.so", *libraries])
+        os.replace(f"{folder}/operators.so", library)
 
 
-def _succeeded(status: int, output: str) -> None:
-    if status:
-        lines = [line for line in output.splitlines() if "error" in line] or output.splitlines() or ["no message"]
-        raise BuildError(f"the C++ compiler failed: {lines[0]}")
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        lines = done.stdout.splitlines()
+        errors = [line for line in lines if "error" in line]
+        raise BuildError(f"the C++ compiler failed: {[*errors, *lines, 'no message'][0]}")

@@ -44,7 +44,9 @@ def route(x_BI: Tensor, node_weight: Tensor, node_bias: Tensor, depth: int) -> T
 
 def selected(x_BI: Tensor, block_BK: Tensor, weights_BK: Tensor | None, blocks: Blocks, hidden: Hidden) -> Tensor:
     """(B, O): for each sample only its K blocks, summed by weight; rows sorted by block, grouped products."""
-    w1, b1, w2, b2 = _autocast(blocks, x_BI.device.type)
+    if torch.is_autocast_enabled(device := x_BI.device.type):  # grouped_mm is not on its list of products
+        blocks = Blocks(*(p.to(torch.get_autocast_dtype(device)) for p in blocks))
+    w1, b1, w2, b2 = blocks
     batch, k = block_BK.shape
     block_R, order_R = block_BK.flatten().sort(stable=True)
     sample_R = order_R // k
@@ -54,11 +56,3 @@ def selected(x_BI: Tensor, block_BK: Tensor, weights_BK: Tensor | None, blocks: 
     if weights_BK is not None:
         y_RO = y_RO * weights_BK.flatten()[order_R].to(y_RO.dtype).unsqueeze(1)
     return torch.zeros(batch, w2.shape[2], dtype=y_RO.dtype, device=y_RO.device).index_add(0, sample_R, y_RO)
-
-
-def _autocast(blocks: Blocks, device: str) -> Blocks:
-    # grouped_mm is not on autocast's list of products
-    if not torch.is_autocast_enabled(device):
-        return blocks
-    dtype = torch.get_autocast_dtype(device)
-    return Blocks(*(p.to(dtype) for p in blocks))

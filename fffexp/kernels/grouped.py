@@ -23,16 +23,12 @@ def grouped_mm(x_RK: Tensor, weight_GKN: Tensor, ends_G: Tensor) -> Tensor:
         for group, start, end in used:
             torch.mm(x_RK[start:end], weight_GKN[group], out=out[start:end])
         return out
-    pad_k, pad_n = _padding(x_RK, weight_GKN.shape[1]), _padding(x_RK, weight_GKN.shape[2])
+    # torch's grouped_mm wants strides that are multiples of 16 bytes
+    pad_k, pad_n = (-size % (16 // x_RK.element_size()) for size in weight_GKN.shape[1:])
     if pad_k or pad_n:
         x_RK, weight_GKN = F.pad(x_RK, (0, pad_k)), F.pad(weight_GKN, (0, pad_n, 0, pad_k))
     product = F.grouped_mm(x_RK.contiguous(), weight_GKN, offs=ends_G.to(torch.int32))
     return product[:, : product.shape[1] - pad_n].contiguous()
-
-
-@grouped_mm.register_fake
-def _(x_RK: Tensor, weight_GKN: Tensor, ends_G: Tensor) -> Tensor:
-    return x_RK.new_empty(x_RK.shape[0], weight_GKN.shape[2])
 
 
 @torch.library.custom_op("fffexp::grouped_outer", mutates_args=())
@@ -44,28 +40,25 @@ def grouped_outer(x_RK: Tensor, y_RN: Tensor, ends_G: Tensor) -> Tensor:
     return out
 
 
-@grouped_outer.register_fake
-def _(x_RK: Tensor, y_RN: Tensor, ends_G: Tensor) -> Tensor:
-    return x_RK.new_empty(ends_G.shape[0], x_RK.shape[1], y_RN.shape[1])
-
-
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _mm_backward(ctx: torch.autograd.function.FunctionCtx, grad_RN: Tensor) -> tuple[Tensor | None, Tensor, None]:
-    x_RK, weight_GKN, ends_G = ctx.saved_tensors  # type: ignore[attr-defined] # not in torch's annotations
+def _mm_backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    x_RK, weight_GKN, ends_G = ctx.saved_tensors
     # the input of a network's first layer needs none
-    grad_x = grouped_mm(grad_RN, weight_GKN.mT, ends_G) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined] # not in torch's annotations
+    grad_x = grouped_mm(grad_RN, weight_GKN.mT, ends_G) if ctx.needs_input_grad[0] else None
     return grad_x, grouped_outer(x_RK, grad_RN, ends_G), None
 
 
-def _outer_backward(ctx: torch.autograd.function.FunctionCtx, grad_GKN: Tensor) -> tuple[Tensor, Tensor, None]:
-    x_RK, y_RN, ends_G = ctx.saved_tensors  # type: ignore[attr-defined] # not in torch's annotations
+def _outer_backward(ctx: Any, grad_GKN: Tensor) -> tuple[Tensor, Tensor, None]:
+    x_RK, y_RN, ends_G = ctx.saved_tensors
     return grouped_mm(y_RN, grad_GKN.mT, ends_G), grouped_mm(x_RK, grad_GKN, ends_G), None
 
 
+grouped_mm.register_fake(lambda x_RK, weight_GKN, _: x_RK.new_empty(x_RK.shape[0], weight_GKN.shape[2]))
 grouped_mm.register_autograd(_mm_backward, setup_context=_setup)
+grouped_outer.register_fake(lambda x_RK, y_RN, ends_G: x_RK.new_empty(len(ends_G), x_RK.shape[1], y_RN.shape[1]))
 grouped_outer.register_autograd(_outer_backward, setup_context=_setup)
 
 
@@ -78,8 +71,3 @@ def _used(ends_G: Tensor) -> list[tuple[int, int, int]]:
     """Group, first row and end of every group that has rows."""
     ends = ends_G.tolist()
     return [(g, start, end) for g, (start, end) in enumerate(itertools.pairwise([0, *ends])) if end > start]
-
-
-def _padding(like: Tensor, size: int) -> int:
-    # torch's grouped_mm wants strides that are multiples of 16 bytes
-    return -size % (16 // like.element_size())

@@ -6,6 +6,7 @@ torch.export and autograd see them; gradients come from the grouped products of 
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,31 +22,54 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 _BLOCKS = "Tensor hidden_weight, Tensor hidden_bias, Tensor output_weight, Tensor output_bias, str activation"
 _TREE = "Tensor x, Tensor node_weight, Tensor node_bias"
+
+
+def _output(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape[0], others[4].shape[2])
+
+
 _LIBRARY = torch.library.Library("fffexp", "FRAGMENT")
-for _schema in (
-    f"route({_TREE}) -> Tensor",
-    f"selected(Tensor x, Tensor block, Tensor? weights, {_BLOCKS}) -> Tensor",
-    f"fff({_TREE}, {_BLOCKS}) -> Tensor",
+for _schema, _shaped in {
+    f"route({_TREE}) -> Tensor": lambda x, *_: x.new_empty(x.shape[0], dtype=torch.long),
+    f"selected(Tensor x, Tensor block, Tensor? weights, {_BLOCKS}) -> Tensor": _output,
+    f"fff({_TREE}, {_BLOCKS}) -> Tensor": _output,
     # without the detour through autograd's Python, which takes longer than a small batch
-    f"fff_inference({_TREE}, {_BLOCKS}) -> Tensor",
-    "soft(Tensor z, Tensor logits, Tensor scale, str activation) -> (Tensor, Tensor)",
+    f"fff_inference({_TREE}, {_BLOCKS}) -> Tensor": _output,
+    "soft(Tensor z, Tensor logits, Tensor scale, str activation) -> (Tensor, Tensor)": (
+        lambda z, logits, *_: (torch.empty_like(z), torch.empty_like(logits))
+    ),
     "soft_backward(Tensor grad_h, Tensor grad_weights, Tensor z, Tensor logits, Tensor scale, Tensor? grad_more, "
-    "str activation) -> (Tensor, Tensor)",
-):
+    "str activation) -> (Tensor, Tensor)": (
+        lambda _0, _1, z, logits, *_: (torch.empty_like(z), torch.empty_like(logits))
+    ),
+}.items():
     _LIBRARY.define(_schema)
+    torch.library.register_fake(f"fffexp::{_schema.partition('(')[0]}", _shaped)
+
+# looked up once: a small batch takes no longer than such a look
+_FFF, _FFF_INFERENCE = torch.ops.fffexp.fff.default, torch.ops.fffexp.fff_inference.default
+selected = torch.ops.fffexp.selected.default
+
+
+def fff(x_BI: Tensor, *arguments: Any) -> Tensor:
+    """(B, O) of hard inference; the arguments are those of the operator `fffexp::fff`."""
+    return _FFF(x_BI, *arguments) if torch.is_grad_enabled() else _FFF_INFERENCE(x_BI, *arguments)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # a graph is traced for one backend
-def available() -> bool:
-    """Whether the operators are loaded; the first call builds them, or says once why they cannot be had."""
-    return _load()
+def available(backend: str = "native") -> bool:
+    """Whether a backend's operators are loaded; the first call builds them, or says once why they cannot be had."""
+    return _load(backend)
 
 
 @functools.cache
-def _load() -> bool:
+def _load(backend: str) -> bool:
     try:
-        torch.ops.load_library(build())
-    except (BuildError, OSError) as error:
+        if backend == "native":
+            torch.ops.load_library(build())
+        else:
+            import fffexp.kernels.triton_kernels  # noqa: F401 # registers them
+    except (BuildError, ImportError, OSError) as error:
         print(f"fffexp: {error}; plain PyTorch serves, more slowly", file=sys.stderr)
         return False
     return True
@@ -53,48 +77,9 @@ def _load() -> bool:
 
 def backend_of(weight: Tensor, activation: str | None) -> str | None:
     """The compiled backend that serves weights like this one: "native", "triton" or None."""
-    if activation is None or weight.dtype not in DTYPES:
-        return None
-    if weight.is_cpu:
-        return "native" if available() else None
-    return "triton" if weight.is_cuda and _load_triton() else None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # as above
-def _load_triton() -> bool:
-    try:
-        import fffexp.kernels.triton_kernels
-    except ImportError:
-        return False
-    return fffexp.kernels.triton_kernels.registered()
-
-
-def _register() -> None:
-    def rows(x: Tensor, *_: Any) -> Tensor:
-        return x.new_empty(x.shape[0], dtype=torch.long)
-
-    def outputs(x: Tensor, _0: Any, _1: Any, _2: Any, _3: Any, output_weight: Tensor, *_: Any) -> Tensor:
-        return x.new_empty(x.shape[0], output_weight.shape[2])
-
-    torch.library.register_fake("fffexp::route", rows)
-    torch.library.register_fake("fffexp::soft", lambda z, logits, *_: (torch.empty_like(z), torch.empty_like(logits)))
-    torch.library.register_fake(
-        "fffexp::soft_backward",
-        lambda grad_h, grad_weights, z, logits, *_: (torch.empty_like(z), torch.empty_like(logits)),
-    )
-    torch.library.register_fake("fffexp::fff_inference", outputs)
-    for name, setup, backward in (
-        ("fff", _fff_setup, _fff_backward),
-        ("selected", _selected_setup, _selected_backward),
-    ):
-        torch.library.register_fake(f"fffexp::{name}", outputs)
-        torch.library.register_autograd(f"fffexp::{name}", backward, setup_context=setup)
-
-
-@register_flop_formula([torch.ops.fffexp.fff, torch.ops.fffexp.fff_inference])
-def _fff_flops(x: torch.Size, nodes: torch.Size, _: Any, hidden: torch.Size, *rest: Any, **options: Any) -> int:
-    output_weight = rest[1]
-    return _route_flops(x, nodes) + 2 * x[0] * hidden[1] * (hidden[2] + output_weight[2])
+    backend = "native" if weight.is_cpu else "triton" if weight.is_cuda else None
+    known = backend and activation is not None and weight.dtype in DTYPES
+    return backend if known and available(backend) else None
 
 
 @register_flop_formula(torch.ops.fffexp.route)
@@ -103,30 +88,17 @@ def _route_flops(x: torch.Size, nodes: torch.Size, *_: Any, **options: Any) -> i
 
 
 @register_flop_formula(torch.ops.fffexp.selected)
-def _selected_flops(_0: Any, block: torch.Size, _1: Any, hidden: torch.Size, *rest: Any, **options: Any) -> int:
+def _selected_flops(_0: Any, block: Sequence[int], _1: Any, hidden: torch.Size, *rest: Any, **options: Any) -> int:
     return 2 * block[0] * block[1] * hidden[1] * (hidden[2] + rest[1][2])
 
 
-# looked up once: a small batch takes no longer than such a look
-_FFF, _FFF_INFERENCE = torch.ops.fffexp.fff.default, torch.ops.fffexp.fff_inference.default
-_SELECTED = torch.ops.fffexp.selected.default
+@register_flop_formula([torch.ops.fffexp.fff, torch.ops.fffexp.fff_inference])
+def _fff_flops(x: torch.Size, nodes: torch.Size, *rest: Any, **options: Any) -> int:
+    return _route_flops(x, nodes) + _selected_flops(x, (x[0], 1), *rest)
 
 
-def fff(x_BI: Tensor, *arguments: Any) -> Tensor:
-    """(B, O) of hard inference; the arguments are those of the operator `fffexp::fff`."""
-    output: Tensor = _FFF(x_BI, *arguments) if torch.is_grad_enabled() else _FFF_INFERENCE(x_BI, *arguments)
-    return output
-
-
-def selected(x_BI: Tensor, *arguments: Any) -> Tensor:
-    """(B, O) of chosen blocks; the arguments are those of the operator `fffexp::selected`."""
-    output: Tensor = _SELECTED(x_BI, *arguments)
-    return output
-
-
-def _selected_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.activation = inputs
-    ctx.weighted = tensors[2] is not None
     ctx.save_for_backward(*tensors)
 
 
@@ -136,17 +108,16 @@ def _selected_backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, grad_weights, *grads, None
 
 
-def _fff_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _fff_backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
     x, node_weight, node_bias, *blocks = ctx.saved_tensors
     leaf = torch.ops.fffexp.route(x, node_weight, node_bias)
     grad_x, _, *grads = _gradients(grad_BO, x, leaf.unsqueeze(1), None, blocks, ctx.activation)
     # hard decisions: a node's gradient is zero almost everywhere
     return grad_x, None, None, *grads, None
+
+
+torch.library.register_autograd("fffexp::selected", _selected_backward, setup_context=_setup)
+torch.library.register_autograd("fffexp::fff", _fff_backward, setup_context=_setup)
 
 
 def _gradients(
@@ -172,14 +143,5 @@ def _gradients(
     grad_x = torch.zeros_like(x_BI).index_add(0, sample_R, grouped_mm(grad_z, w1, ends_G))
     grad_b1 = torch.zeros_like(b1).index_add(0, block_R, grad_z)
     grad_b2 = torch.zeros_like(b2).index_add(0, block_R, grad_RO)
-    return (
-        grad_x,
-        grad_weights,
-        grouped_outer(grad_z, x_RI, ends_G),
-        grad_b1,
-        grouped_outer(h_RH, grad_RO, ends_G),
-        grad_b2,
-    )
-
-
-_register()
+    grad_w1, grad_w2 = grouped_outer(grad_z, x_RI, ends_G), grouped_outer(h_RH, grad_RO, ends_G)
+    return grad_x, grad_weights, grad_w1, grad_b1, grad_w2, grad_b2

@@ -17,25 +17,15 @@ class _SoftTree(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        node_weight: Tensor,
-        node_bias: Tensor,
-        scale: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        activation: str,
-        detached: bool,
+        ctx: Any, x: Tensor, node_weight: Tensor, node_bias: Tensor, scale: Tensor, *leaves: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        w1, b1, w2, b2, ctx.activation, ctx.detached = leaves
         # one node more than there are: products with an odd number of columns are slow
         nodes = torch.cat((node_weight, node_weight.new_zeros(1, x.shape[1])))
         logits = torch.addmm(nn.functional.pad(node_bias, (0, 1)), x, nodes.T)
         z = torch.addmm(b1.flatten(), x, w1.flatten(0, 1).T)
-        h, weights = torch.ops.fffexp.soft(z, logits, scale, activation)
+        h, weights = torch.ops.fffexp.soft(z, logits, scale, ctx.activation)
         ctx.save_for_backward(x, scale, nodes, w1, w2, b2, z, logits, h, weights)
-        ctx.activation, ctx.detached = activation, detached
         ctx.set_materialize_grads(False)
         return (h @ w2.flatten(0, 1)).addmm_(weights, b2), logits[:, :-1], weights
 
@@ -62,13 +52,7 @@ class _SoftTree(torch.autograd.Function):
 
 
 def soft_tree(
-    x_BI: Tensor,
-    node_weight: Tensor,
-    node_bias: Tensor,
-    scale: Tensor,
-    blocks: Blocks,
-    activation: str,
-    detached: bool,
+    x_BI: Tensor, node_weight: Tensor, node_bias: Tensor, scale: Tensor, blocks: Blocks, activation: str, detached: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, O) mixture of all leaves, (B, N) logits of the nodes, (B, leaves) weights; in float32.
 
@@ -77,7 +61,4 @@ def soft_tree(
     Raises:
         RuntimeError: a second derivative is asked for.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _SoftTree.apply(
-        x_BI, node_weight, node_bias, scale, *blocks, activation, detached
-    )
-    return result
+    return _SoftTree.apply(x_BI, node_weight, node_bias, scale, *blocks, activation, detached)

@@ -15,8 +15,7 @@ from fffexp.kernels.grouped import grouped_mm, grouped_outer
 from fffexp.kernels.naive import Blocks
 
 
-def _rows(index_U: Tensor, values: Tensor, rows: int) -> Tensor:
-    """A gradient of so many rows that holds these."""
+def _gradient(index_U: Tensor, values: Tensor, rows: int) -> Tensor:
     shape = (rows, *values.shape[1:])
     return torch.sparse_coo_tensor(index_U.unsqueeze(0), values, shape, is_coalesced=True, check_invariants=False)
 
@@ -36,13 +35,11 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
         x_RI, weight, used_U, place_R, count_U, ends_G = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grouped_mm(grad_RO, weight if ctx.inputs_last else weight.mT, ends_G)
-        sides = (grad_RO, x_RI) if ctx.inputs_last else (x_RI, grad_RO)
-        grad_weight = _rows(used_U, grouped_outer(*sides, count_U.cumsum(0)), len(weight))
+        transposed, *sides = (weight, grad_RO, x_RI) if ctx.inputs_last else (weight.mT, x_RI, grad_RO)
+        grad_x = grouped_mm(grad_RO, transposed, ends_G) if ctx.needs_input_grad[0] else None
+        grad_weight = _gradient(used_U, grouped_outer(*sides, count_U.cumsum(0)), len(weight))
         summed = grad_RO.new_zeros(len(used_U), grad_RO.shape[1]).index_add_(0, place_R, grad_RO)
-        return grad_x, None, grad_weight, _rows(used_U, summed, len(weight)), None
+        return grad_x, None, grad_weight, _gradient(used_U, summed, len(weight)), None
 
 
 def selected(x_BI: Tensor, block_B: Tensor, blocks: Blocks, hidden: Hidden) -> Tensor:
@@ -65,15 +62,13 @@ class _PathLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
         x_BI, node_BD, weight = ctx.saved_tensors
         (batch, depth), nodes = node_BD.shape, len(weight)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.bmm(grad_BD.unsqueeze(1), weight[node_BD]).squeeze(1)
+        grad_x = torch.bmm(grad_BD.unsqueeze(1), weight[node_BD]).squeeze(1) if ctx.needs_input_grad[0] else None
         used_U, place = node_BD.flatten().unique(return_inverse=True)
         sample = torch.arange(batch, device=x_BI.device).repeat_interleave(depth)
         shape = (len(used_U), batch)
         of_UB = torch.sparse_coo_tensor(torch.stack((place, sample)), grad_BD.flatten(), shape, check_invariants=False)
         grad_bias = grad_BD.new_zeros(len(used_U)).index_add_(0, place, grad_BD.flatten())
-        return grad_x, None, _rows(used_U, of_UB @ x_BI, nodes), _rows(used_U, grad_bias, nodes)
+        return grad_x, None, _gradient(used_U, of_UB @ x_BI, nodes), _gradient(used_U, grad_bias, nodes)
 
 
 def path_log_probability(

@@ -14,31 +14,37 @@ from torch import Tensor
 
 from fffexp.routing.blocks import block_counts
 
-ROUTE_ROWS, ROUTE_INPUTS = 4, 256
-TILE_ROWS = 16  # the fewest rows that a matrix unit takes
-TILE_HIDDEN, TILE_INPUTS, TILE_OUTPUTS = 64, 64, 64
-ROW_HIDDEN, ROW_SPAN = 16, 512
+ROUTE_ROWS, ROUTE_INPUTS, ROW_HIDDEN, ROW_SPAN = 4, 256, 16, 512
+TILE_ROWS, TILE_HIDDEN, TILE_INPUTS, TILE_OUTPUTS = 16, 64, 64, 64  # a matrix unit takes 16 rows or more
 # Bytes of their leaves or experts that all rows read, up to which each reads its own.
 ROW_BYTES = 2**31
 
 
 @triton.jit
-def _route_kernel(x, weight, bias, leaf, rows, inputs, DEPTH: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = r < rows
+def _load(matrix, r, live, c, columns):
+    return tl.load(matrix + r[:, None] * columns + c[None, :], mask=live[:, None] & (c < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def _leaf(x, weight, bias, r, live, inputs, DEPTH: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr):
     position = tl.zeros([ROWS], tl.int64)
     for level in range(DEPTH):
         node = position + ((1 << level) - 1)
         products = tl.zeros([ROWS, INPUTS], tl.float32)
         for start in range(0, inputs, INPUTS):
             i = start + tl.arange(0, INPUTS)
-            mask = live[:, None] & (i < inputs)[None, :]
-            a = tl.load(x + r[:, None] * inputs + i[None, :], mask=mask, other=0.0).to(tl.float32)
-            w = tl.load(weight + node[:, None] * inputs + i[None, :], mask=mask, other=0.0).to(tl.float32)
-            products += a * w
+            a = _load(x, r, live, i, inputs).to(tl.float32)
+            products += a * _load(weight, node, live, i, inputs).to(tl.float32)
         logit = tl.sum(products, 1) + tl.load(bias + node, mask=live, other=0.0).to(tl.float32)
         position = 2 * position + (logit >= 0).to(tl.int64)
-    tl.store(leaf + r, position, mask=live)
+    return position
+
+
+@triton.jit
+def _route_kernel(x, weight, bias, leaf, rows, inputs, DEPTH: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = r < rows
+    tl.store(leaf + r, _leaf(x, weight, bias, r, live, inputs, DEPTH, ROWS, INPUTS), mask=live)
 
 
 @triton.jit
@@ -63,29 +69,10 @@ def _activated(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _evaluate_kernel(
-    x,
-    order,
-    block,
-    first,
-    end,
-    gates,
-    w1,
-    b1,
-    w2,
-    b2,
-    y,
-    choices,
-    inputs,
-    width,
-    outputs,
-    GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INPUTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-):
+    x, order, block, first, end, gates, w1, b1, w2, b2, y, choices, inputs, width, outputs,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, HIDDEN: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0)
     begin, stop = tl.load(first + tile), tl.load(end + tile)
     if begin < stop:
@@ -94,80 +81,46 @@ def _evaluate_kernel(
         live = e < stop
         entry = tl.load(order + e, mask=live, other=0)
         sample = entry // choices
-        gate = tl.full([ROWS], 1.0, tl.float32)
-        if GATED:
-            gate = tl.load(gates + entry, mask=live, other=0.0).to(tl.float32)
+        one = tl.full([ROWS], 1.0, tl.float32)
+        gate = tl.load(gates + entry, mask=live, other=0.0).to(tl.float32) if GATED else one
         for hidden in range(0, width, HIDDEN):
             j = hidden + tl.arange(0, HIDDEN)
             inside = j < width
             z = tl.zeros([ROWS, HIDDEN], tl.float32)
             for start in range(0, inputs, INPUTS):
                 i = start + tl.arange(0, INPUTS)
-                known = i < inputs
-                a = tl.load(x + sample[:, None] * inputs + i[None, :], mask=live[:, None] & known[None, :], other=0.0)
                 at = w1 + (g * width + j[None, :]) * inputs + i[:, None]
-                w = tl.load(at, mask=inside[None, :] & known[:, None], other=0.0)
-                z = tl.dot(a, w, z, input_precision=PRECISION)
+                w = tl.load(at, mask=inside[None, :] & (i < inputs)[:, None], other=0.0)
+                z = tl.dot(_load(x, sample, live, i, inputs), w, z, input_precision=PRECISION)
             z += tl.load(b1 + g * width + j, mask=inside, other=0.0).to(tl.float32)[None, :]
             h = _activated(z, ACTIVATION) * gate[:, None]
             h = tl.where(inside[None, :], h, 0.0)  # an activation need not be 0 at 0
             for start in range(0, outputs, OUTPUTS):
                 o = start + tl.arange(0, OUTPUTS)
                 known = o < outputs
-                at = w2 + (g * width + j[:, None]) * outputs + o[None, :]
-                w = tl.load(at, mask=inside[:, None] & known[None, :], other=0.0)
-                to = y + entry[:, None] * outputs + o[None, :]
-                mask = live[:, None] & known[None, :]
+                w = _load(w2, g * width + j, inside, o, outputs)
                 if hidden == 0:
                     part = gate[:, None] * tl.load(b2 + g * outputs + o, mask=known, other=0.0).to(tl.float32)[None, :]
                 else:
-                    part = tl.load(to, mask=mask, other=0.0)
+                    part = _load(y, entry, live, o, outputs)
                 part = tl.dot(h.to(w.dtype), w, part, input_precision=PRECISION)
-                tl.store(to, part, mask=mask)
+                tl.store(y + entry[:, None] * outputs + o[None, :], part, mask=live[:, None] & known[None, :])
 
 
 @triton.jit
 def _row_kernel(
-    x,
-    node_weight,
-    node_bias,
-    block,
-    gates,
-    w1,
-    b1,
-    w2,
-    b2,
-    y,
-    inputs,
-    width,
-    outputs,
-    CHOICES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROUTED: tl.constexpr,
-    GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INPUTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-):
+    x, node_weight, node_bias, block, gates, w1, b1, w2, b2, y, inputs, width, outputs,
+    CHOICES: tl.constexpr, DEPTH: tl.constexpr, ROUTED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    HIDDEN: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    r = row + tl.arange(0, 1)
     for choice in range(CHOICES):
-        g = row * 0
         if ROUTED:
             g = tl.load(block + row * CHOICES + choice)
         else:
-            for level in range(DEPTH):
-                node = g + ((1 << level) - 1)
-                products = tl.zeros([INPUTS], tl.float32)
-                for start in range(0, inputs, INPUTS):
-                    i = start + tl.arange(0, INPUTS)
-                    a = tl.load(x + row * inputs + i, mask=i < inputs, other=0.0).to(tl.float32)
-                    products += a * tl.load(node_weight + node * inputs + i, mask=i < inputs, other=0.0).to(tl.float32)
-                logit = tl.sum(products, 0) + tl.load(node_bias + node).to(tl.float32)
-                g = 2 * g + (logit >= 0).to(tl.int64)
-        gate = 1.0
-        if GATED:
-            gate = tl.load(gates + row * CHOICES + choice).to(tl.float32)
+            g = tl.sum(_leaf(x, node_weight, node_bias, r, r == row, inputs, DEPTH, 1, INPUTS), 0)
+        gate = tl.load(gates + row * CHOICES + choice).to(tl.float32) if GATED else 1.0
         for hidden in range(0, width, HIDDEN):
             j = hidden + tl.arange(0, HIDDEN)
             inside = j < width
@@ -175,16 +128,12 @@ def _row_kernel(
             for start in range(0, inputs, INPUTS):
                 i = start + tl.arange(0, INPUTS)
                 a = tl.load(x + row * inputs + i, mask=i < inputs, other=0.0).to(tl.float32)
-                at = w1 + (g * width + j[:, None]) * inputs + i[None, :]
-                w = tl.load(at, mask=inside[:, None] & (i < inputs)[None, :], other=0.0).to(tl.float32)
-                z += tl.sum(w * a[None, :], 1)
+                z += tl.sum(_load(w1, g * width + j, inside, i, inputs).to(tl.float32) * a[None, :], 1)
             h = tl.where(inside, _activated(z, ACTIVATION) * gate, 0.0)  # an activation need not be 0 at 0
             for start in range(0, outputs, OUTPUTS):
                 o = start + tl.arange(0, OUTPUTS)
                 known = o < outputs
-                at = w2 + (g * width + j[:, None]) * outputs + o[None, :]
-                w = tl.load(at, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
-                part = tl.sum(w * h[:, None], 0)
+                part = tl.sum(_load(w2, g * width + j, inside, o, outputs).to(tl.float32) * h[:, None], 0)
                 if hidden == 0:
                     part += gate * tl.load(b2 + g * outputs + o, mask=known, other=0.0).to(tl.float32)
                 if hidden > 0 or choice > 0:
@@ -194,58 +143,45 @@ def _row_kernel(
 
 
 def _by_row(
-    x: Tensor,
-    nodes: tuple[Tensor, Tensor] | None,
-    block: Tensor | None,
-    weights: Tensor | None,
-    blocks: Sequence[Tensor],
-    activation: str,
+    x: Tensor, nodes: Sequence[Tensor], block: Tensor | None, weights: Tensor | None, blocks: Sequence[Any]
 ) -> Tensor:
     """(B, O): one launch, and a row reads all of its own weights: for batches that gain nothing by grouping."""
-    (groups, width, inputs), outputs = blocks[0].shape, blocks[2].shape[2]
+    *tensors, activation = blocks
+    (groups, width, inputs), outputs = tensors[0].shape, tensors[2].shape[2]
     choices = 1 if block is None else block.shape[1]
     y = torch.empty(len(x), outputs, dtype=torch.float32, device=x.device)
+    given = (x, *(nodes or (x, x)), x if block is None else block, x if weights is None else weights, *tensors)
     if len(x):
         _row_kernel[(len(x),)](
-            *(x, *(nodes or (x, x)), x if block is None else block, x if weights is None else weights, *blocks, y),
-            *(inputs, width, outputs, choices, 0 if nodes is None else groups.bit_length() - 1),
-            *(block is not None, weights is not None),
-            *(activation, min(ROW_HIDDEN, triton.next_power_of_2(width))),
+            *(*(tensor.contiguous() for tensor in given), y, inputs, width, outputs),
+            *(choices, groups.bit_length() - 1 if nodes else 0, block is not None, weights is not None, activation),
+            min(ROW_HIDDEN, triton.next_power_of_2(width)),
             *(min(ROW_SPAN, triton.next_power_of_2(size)) for size in (inputs, outputs)),
         )
     return y.to(x.dtype)
 
 
+def _few(entries: int, hidden_weight: Tensor, _: Tensor, output_weight: Tensor, *__: Any) -> bool:
+    return entries * (hidden_weight[0].nbytes + output_weight[0].nbytes) <= ROW_BYTES
+
+
 def route(x: Tensor, node_weight: Tensor, node_bias: Tensor) -> Tensor:
     """(B,) leaf of each row by hard decisions."""
-    x, node_weight, node_bias = x.to(node_weight.dtype).contiguous(), node_weight.contiguous(), node_bias.contiguous()
     leaf = torch.empty(len(x), dtype=torch.long, device=x.device)
     if len(x):
-        depth = (len(node_weight) + 1).bit_length() - 1
-        grid = (triton.cdiv(len(x), ROUTE_ROWS),)
-        shape = (len(x), x.shape[1], depth, ROUTE_ROWS, ROUTE_INPUTS)
-        _route_kernel[grid](x, node_weight, node_bias, leaf, *shape)
+        given = (tensor.contiguous() for tensor in (x.to(node_weight.dtype), node_weight, node_bias))
+        shape = (len(x), x.shape[1], len(node_weight).bit_length(), ROUTE_ROWS, ROUTE_INPUTS)
+        _route_kernel[(triton.cdiv(len(x), ROUTE_ROWS),)](*given, leaf, *shape)
     return leaf
 
 
-def selected(
-    x: Tensor,
-    block: Tensor,
-    weights: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    output_weight: Tensor,
-    output_bias: Tensor,
-    activation: str,
-) -> Tensor:
-    """(B, O): for each row its (B, K) blocks, summed by weight."""
-    x, (batch, choices) = x.to(hidden_weight.dtype).contiguous(), block.shape
-    blocks = [t.contiguous() for t in (hidden_weight, hidden_bias, output_weight, output_bias)]
-    if _few(batch * choices, hidden_weight, output_weight):
-        gates = None if weights is None else weights.contiguous()
-        return _by_row(x, None, block.contiguous(), gates, blocks, activation)
-    (groups, width, inputs), outputs = hidden_weight.shape, output_weight.shape[2]
-    entries = batch * choices
+def selected(x: Tensor, block: Tensor, weights: Tensor | None, *blocks: Any) -> Tensor:
+    """(B, O): for each row its (B, K) blocks, summed by weight; `blocks` are their four tensors and the activation."""
+    *tensors, activation = blocks
+    x, (batch, choices), (groups, width, inputs) = x.to(tensors[0].dtype), block.shape, tensors[0].shape
+    entries, outputs = batch * choices, tensors[2].shape[2]
+    if _few(entries, *tensors):
+        return _by_row(x, (), block, weights, blocks)
     block_E, order_E = block.flatten().sort(stable=True)
     y = torch.empty(entries, outputs, dtype=torch.float32, device=x.device)
     # Tiles of each block's entries, without asking the device how many there are: the rest are empty.
@@ -255,19 +191,14 @@ def selected(
     tile_T = torch.arange(triton.cdiv(entries, TILE_ROWS) + min(groups, entries), device=x.device)
     block_T = torch.searchsorted(last_G, tile_T, right=True).clamp_(max=groups - 1)
     first_T = (end_G - count_G)[block_T] + (tile_T - (last_G - tiles_G)[block_T]) * TILE_ROWS
-    gates = x if weights is None else weights.contiguous()
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    gates = x if weights is None else weights
     _evaluate_kernel[(len(tile_T),)](
-        *(x, order_E, block_T, first_T, end_G[block_T], gates, *blocks, y),
-        *(choices, inputs, width, outputs),
-        *(weights is not None, activation, precision),
+        *(x.contiguous(), order_E, block_T, first_T, end_G[block_T]),
+        *(*(tensor.contiguous() for tensor in (gates, *tensors)), y, choices, inputs, width, outputs),
+        *(weights is not None, activation, "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"),
         *(TILE_ROWS, min(TILE_HIDDEN, max(16, triton.next_power_of_2(width))), TILE_INPUTS, TILE_OUTPUTS),
     )
     return y.view(batch, choices, outputs).sum(1).to(x.dtype) if choices > 1 else y.to(x.dtype)
-
-
-def _few(entries: int, hidden_weight: Tensor, output_weight: Tensor) -> bool:
-    return entries * (hidden_weight[0].nbytes + output_weight[0].nbytes) <= ROW_BYTES
 
 
 def fff(x: Tensor, node_weight: Tensor, node_bias: Tensor, *blocks: Any) -> Tensor:
@@ -277,10 +208,8 @@ def fff(x: Tensor, node_weight: Tensor, node_bias: Tensor, *blocks: Any) -> Tens
 
 def fff_inference(x: Tensor, node_weight: Tensor, node_bias: Tensor, *blocks: Any) -> Tensor:
     """(B, O) of hard decisions, without gradients."""
-    *weights, activation = blocks
-    if _few(len(x), weights[0], weights[2]):
-        x, nodes = x.to(node_weight.dtype).contiguous(), (node_weight.contiguous(), node_bias.contiguous())
-        return _by_row(x, nodes, None, None, [t.contiguous() for t in weights], activation)
+    if _few(len(x), *blocks):
+        return _by_row(x.to(node_weight.dtype), (node_weight, node_bias), None, None, blocks)
     return fff(x, node_weight, node_bias, *blocks)
 
 
@@ -289,14 +218,6 @@ def _there(function: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
         return function(x, *others)
 
 
-@functools.cache
-def registered() -> bool:
-    """Makes these the operators' implementation on CUDA, once."""
-    library = torch.library.Library("fffexp", "IMPL")
-    for name, function in (("route", route), ("selected", selected), ("fff", fff), ("fff_inference", fff_inference)):
-        library.impl(name, functools.partial(_there, function), "CUDA")
-    _kept.append(library)
-    return True
-
-
-_kept: list[torch.library.Library] = []  # what a library registers goes with it
+_LIBRARY = torch.library.Library("fffexp", "IMPL")  # what it registers goes with it
+for _function in (route, selected, fff, fff_inference):
+    _LIBRARY.impl(_function.__name__, functools.partial(_there, _function), "CUDA")
