@@ -12,8 +12,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from fffexp.report.text import label, title, value
 from fffexp.study.results import LATENCY, Results
 
-# colours of Okabe and Ito, which the colour-blind can tell apart, and markers
-_STYLES = [("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "P"), ("#56B4E9", "X")]
+# colours of Okabe and Ito, which the colour-blind can tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def pareto(results: Results) -> Figure:
@@ -102,7 +102,8 @@ def _end(figure: Figure, axes: Axes, note: str, empty: bool = False) -> Figure:
 
 def _styles(results: Results) -> dict[str, tuple[str, str]]:
     """Colour and marker of each layer, in the order of the study."""
-    return dict(zip(dict.fromkeys(trial.layer for trial in results.trials), itertools.cycle(_STYLES), strict=False))
+    layers = dict.fromkeys(trial.layer for trial in results.trials)
+    return dict(zip(layers, itertools.cycle(zip(COLOURS, "o^sDPX", strict=True)), strict=False))
 
 
 def _best_so_far(
