@@ -15,6 +15,7 @@ import pytest
 from mlflow.entities import Run
 from processes import CONFIGS, Process, client, digits, enter, history, runs, started, wait_until, with_store
 
+from fffexp import environment
 from fffexp.cli import main
 
 LAYER = [f"--config={CONFIGS / 'model' / 'one_cycle.yaml'}", f"--config={CONFIGS / 'layer' / 'fff.yaml'}"]
@@ -94,6 +95,33 @@ def test_a_mistake_is_told_in_one_line(args: list[str], named: list[str], mistak
     for part in named:
         assert part in line
     assert not Path("outputs/checkpoints").exists()
+
+
+def test_a_callback_that_waits_for_an_unknown_metric(mistake: Callable[..., str]) -> None:
+    line = mistake(*digits(), "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/nonesuch")
+    assert "val/nonesuch" in line
+    assert "val/accuracy" in line
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no folder that root cannot write to")
+def test_a_current_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_store(tmp_path)
+    monkeypatch.setenv("FFFEXP_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.chdir("/proc")
+    assert main(digits("ff")) == 0
+    (run,) = runs(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert list(tmp_path.glob("outputs/checkpoints/*/last.ckpt"))
+
+
+def test_a_fit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_store(tmp_path)
+    monkeypatch.setenv("PATH", "/nonesuch")
+    environment.git_commit.cache_clear()
+    assert main(digits("ff")) == 0
+    environment.git_commit.cache_clear()
+    (run,) = runs(tmp_path)
+    assert run.data.tags["git_commit"] == "unknown"
 
 
 def test_experts(mistake: Callable[..., str]) -> None:

@@ -59,7 +59,7 @@ def data_arguments(path: Path, fashion: Path) -> list[str]:
 def test_an_experiment_stands_alone(path: Path, fashion: Path, workplace: Path) -> None:
     result = run(["fit", f"--config={path}", *SHORT, *data_arguments(path, fashion)], Context(quiet=True))
     assert result is not None
-    assert 0 <= result.metrics["test/accuracy"] <= 1
+    assert 1.5 < result.metrics["test/loss"] < 3.5, "two batches from where all ten classes are as likely"
     (ours,) = (r for r in runs(workplace) if r.info.run_id == result.run_id)
     assert ours.info.status == "FINISHED"
     written = yaml.safe_load(artifact(workplace, result.run_id, "config.yaml").read_text())

@@ -1,10 +1,12 @@
 """A task and its data in one file of a user's, through the command line."""
 
+import json
 from pathlib import Path
 
 import pytest
-from processes import CONFIGS, enter, with_store
+from processes import CONFIGS, enter, with_store, write_yaml
 
+from fffexp.cli import main
 from fffexp.training.experiment import Context, check, run
 
 OWN = '''
@@ -70,3 +72,58 @@ def test_it_takes_a_recipe(arguments: list[str]) -> None:
     result = run([*arguments, f"--config={CONFIGS}/recipe/weights/fff.yaml"], Context(quiet=True))
     assert result is not None
     assert result.params["aux_weights.importance"] == 0.1
+
+
+LAYER = """
+
+from torch import nn
+
+from fffexp.layers import FeedforwardLayer
+
+
+class Wide(FeedforwardLayer):
+    def __init__(self, in_features: int, out_features: int, neurons: int = 4) -> None:
+        super().__init__(in_features, out_features)
+        self.neurons = neurons
+        self.both = nn.Sequential(nn.Linear(in_features, neurons), nn.Tanh(), nn.Linear(neurons, out_features))
+
+    @property
+    def training_width(self) -> int:
+        return self.neurons
+
+    @property
+    def flops_per_sample(self) -> int:
+        return 2 * self.neurons * (self.in_features + self.out_features)
+
+    def forward(self, x):
+        return self.both(x)
+"""
+
+
+def test_a_study_minimises_what_a_task_of_ones_own_monitors(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(OWN + LAYER)
+    lr = {"keys": ["model.optimizer.init_args.lr"]}
+    write_yaml(tmp_path / "base.yaml", {
+        "model": {"class_path": "own.MyTask", "init_args": {"optimizer": {"class_path": "torch.optim.Adam"}}},
+        "data": {"class_path": "own.MyData"},
+        "trainer": {"max_epochs": 3},
+    })  # fmt: skip
+    write_yaml(tmp_path / "wide.yaml", {"model": {"layer": {"class_path": "own.Wide"}}})
+    write_yaml(tmp_path / "study.yaml", {
+        "name": "mine",
+        "configs": ["base.yaml"],
+        "objectives": {"val/loss": "minimize"},
+        "seeds": [0],
+        "layers": {"mine": {"config": "wide.yaml", "space": {"lr": lr}, "points": [{"lr": 1e-6}, {"lr": 0.1}]}},
+    })  # fmt: skip
+    assert main(["study", "run", "study.yaml", "--jobs=1"]) == 0
+    summary = json.loads((tmp_path / "outputs" / "studies" / "mine" / "summary.json").read_text())
+    assert (summary["mode"], summary["monitor"]) == ("min", "val/loss")
+    bad, good = summary["trials"]
+    assert good["params"]["layer"] == "own.Wide"
+    assert good["values"][0] < bad["values"][0]
+    assert summary["best"] == good["number"]
+    assert main(["report", "mine"]) == 0
+    assert "own.Wide" in capsys.readouterr().out

@@ -262,23 +262,21 @@ def test_a_non_finite_loss_fails_the_run(workplace: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("layer", LAYER_PARAMS)
 def test_mixed_precision(layer: str) -> None:
-    result = fit("--trainer.precision=bf16-mixed", "--trainer.limit_train_batches=2", layer=layer, epochs=1)
-    assert 0 <= result.metrics["test/accuracy"] <= 1
+    mixed, full = (fit(f"--trainer.precision={precision}", layer=layer) for precision in ("bf16-mixed", "32-true"))
+    assert mixed.metrics["test/loss"] != full.metrics["test/loss"]
+    assert mixed.metrics["test/loss"] == pytest.approx(full.metrics["test/loss"], rel=0.1)
 
 
-def test_without_validation_the_last_weights_are_tested_or_the_user_is_told(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    if main([*digits(), "--trainer.limit_val_batches=0"]) == 0:
-        assert "test/accuracy" in capsys.readouterr().out
-    else:
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("fffexp: ")
+def test_without_validation_the_last_weights_are_tested() -> None:
+    result = fit("--trainer.limit_val_batches=0", "--model.optimizer.lr=0.05")
+    assert "val/accuracy" not in result.metrics
+    assert result.metrics["test/accuracy"] > 0.4, "chance is 0.1"
 
 
 def test_fast_dev_run() -> None:
-    result = fit("--trainer.fast_dev_run=true", layer="fff", epochs=1)
-    assert 0 <= result.metrics["test/accuracy"] <= 1
+    result = fit("--trainer.fast_dev_run=true", epochs=50)
+    assert result.metrics["epochs_to_best"] == 1
+    assert result.metrics["test/accuracy"] < 0.6, "one step does not train"
 
 
 def test_an_exception_of_the_program_fails_the_run(workplace: Path) -> None:
