@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import Any
 
@@ -22,10 +22,7 @@ CHECKED_ROWS = 16  # that are computed one by one to check an output
 
 @dataclass
 class Contender:
-    """A way to compute a layer; `truth` is what it should give for a few rows.
-
-    A peer is another package's form of the layer.
-    """
+    """A way to compute a layer; `truth` is what it should give for a few rows."""
 
     name: str
     backend: str
@@ -35,7 +32,7 @@ class Contender:
 
     @property
     def is_peer(self) -> bool:
-        """Whether it is no layer of ours."""
+        """Whether it is another package's form of the layer."""
         return self.module is not self.layer
 
     @property
@@ -58,24 +55,22 @@ class Contender:
         """Largest error of an output.
 
         Raises:
-            UserError: it is more than `factor` times the tolerance of the output's type: nothing of this layer may be
-                timed.
+            UserError: it is more than `factor` times the tolerance of the type: nothing of this layer may be timed.
         """
         if not truth.numel():
             return 0.0
-        error = float((output.detach().double() - truth.detach().double()).abs().max())
-        allowed = factor * TOLERANCES[output.dtype] * max(1.0, float(truth.detach().abs().max()))
+        output, truth, tolerance = output.detach().double(), truth.detach().double(), TOLERANCES[output.dtype]
+        error, allowed = float((output - truth).abs().max()), factor * tolerance * max(1.0, float(truth.abs().max()))
         if not error <= allowed:
-            raise UserError(
-                f"{self.name} ({self.backend}): its {what} is off by {error:.3g}, allowed {allowed:.3g}: not timed"
-            )
+            where = f"{self.name} ({self.backend}): its {what}"
+            raise UserError(f"{where} is off by {error:.3g}, allowed {allowed:.3g}: not timed")
         return error
 
 
 def public_layers() -> dict[str, type[FeedforwardLayer]]:
     """The package's own layers by name, dense first."""
-    found = {name: kind for name in layers.__all__ if _is_layer(kind := getattr(layers, name))}
-    return dict(sorted(found.items(), key=lambda pair: pair[1].baseline != "ff"))
+    found = ((name, kind) for name in layers.__all__ if _is_layer(kind := getattr(layers, name)))
+    return dict(sorted(found, key=lambda pair: pair[1].baseline != "ff"))
 
 
 def _is_layer(found: Any) -> bool:
@@ -138,32 +133,21 @@ def _peer(setting: Setting, tree: Any) -> Contender:
     """The reference package's tree with the weights of ours."""
     package, leaves = tree.peer.partition(":")[0], tree.leaves
     try:
-        kind = resolve_name(tree.peer)
+        kind, release = resolve_name(tree.peer), version(package)
     except ImportError as error:
         raise UserError(f"--peers needs the package {package}: pip install 'fffexp[peers]'") from error
     if setting.dtype != "float32":
         raise UserError(f"--peers: {package} computes in float32 alone, not in {setting.dtype}")
     peer = kind(tree.in_features, tree.leaf_width, tree.out_features, tree.depth, activation=nn.ReLU())
-    copies = {
-        "node_weights": tree.node_weight,
-        "node_biases": tree.node_bias.unsqueeze(1),
-        "w1s": leaves.hidden_weight.mT,
-        "b1s": leaves.hidden_bias,
-        "w2s": leaves.output_weight,
-        "b2s": leaves.output_bias,
-    }
+    copies = {"node_weights": tree.node_weight, "node_biases": tree.node_bias.unsqueeze(1), "b1s": leaves.hidden_bias}
+    copies |= {"w1s": leaves.hidden_weight.mT, "w2s": leaves.output_weight, "b2s": leaves.output_bias}
     with torch.no_grad():
         for name, value in copies.items():
             getattr(peer.to(setting.device), name).copy_(value)
 
-    def truth(x: Tensor) -> Tensor:
-        # it leaves the output bias out at inference
+    def truth(x: Tensor) -> Tensor:  # it leaves the output bias out at inference
         return tree.forward_reference(x) - leaves.output_bias[tree.route(x)[:, 0]].double()
 
-    try:
-        release = version(package)
-    except PackageNotFoundError:
-        release = "?"
     return Contender(package, release, tree, peer, truth)
 
 

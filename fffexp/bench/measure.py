@@ -3,31 +3,105 @@
 Inference and training stand beside what the machine could do; a model beside the layer in it.
 """
 
+import ctypes
 import itertools
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fffexp.bench.contenders import Contender, inputs, make
-from fffexp.bench.machine import last_level_cache_bytes
-from fffexp.bench.records import Record, describe, measured
+from fffexp.bench.contenders import Contender, inputs, layer_class, make, public_layers
+from fffexp.bench.records import Record, ResultsFile, describe, measured, report
 from fffexp.bench.setting import Setting
+from fffexp.commandline import check_file
+from fffexp.errors import UserError, one_line
+from fffexp.files import hold
 from fffexp.layers import FeedforwardLayer
 from fffexp.models.transformer import TransformerBlock
 from fffexp.timing import interleaved, median_ratio, rotating, synchronize
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+REPEATS, GEMM_SIZE, READ_BYTES = 20, 2048, 2**30
 # Inputs rotate until the weights that they touch exceed so many last-level caches, or are nearly the whole layer.
 CACHES, WHOLE, MAX_INPUT_BYTES = 4, 0.95, 2**29
 # A training pass is checked on so many rows in layers up to this size, on one in larger ones.
 CHECKED_ROWS, CHECKED_SCALARS = 8, 2**24
 # Of the models that a layer is timed in.
 TOKENS, HEADS, CLASSES = 128, 12, 10
+
+
+def run(task: str, setting: Setting, peers: bool = False) -> None:
+    """Measure, write records as they come, and print the table of all that the file has."""
+    _check_device(setting.device)
+    layers = setting.layers or list(public_layers())
+    if task == "model":  # speedups are over the first
+        layers = list(dict.fromkeys([next(iter(public_layers())), *layers]))
+    for name in (*layers, *setting.layer_args):
+        layer_class(name)
+    check_file("--json", setting.json)
+    with hold(setting.json):
+        results = ResultsFile(task, setting)
+        where = results.environment
+        kernels = (where["instruction_set"] or "no kernel") + ", huge pages" * where["huge_pages"]
+        print(f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {kernels}", flush=True)
+        _steady_memory()
+        for threads in setting.threads if task != "model" else ():
+            torch.set_num_threads(threads)
+            if str(threads) not in results.limits:
+                results.limits[str(threads)] = measure_limits(getattr(torch, setting.dtype), setting.device)
+            gemm, read = (rate / 1e9 for rate in results.limits[str(threads)].values())
+            print(f"limits, {threads} threads, {setting.dtype}: products {gemm:.1f} GFLOP/s, memory {read:.1f} GB/s")
+        for r in measure(task, replace(setting, layers=layers), results.limits, peers, results.has):
+            results.add(r)
+            width, batch, threads = (r[key] for key in ("training_width", "batch_size", "threads"))
+            print(f"{r['layer']}, {r['backend']}, width {width}, batch {batch}, threads {threads}", flush=True)
+    print(f"\n{setting.in_features} -> {setting.out_features}, leaves and experts of {setting.leaf_width}; medians\n")
+    print(report(results.records, task))
+    if setting.json:
+        print(f"written to {setting.json}")
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.empty(0, device=device).device.type
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: torch cannot use it here ({one_line(str(error))}): give cpu") from error
+    if kind not in DEVICES:
+        raise UserError(f"--device {device}: give {', '.join(DEVICES)} or one with a number, such as cuda:1")
+
+
+def _steady_memory() -> None:
+    """Let malloc keep what is freed: else all contenders' steps take page faults, and different ones."""
+    if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Best of 20 products of 2048 x 2048 matrices and of 20 reads of 1 GiB, in turn."""
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
+    # in float32 whatever the dtype: a sum in bfloat16 would be bound by its arithmetic
+    memory = torch.ones(READ_BYTES // 4, device=device)
+    calls = {"gemm": lambda: a @ b, "read": memory.sum}
+    seconds = interleaved(calls, 0.0, device=device, rounds=(REPEATS, REPEATS), block_s=0)
+    gemm, read = map(min, seconds.values())
+    return {"gemm_flops_per_s": 2 * GEMM_SIZE**3 / gemm, "read_bytes_per_s": READ_BYTES / read}
+
+
+def last_level_cache_bytes() -> int:
+    """Of the processor; 32 MiB where it does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 * 2**20)
 
 
 def measure(
@@ -49,12 +123,12 @@ def measure(
     ways: dict[str, Callable[..., dict[str, Record]]] = {
         "inference": {"": inference},
         "training": {"": training},
-        "model": {body: partial(model, body=body) for body in bodies(setting)},
+        "model": {body: partial(model, body=body) for body in _bodies(setting)},
     }[task]
     for depth in setting.depths:
         contenders = make(setting, depth, peers)
         if task == "training":
-            contenders = with_forms(contenders, setting)
+            contenders = _with_forms(contenders, setting)
         for body, batch_size, threads in itertools.product(ways, setting.batch_sizes, setting.threads):
             more = {"model": body} if body else {}
             timed = {c.name: describe(task, c, setting, batch_size, threads) | more for c in contenders}
@@ -125,8 +199,7 @@ def _peak(module: Callable[[Tensor], object], x: Tensor) -> int:
     return torch.cuda.max_memory_allocated(x.device)
 
 
-def with_forms(contenders: Sequence[Contender], setting: Setting) -> list[Contender]:
-    """The contenders, and other ways to train their layers, by the backends that train."""
+def _with_forms(contenders: Sequence[Contender], setting: Setting) -> list[Contender]:
     own, x = [c for c in contenders if not c.is_peer], inputs(setting, 1, 1)[0]
     forms = {f"{c.name} {name}": form for c in own for name, form in c.layer.training_forms().items()}
     others = [Contender(name, "", form, form, form.forward_reference) for name, form in forms.items()]
@@ -138,7 +211,7 @@ def with_forms(contenders: Sequence[Contender], setting: Setting) -> list[Conten
 def training(contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int) -> dict[str, Record]:
     """What is measured of the training steps of each contender, by name: forward, backward and optimizer apart."""
     batches, features = inputs(setting, batch_size, 8), setting.in_features + setting.out_features
-    errors = {c.name: check(c, batches[0]) for c in contenders}
+    errors = {c.name: _check(c, batches[0]) for c in contenders}
     parts: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
     steps = {c.name: _step(c, batches, setting.out_features, parts[c.name]) for c in contenders}
     timing: dict[str, Any] = {"device": setting.device, "threads": threads, "rounds": (5, 51), "block_s": 0}
@@ -191,7 +264,7 @@ def _step(c: Contender, batches: Sequence[Tensor], out_features: int, parts: lis
     return run
 
 
-def check(contender: Contender, x: Tensor) -> float:
+def _check(contender: Contender, x: Tensor) -> float:
     """Largest error of the outputs of a training pass over a few rows; gradients are checked too.
 
     Raises:
@@ -235,8 +308,8 @@ def _block(layer: FeedforwardLayer) -> nn.Module:
     return TransformerBlock(lambda i, o: layer, layer.in_features, 1 if layer.in_features % HEADS else HEADS)
 
 
-def bodies(setting: Setting) -> dict[str, Callable[[FeedforwardLayer], nn.Module]]:
-    """The models by name; in the block a layer gives what it takes."""
+def _bodies(setting: Setting) -> dict[str, Callable[[FeedforwardLayer], nn.Module]]:
+    # in the block a layer gives what it takes
     return {"MLP": mlp} | ({"transformer block": _block} if setting.in_features == setting.out_features else {})
 
 
@@ -249,7 +322,7 @@ def model(
     batches = [x.view(*shape, -1) for x in inputs(setting, math.prod(shape), 8)]
     calls: dict[str, Callable[[], object]] = {}
     for c in contenders:
-        made = bodies(setting)[body](c.layer).to(batches[0]).eval()
+        made = _bodies(setting)[body](c.layer).to(batches[0]).eval()
         c.check(batches[0].flatten(0, -2))
         calls |= {f"layer {c.name}": rotating(c.layer, batches), f"model {c.name}": rotating(made, batches)}
     seconds, found = interleaved(calls, setting.seconds, device=setting.device, threads=threads), {}

@@ -30,38 +30,27 @@ MEASURED = (
 
 def describe(task: str, contender: Contender, setting: Setting, batch_size: int, threads: int) -> Record:
     """What a record says of its contender."""
-    layer, top_k = contender.layer, getattr(contender.layer, "top_k", None)
+    layer = contender.layer
     return {
-        "task": task,
-        "layer": contender.name,
-        "backend": contender.backend,
-        "in_features": setting.in_features,
-        "out_features": setting.out_features,
-        "training_width": layer.training_width,
-        "inference_width": layer.inference_width,
-        "depth": getattr(layer, "depth", None),
+        **{"task": task, "layer": contender.name, "backend": contender.backend},
+        **{key: getattr(setting, key) for key in SETTING},
+        **{key: getattr(layer, key, None) for key in ("training_width", "inference_width", "depth", "top_k")},
         "leaf_width": getattr(layer, "leaf_width", getattr(layer, "expert_width", None)),
-        "num_experts": None if top_k is None else layer.num_experts,
-        "top_k": top_k,
-        "batch_size": batch_size,
-        "threads": threads,
-        "dtype": setting.dtype,
-        "device": setting.device,
+        "num_experts": layer.num_experts if hasattr(layer, "top_k") else None,
+        **{"batch_size": batch_size, "threads": threads},
     }
 
 
-def measured(
-    contender: Contender, contenders: Sequence[Contender], seconds: Mapping[str, list[float]], **more: Any
-) -> Record:
+def measured(c: Contender, contenders: Sequence[Contender], seconds: Mapping[str, list[float]], **more: Any) -> Record:
     """What was measured of a contender, by the seconds of its rounds; `more` is what else is known.
 
     Speedups are medians of the paired ratios to the baselines that come before it, and of a tree to its peer.
     """
-    own = seconds[contender.name]
+    own = seconds[c.name]
     tenths = statistics.quantiles(own, n=10, method="inclusive") if len(own) > 1 else own * 9
     found = dict.fromkeys(MEASURED) | {"median_s": statistics.median(own), "p10_s": tenths[0], "p90_s": tenths[-1]}
     for other in reversed(contenders):
-        if contender.module is other.layer if other.is_peer else other.rank < contender.rank:
+        if c.module is other.layer if other.is_peer else other.rank < c.rank:
             found[f"speedup_over_{other.baseline}"] = median_ratio(seconds[other.name], own)
     return found | more
 
@@ -126,7 +115,8 @@ class ResultsFile:
             save_json(self.path, self._head | {"records": self.records})
 
 
-SIZES = {"layer": "layer", "backend": "backend", "width": "training_width", "depth": "depth", "batch": "batch_size"}
+SIZES = {"model": "model", "layer": "layer", "backend": "backend", "width": "training_width"}
+SIZES |= {"depth": "depth", "batch": "batch_size", "threads": "threads"}
 US, RATIO, SHARE = ",.1f", ".4g", ".0%"
 # By task: title, with the name of the dense layer, format and value of a record; times in microseconds
 COLUMNS: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -164,8 +154,7 @@ def report(records: Sequence[Record], task: str) -> str:
     dense = next(iter(public_layers()))
     columns = [(title.format(dense=dense), spec, value) for title, spec, value in COLUMNS[task]]
     rows = [
-        {title: r.get(key) for title, key in ({"model": "model"} | SIZES | {"threads": "threads"}).items()}
-        | {title: value(r) for title, _, value in columns}
+        {title: r.get(key) for title, key in SIZES.items()} | {title: value(r) for title, _, value in columns}
         for r in records
     ]
     return table(rows, {title: spec for title, spec, _ in columns})

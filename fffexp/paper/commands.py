@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fffexp import paths
 from fffexp.bench.commands import use_huge_pages
@@ -13,10 +13,6 @@ from fffexp.bench.setting import Setting
 from fffexp.commandline import NonNegativeInt, PositiveInt, check_file
 from fffexp.errors import UserError, terminated_by_signal
 from fffexp.files import hold, strict_json
-
-if TYPE_CHECKING:
-    from fffexp.paper.studies import PaperStudy
-    from fffexp.study.results import Results
 
 Data = Literal["fashion_mnist", "mnist", "usps", "cifar10"]
 Section = Literal[
@@ -106,7 +102,8 @@ def table3(blocks: PositiveInt = 4, epochs: PositiveInt | None = None, table: Ta
 def _table(
     name: str, table: Table, recipe: str, controls: bool = False, figure: Path | None = None, **more: int | None
 ) -> None:
-    from fffexp.paper import figure_table1, rows, speeds
+    """Train what the file lacks, measure it, write the file if its rows changed, and print."""
+    from fffexp.paper import comparisons, figure_table1, rows
     from fffexp.paper.studies import PaperStudy
 
     file = "table1_printed" if (name, recipe) == ("table1", "printed") else name
@@ -120,7 +117,7 @@ def _table(
     trees = {f"{width}/{leaf}" for width in widths for leaf in leaf_widths}
 
     def wanted(label: str, point: dict[str, Any]) -> bool:
-        # the third table has no mixture of the trees' leaf widths, and a model without layers
+        # the third table has one mixture, of other leaf widths than its trees, and a model without layers
         leaves = point.get("leaf_width") in (None, *leaf_widths) or (name == "table3" and "depth" not in point)
         in_table = leaves and point["training_width"] in (0, *widths) and label.partition(" ")[0] in layers
         return in_table or (controls and not trees.isdisjoint(point.get("beside", ())))
@@ -130,29 +127,22 @@ def _table(
         results = study.open(table.json, {"table": name, "data": table.data, "recipe": recipe, **more})
         results = study.complete(results, table.json, table.jobs)
         if controls:
-            speeds.MEASURE[name](results, study.wanted(results), study.build)
-        _finish(study, results, table)
+            from fffexp.paper.speeds import MEASURE
+
+            MEASURE[name](results, study)
+        shown = study.wanted(results)
+        before, results.extra["cells"] = results.to_json(), rows.cells(results)
+        if table.json and results.to_json() != before:
+            results.save(table.json)
+        if table.format == "json":
+            keys = ("table", "data", "recipe", "blocks", "epochs", "controls", "speeds")
+            found = {key: results.extra[key] for key in keys if key in results.extra}
+            print(dumps(strict_json({**found, "seeds": results.seeds, "cells": rows.cells(results, shown)}), indent=1))
+        else:
+            sections = rows.SECTIONS | comparisons.SECTIONS
+            print("\n\n".join(part for name in table.show if (part := sections[name](results, shown))))
         if name == "table1":
             figure_table1.draw(results, drawn)
-
-
-def _finish(study: "PaperStudy", results: "Results", table: Table) -> None:
-    """Add the rows, write the file if they changed, and print."""
-    from fffexp.paper import comparisons, rows
-
-    before, shown = results.to_json(), study.wanted(results)
-    results.extra["cells"] = rows.cells(results)
-    if table.json and results.to_json() != before:
-        results.save(table.json)
-    if table.format == "json":
-        keys = ("table", "data", "recipe", "blocks", "epochs", "controls", "speeds")
-        found = {key: results.extra[key] for key in keys if key in results.extra}
-        points = [rows.describe(trial) for trial in shown]
-        cells = [row for row in results.extra["cells"] if {key: row[key] for key in points[0]} in points]
-        print(dumps(strict_json({**found, "seeds": results.seeds, "cells": cells}), indent=1))
-        return
-    sections = rows.SECTIONS | comparisons.SECTIONS
-    print("\n\n".join(part for name in table.show if (part := sections[name](results, shown))))
 
 
 def figure3(

@@ -12,21 +12,7 @@ from typing import Any
 
 from scipy import stats
 
-from fffexp.paper.rows import (
-    WITHIN,
-    Row,
-    Section,
-    bounds,
-    describe,
-    is_dense,
-    name,
-    ordered,
-    point,
-    point_of,
-    section,
-    size,
-    width,
-)
+from fffexp.paper import rows
 from fffexp.statistics import Interval, adjusted, format_difference, paired_p, paired_spread, paired_tests, ratio
 from fffexp.study.results import Results, Trial
 
@@ -46,7 +32,7 @@ def compare(results: Results, pairs: Iterable[tuple[Any, ...]]) -> list[Comparis
     sampled = [(pair, tuple(accuracies[trial.number] for trial in pair[:2])) for pair in pairs]
     shared = [(pair, (a, b)) for pair, (a, b) in sampled if a.keys() & b.keys()]
     tests = paired_tests([samples for _, samples in shared])
-    return [Comparison(*pair[:2], test, *pair[2:]) for (pair, _), test in zip(shared, tests, strict=True)]
+    return [Comparison(pair[0], pair[1], test, *pair[2:]) for (pair, _), test in zip(shared, tests, strict=True)]
 
 
 def equal(tree: Mapping[str, Any], sizes: Mapping[int, Mapping[str, int]]) -> dict[str, int]:
@@ -72,12 +58,12 @@ def equal_in_time(time_ratios: Mapping[int, float]) -> int:
 
 def trees(results: Results) -> list[Comparison]:
     """Each tree and each of its controls; a control of two kinds is tested once."""
-    trials, pairs = ordered(results), []
-    dense = {width(trial): trial for trial in trials if is_dense(trial)}
-    times = {point_of(record): record["time_ratios"] for record in results.extra.get("controls", [])}
+    trials, pairs = rows.ordered(results), []
+    dense = {rows.width(trial): trial for trial in trials if rows.is_dense(trial)}
+    times = {rows.point_of(record): record["time_ratios"] for record in results.extra.get("controls", [])}
     for tree in (trial for trial in trials if "depth" in trial.params):
         widths = equal(tree.sizes or {}, {of: trial.sizes or {} for of, trial in dense.items()})
-        timed = times.get(point_of(describe(tree)), {})
+        timed = times.get(rows.point_of(rows.describe(tree)), {})
         if ratios := {int(of): ratio for of, ratio in timed.items() if int(of) in dense}:
             widths["inference time"] = equal_in_time(ratios)
         for of in sorted({*widths.values()}, reverse=True):
@@ -88,27 +74,28 @@ def trees(results: Results) -> list[Comparison]:
 
 def mixtures(results: Results) -> list[Comparison]:
     """Each mixture of experts, and the widest dense layer of the table that evaluates no more neurons."""
-    trials, pairs = ordered(results), []
+    trials, pairs = rows.ordered(results), []
     for trial in trials:
-        fitting = [each for each in trials if is_dense(each) and width(each) <= size(trial)]
+        fitting = [each for each in trials if rows.is_dense(each) and rows.width(each) <= rows.size(trial)]
         if "leaf_width" in trial.params and "depth" not in trial.params and fitting:
-            pairs.append((trial, max(fitting, key=width)))
+            pairs.append((trial, max(fitting, key=rows.width)))
     return compare(results, pairs)
 
 
 def in_transformer(results: Results) -> list[Comparison]:
     """Each tree and dense layers of its inference size and of the width of its leaves, and none."""
-    trials, pairs = ordered(results), []
+    trials, pairs = rows.ordered(results), []
+    dense = list(filter(rows.is_dense, trials))
     for tree in (trial for trial in trials if "depth" in trial.params):
-        of_size = [t for t in trials if is_dense(t) and size(t) == size(tree)]
-        of_leaf = [t for t in trials if is_dense(t) and width(t) == tree.params["leaf_width"] and t not in of_size]
-        pairs += [(tree, t) for t in (*of_size, *of_leaf, *(t for t in trials if not width(t)))]
+        of_size = [t for t in dense if rows.size(t) == rows.size(tree)]
+        of_leaf = [t for t in dense if rows.width(t) == tree.params["leaf_width"] and t not in of_size]
+        pairs += [(tree, t) for t in (*of_size, *of_leaf, *(t for t in trials if not rows.width(t)))]
     return compare(results, pairs)
 
 
 def dense_of(results: Results) -> Trial | None:
     """The widest dense layer, the baseline in a vision transformer."""
-    return max(filter(is_dense, results.trials), key=width, default=None)
+    return max(filter(rows.is_dense, results.trials), key=rows.width, default=None)
 
 
 def shares(results: Results, trial: Trial, dense: Trial, nothing: Trial) -> tuple[Share, Share]:
@@ -121,12 +108,12 @@ def shares(results: Results, trial: Trial, dense: Trial, nothing: Trial) -> tupl
 
 def percent(share: Share) -> str | None:
     """A share and its interval as text."""
-    return share and f"{100 * share[0]:.1f} {bounds(share[1], 1, 100)}"
+    return share and f"{100 * share[0]:.1f} {rows.bounds(share[1], 1, 100)}"
 
 
 def in_words(c: Comparison) -> dict[str, Any]:
     """A comparison as a row of text."""
-    return {"tree": name(c.trial), "control": name(c.control), "difference": format_difference(c.test, 100)}
+    return {"tree": rows.name(c.trial), "control": rows.name(c.control), "difference": format_difference(c.test, 100)}
 
 
 def _shown(found: Iterable[Comparison], shown: Iterable[Trial]) -> Iterator[Comparison]:
@@ -134,19 +121,18 @@ def _shown(found: Iterable[Comparison], shown: Iterable[Trial]) -> Iterator[Comp
     return (c for c in found if c.trial.number in numbers)
 
 
-def report_trees(results: Results, shown: Iterable[Trial]) -> str:
-    """Trees beside dense layers; "" without any."""
+def _report_trees(results: Results, shown: Iterable[Trial]) -> str:
     lines = [
         {
-            **point(c.trial),
+            **rows.point(c.trial),
             "dense layer of equal": ", ".join(c.kinds),
-            "its width": width(c.control),
+            "its width": rows.width(c.control),
             "its time": c.time_ratio,
             "difference": format_difference(c.test, 100),
         }
         for c in _shown(trees(results), shown)
     ]
-    return section(
+    return rows.section(
         "controls",
         lines,
         {"its time": ".2f"},
@@ -157,14 +143,14 @@ def report_trees(results: Results, shown: Iterable[Trial]) -> str:
     )
 
 
-def report_mixtures(results: Results, shown: Iterable[Trial]) -> str:
-    """Mixtures beside dense layers; "" without any."""
+def _report_mixtures(results: Results, shown: Iterable[Trial]) -> str:
     lines = [
-        point(c.trial)
-        | {"neurons": size(c.trial), "dense width": width(c.control), "difference": format_difference(c.test, 100)}
+        rows.point(c.trial)
+        | {"neurons": rows.size(c.trial), "dense width": rows.width(c.control)}
+        | {"difference": format_difference(c.test, 100)}
         for c in _shown(mixtures(results), shown)
     ]
-    return section(
+    return rows.section(
         "mixtures beside dense layers",
         lines,
         None,
@@ -174,9 +160,8 @@ def report_mixtures(results: Results, shown: Iterable[Trial]) -> str:
     )
 
 
-def report_in_transformer(results: Results, shown: Iterable[Trial]) -> str:
-    """Trees beside their controls; "" without any."""
-    return section(
+def _report_in_transformer(results: Results, shown: Iterable[Trial]) -> str:
+    return rows.section(
         "controls",
         [in_words(c) | {"n": c.test.seeds} for c in _shown(in_transformer(results), shown) if c.test.seeds > 1],
         None,
@@ -184,26 +169,25 @@ def report_in_transformer(results: Results, shown: Iterable[Trial]) -> str:
     )
 
 
-def report_kept(results: Results, shown: Iterable[Trial]) -> str:
-    """Accuracy that is kept, at which size and speed; "" where there is nothing to compare with."""
-    nothing, dense = next((trial for trial in results.trials if not width(trial)), None), dense_of(results)
+def _report_kept(results: Results, shown: Iterable[Trial]) -> str:
+    nothing, dense = next((trial for trial in results.trials if not rows.width(trial)), None), dense_of(results)
     if nothing is None or dense is None:
         return ""
-    speeds = {point_of(speed): speed for speed in results.extra.get("speeds", [])}
+    speeds = {rows.point_of(speed): speed for speed in results.extra.get("speeds", [])}
     lines = []
     for trial in (trial for trial in shown if trial.runs):
-        line = {"layer": trial.layer, "w": width(trial), "leaf": trial.params.get("leaf_width")}
+        line = {"layer": trial.layer, "w": rows.width(trial), "leaf": trial.params.get("leaf_width")}
         for title, kind in (("width, %", "inference_width"), ("size, %", "inference_size")):
-            line[title] = 100 * size(trial, kind) / size(dense, kind)
+            line[title] = 100 * rows.size(trial, kind) / rows.size(dense, kind)
         for title, share in zip(("of dense, %", "recovered, %"), shares(results, trial, dense, nothing), strict=True):
             line[title] = percent(share)
-        speed = speeds.get(point_of(describe(trial)), {})
+        speed = speeds.get(rows.point_of(rows.describe(trial)), {})
         lines.append(line | {f"{part} x": speed.get(f"{part}_speedup") for part in ("layer", "model")})
-    return section(
+    return rows.section(
         "accuracy kept",
         lines,
         {"width, %": ".1f", "size, %": ".1f", "layer x": ".2f", "model x": ".2f"},
-        f"width, size: neurons at inference over the {width(dense)} of the dense layer, without and with those "
+        f"width, size: neurons at inference over the {rows.width(dense)} of the dense layer, without and with those "
         "that route. of dense: accuracy over that of the dense layer; recovered: share of the gap between no "
         "feedforward layers and it, empty where there is none to speak of; 95% intervals by Fieller, paired "
         f"by seed. layer x, model x: speedup over the dense layer, of a layer on the tokens of {BATCH_SIZE} "
@@ -228,18 +212,18 @@ def _ranks(a: Sequence[float], b: Sequence[float]) -> float:
 COMPARED: dict[str, tuple[Callable[..., float | None], Callable[..., float], Callable[..., float]]] = {
     "test accuracy": (_accuracy, statistics.mean, _difference),
     "std of test accuracy": (_accuracy, statistics.stdev, paired_spread),
-    **{name: (WITHIN[name], statistics.mean, _ranks) for name in ("late std", "spikes", "dead")},
+    **{name: (rows.WITHIN[name], statistics.mean, _ranks) for name in ("late std", "spikes", "dead")},
 }
 
 
-def rivals(results: Results) -> list[Row]:
+def rivals(results: Results) -> list[rows.Row]:
     """Is a tree more accurate, and does it train more evenly, than a mixture of the same training and leaf width?
 
     Accuracy by a paired t-test; evenness across seeds by Pitman and Morgan's test of equal variances of paired samples,
     within runs by Wilcoxon's of paired measures; p adjusted for all by Benjamini and Hochberg.
     """
-    made: list[Row] = []
-    for tree, rival in itertools.product(ordered(results), repeat=2):
+    made: list[rows.Row] = []
+    for tree, rival in itertools.product(rows.ordered(results), repeat=2):
         same = all(tree.params.get(key) == rival.params.get(key) for key in ("training_width", "leaf_width"))
         same &= "depth" in tree.params.keys() - rival.params.keys()
         runs = [{run["seed"]: run for run in each.runs} for each in (tree, rival)]
@@ -252,12 +236,11 @@ def rivals(results: Results) -> list[Row]:
     return [each | {"p": p} for each, p in zip(made, adjusted([each["p"] for each in made]), strict=True)]
 
 
-def report_rivals(results: Results, shown: Iterable[Trial]) -> str:
-    """The tests; "" without any."""
+def _report_rivals(results: Results, shown: Iterable[Trial]) -> str:
     numbers = {trial.number for trial in shown}
     lines = [
         {
-            "w": width(t["tree"]),
+            "w": rows.width(t["tree"]),
             "leaf": t["tree"].params["leaf_width"],
             "tree": t["tree"].layer,
             "rival": t["rival"].layer,
@@ -269,7 +252,7 @@ def report_rivals(results: Results, shown: Iterable[Trial]) -> str:
         for t in rivals(results)
         if {t["tree"].number, t["rival"].number} <= numbers
     ]
-    return section(
+    return rows.section(
         "trees beside mixtures",
         lines,
         {"tree's": ".2f", "rival's": ".2f", "p": ".1e"},
@@ -279,11 +262,11 @@ def report_rivals(results: Results, shown: Iterable[Trial]) -> str:
     )
 
 
-SECTIONS: dict[str, Section] = {
-    "kept": report_kept,
-    "controls": lambda results, shown: (report_in_transformer if "blocks" in results.extra else report_trees)(
+SECTIONS: dict[str, rows.Section] = {
+    "kept": _report_kept,
+    "controls": lambda results, shown: (_report_in_transformer if "blocks" in results.extra else _report_trees)(
         results, shown
     ),
-    "mixtures": report_mixtures,
-    "rivals": report_rivals,
+    "mixtures": _report_mixtures,
+    "rivals": _report_rivals,
 }

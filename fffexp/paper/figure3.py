@@ -5,7 +5,7 @@ What it should cost: the larger of operations and distinct bytes at a machine's 
 
 import itertools
 import json
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
 from fffexp.bench import measure as bench
-from fffexp.bench.machine import measure_limits
+from fffexp.bench.measure import measure_limits
 from fffexp.bench.records import Record
 from fffexp.bench.setting import Setting
 from fffexp.environment import environment
@@ -50,10 +50,16 @@ def measure(setting: Setting, ff_depth: int) -> dict[str, Any]:
     (threads,), path, where = setting.threads, setting.json, environment(setting.threads, setting.device)
     torch.set_num_threads(threads)
     sizes = [setting.in_features, setting.out_features, setting.leaf_width]
-    kind = {"figure": "figure3", "setting": {"sizes": sizes, "threads": threads, "ff_depth": ff_depth}}
-    found = {**kind, "environment": where, "limits": {}, "records": []}
+    found: dict[str, Any] = {"figure": "figure3", "setting": {"sizes": sizes, "threads": threads, "ff_depth": ff_depth}}
+    kind, found = found, found | {"environment": where, "limits": {}, "records": []}
     if path is not None and path.exists():
-        found = _load(path, kind)
+        try:
+            found = json.loads(path.read_text())
+            differing = [f"another measurement ({key})" for key, value in kind.items() if found[key] != value]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--json {path} holds no records of this figure ({error}): give another file") from error
+        if differing:
+            raise UserError(f"--json {path} holds {differing[0]}: give another file, or remove it")
     done = {(r["depth_of_point"], r["batch_size"], r["k_of_point"]) for r in found["records"]}
     points = [each for each in itertools.product(setting.depths, setting.batch_sizes, (1, 2)) if each not in done]
     if not points:
@@ -75,26 +81,15 @@ def measure(setting: Setting, ff_depth: int) -> dict[str, Any]:
     return found
 
 
-def _load(path: Path, kind: dict[str, Any]) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        differing = [key for key, value in kind.items() if found[key] != value]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--json {path} holds no records of this figure ({error}): give another file") from error
-    if differing:
-        raise UserError(f"--json {path} holds another measurement ({differing[0]}): give another file, or remove it")
-    return found
-
-
 def of(records: Iterable[Record], batch_size: int) -> dict[str, list[Record]]:
     """Records of a batch size by line of the figure, in order of depth; each with its number of blocks."""
-    lines: dict[str, list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda r: r["depth_of_point"]):
-        for name, (layer, k, *_) in LINES.items():
-            mine = (layer, k, batch_size) == (record["layer"], record["k_of_point"], record["batch_size"])
-            if mine and record["top_k"] in (None, k):  # with one expert, two cannot be chosen
-                lines[name].append(record | {"blocks": 2 ** record["depth_of_point"]})
-    return dict(lines)
+    lines: dict[str, list[Record]] = {}
+    # with one expert, two cannot be chosen
+    mine = (r for r in records if r["batch_size"] == batch_size and r["top_k"] in (None, r["k_of_point"]))
+    for record in sorted(mine, key=lambda r: r["depth_of_point"]):
+        name = next(name for name, line in LINES.items() if line[:2] == (record["layer"], record["k_of_point"]))
+        lines.setdefault(name, []).append(record | {"blocks": 2 ** record["depth_of_point"]})
+    return lines
 
 
 # Seconds of a call, operations and bytes per second that fit best, and how well: R^2 of the log times
@@ -112,20 +107,19 @@ def fit(seconds: ArrayLike, flops: ArrayLike, size: ArrayLike, most_flops_per_s:
     measured, ops, read = (np.asarray(values, float) for values in (seconds, flops, size))
     if len(measured) < 4:
         raise ValueError(f"{len(measured)} points cannot fit 3 rates: measure at least 4 depths")
-    log_s, fastest = np.log(measured), measured.min()
 
     def model(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
         call, compute, memory = np.exp(parameters)
         return np.log(call + np.maximum(ops / compute, read / memory))
 
+    log_s, bounds = np.log(measured), (-np.inf, [np.inf, np.log(most_flops_per_s), np.inf])
     rates = min(np.median(ops / measured), 0.9 * most_flops_per_s), np.median(read / measured)
-    bounds = -np.inf, [np.inf, np.log(most_flops_per_s), np.inf]
-    starts = (np.log([share * fastest, *rates]) for share in (0.9, 0.1, 1e-3))
+    starts = (np.log([share * measured.min(), *rates]) for share in (0.9, 0.1, 1e-3))
     solutions = (least_squares(lambda p: model(p) - log_s, start, bounds=bounds) for start in starts)
     solved = min(solutions, key=lambda solution: solution.cost).x
-    predicted, total = model(solved), float(((log_s - log_s.mean()) ** 2).sum())
-    r_squared = 1 - float(((log_s - predicted) ** 2).sum()) / total if total else float("nan")
-    return Fit(*np.exp(solved).tolist(), r_squared, np.exp(predicted).tolist())
+    left, total = (float((error**2).sum()) for error in (log_s - model(solved), log_s - log_s.mean()))
+    r_squared = 1 - left / total if total else float("nan")
+    return Fit(*np.exp(solved).tolist(), r_squared, np.exp(model(solved)).tolist())
 
 
 def local_slopes(blocks: Sequence[int], seconds: Sequence[float]) -> list[float]:
@@ -134,18 +128,17 @@ def local_slopes(blocks: Sequence[int], seconds: Sequence[float]) -> list[float]
 
 
 def _fit(found: dict[str, Any], name: str, line: Sequence[Record]) -> Fit | None:
-    """Cost model of a line but the dense one's, where there are points enough."""
-    seconds, flops, size = ([r[key] for r in line] for key in ("median_s", "flops", "bytes"))
-    enough = name != DENSE and len(line) >= 4
-    return fit(seconds, flops, size, found["limits"]["gemm_flops_per_s"]) if enough else None
+    if name == DENSE or len(line) < 4:
+        return None
+    return fit(*([r[key] for r in line] for key in ("median_s", "flops", "bytes")), found["limits"]["gemm_flops_per_s"])
 
 
 def report(found: dict[str, Any]) -> str:
     """Fits, local slopes, ratios and the break-even table."""
     lines = []
     for batch_size in sorted({r["batch_size"] for r in found["records"]}):
-        lines.append(f"batch {batch_size}")
         by_name = of(found["records"], batch_size)
+        lines.append(f"batch {batch_size}")
         for name, points in by_name.items():
             if len(points) > 1:
                 slopes = local_slopes([p["blocks"] for p in points], [p["median_s"] for p in points])
@@ -155,13 +148,14 @@ def report(found: dict[str, Any]) -> str:
                 cost = f"max(operations / {gflops}, distinct bytes / {gbytes}) + {1e6 * model.call_s:.1f} us"
                 lines.append(f"  {'':8} {cost}: R^2 {model.r_squared:.3f}")
         trees = by_name.get(TREE, [])
-        counted = " ".join(str(p["flops"] // batch_size) for p in trees)
-        lines.append(f"  {TREE:8} counted operations a sample {counted}")
+        lines.append(
+            " ".join([f"  {TREE:8} counted operations a sample", *(str(p["flops"] // batch_size) for p in trees)])
+        )
         for other in ("speedup_over_ff", "speedup_over_moe"):
             ratios = " ".join(f"2^{p['depth_of_point']}: {p[other]:.4g}x" for p in trees if p[other])
             lines.append(f"  {TREE:8} {other.replace('_', ' ')}: {ratios}")
-    title = f"break-even: the smallest training width at which {TREE} is faster than {DENSE}"
-    return "\n".join([*lines, "", title, break_even(found["records"])])
+    lines += ["", f"break-even: the smallest training width at which {TREE} is faster than {DENSE}"]
+    return "\n".join([*lines, break_even(found["records"])])
 
 
 def break_even(records: Sequence[Record]) -> str:

@@ -3,83 +3,72 @@
 Curves of the mean entropy of the choices in nats, log 2 where all are undecided.
 """
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from matplotlib.figure import Figure
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
+from fffexp.environment import environment, training_device
 from fffexp.layers import FeedforwardLayer
 from fffexp.paper.rows import section
 from fffexp.study.results import Results
+from fffexp.training.experiment import Context, run
 
 SHARES = (0, 0.1, 0.25, 0.5, 1)  # of the training
 ENTROPY = "routing/entropy"
 
 
-class Hardening(Callback):
-    """Keeps the entropy of each layer by epoch, and at the end how its leaves share the classes of the validation set.
-
-    Attributes:
-        entropies: by the layer's path, one an epoch.
-        classes_by_leaf: by the layer's path, inputs of each class that every leaf gets: (leaves, classes).
-    """
-
-    def __init__(self) -> None:
-        self.entropies: dict[str, list[float]] = {}
-        self.classes_by_leaf: dict[str, Tensor] = {}
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what was logged at the end of the epoch before."""
-        if trainer.current_epoch:
-            self._keep(trainer, pl_module)
-
-    def _keep(self, trainer: Trainer, task: Any) -> None:
-        for path in task.layers:
-            key = ENTROPY if len(task.layers) == 1 else f"{ENTROPY}/{path}"
-            self.entropies.setdefault(path, []).append(float(trainer.callback_metrics[key]))
-
-    @torch.no_grad()
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the last epoch's entropies, and count."""
-        self._keep(trainer, pl_module)
-        task: Any = pl_module.eval()
-        assert trainer.val_dataloaders is not None
-        x, y = (torch.cat(part).to(task.device) for part in zip(*trainer.val_dataloaders, strict=True))
-        rows, labels = x.split(1024), y.split(1024)
-
-        def count(path: str, layer: FeedforwardLayer, args: tuple[Tensor]) -> None:
-            leaf, counts = layer.route(args[0]).squeeze(1), self.classes_by_leaf[path]
-            each = labels[batch].repeat_interleave(len(leaf) // len(labels[batch]))  # an image's tokens have its class
-            counts += torch.bincount(leaf * counts.shape[1] + each, minlength=counts.numel()).view_as(counts)
-
-        handles = []
-        for path, layer in task.layers.items():
-            self.classes_by_leaf[path] = y.new_zeros(layer.num_experts, int(y.max()) + 1)
-            handles.append(layer.register_forward_pre_hook(partial(count, path)))
-        for batch in range(len(rows)):
-            task(rows[batch])
-        for handle in handles:
-            handle.remove()
-
-
 def train(args: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train one tree by the arguments of a fit; its metrics, and what is drawn of it."""
-    from fffexp.environment import environment, training_device
-    from fffexp.training.experiment import Context, run
+    """Train one tree by the arguments of a fit; its metrics, and what is drawn of it.
 
-    watched = Hardening()
-    result = run(args, Context(callbacks=[watched], quiet=True))
+    That is the entropy of each layer by epoch, and how its leaves share the classes of the validation set: by the
+    layer's path, inputs of each class that every leaf gets, (leaves, classes).
+    """
+    entropies: dict[str, list[float]] = {}
+    classes_by_leaf: dict[str, list[list[int]]] = {}
+
+    def keep(trainer: Trainer, task: Any) -> None:  # what was logged at the end of the epoch before
+        for path in task.layers if trainer.callback_metrics else ():
+            key = ENTROPY if len(task.layers) == 1 else f"{ENTROPY}/{path}"
+            entropies.setdefault(path, []).append(float(trainer.callback_metrics[key]))
+
+    def end(trainer: Trainer, task: Any) -> None:
+        keep(trainer, task)
+        classes_by_leaf.update(_classes_by_leaf(task.eval(), trainer.val_dataloaders))
+
+    watch = LambdaCallback(on_train_epoch_start=keep, on_train_end=end)
+    result = run(args, Context(callbacks=[watch], quiet=True))
     assert result is not None
-    return result.metrics, {
-        "entropies": watched.entropies,
-        "classes_by_leaf": {path: counts.tolist() for path, counts in watched.classes_by_leaf.items()},
-        "environment": environment([torch.get_num_threads()], training_device()),
-    }
+    where = environment([torch.get_num_threads()], training_device())
+    return result.metrics, {"entropies": entropies, "classes_by_leaf": classes_by_leaf, "environment": where}
+
+
+@torch.no_grad()
+def _classes_by_leaf(task: Any, batches: Any) -> dict[str, list[list[int]]]:
+    x, y = (torch.cat(part).to(task.device) for part in zip(*batches, strict=True))
+    counts = {path: y.new_zeros(layer.num_experts, int(y.max()) + 1) for path, layer in task.layers.items()}
+    leaves: dict[str, Tensor] = {}
+
+    def route(path: str, layer: FeedforwardLayer, args: tuple[Tensor]) -> None:
+        leaves[path] = layer.route(args[0]).squeeze(1)
+
+    with ExitStack() as hooks:
+        for path, layer in task.layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(route, path)))
+        for rows, labels in zip(x.split(1024), y.split(1024), strict=True):
+            task(rows)
+            for path, leaf in leaves.items():
+                each = labels.repeat_interleave(len(leaf) // len(labels))  # the tokens of an image have its class
+                mine = counts[path]
+                mine += torch.bincount(leaf * mine.shape[1] + each, minlength=mine.numel()).view_as(mine)
+    return {path: mine.tolist() for path, mine in counts.items()}
 
 
 def _curves(results: Results) -> list[tuple[str, str, list[float], list[list[int]]]]:
@@ -97,9 +86,9 @@ def report(results: Results) -> str:
     lines = []
     for title, path, entropies, counts in _curves(results):
         at = {f"{s:.0%}": f"{entropies[min(len(entropies) - 1, int(s * len(entropies)))]:.3f}" for s in SHARES}
+        known = f"{mutual_info_score(None, None, contingency=counts):.3f}"
         used = sum(sum(leaf) > 0 for leaf in counts)
-        known = mutual_info_score(None, None, contingency=counts)
-        lines.append({"tree": title, "layer": path, **at, "leaves": used, "class, nats": f"{known:.3f}"})
+        lines.append({"tree": title, "layer": path, **at, "leaves": used, "class, nats": known})
     return section(
         "",
         lines,
@@ -129,8 +118,7 @@ def draw(results: Results, path: Path) -> None:
         axes.imshow((shares / shares.sum(0).clamp_min(1)).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_title(layer, fontsize=8)
         axes.set(xlabel="leaf", xticks=range(len(counts)), yticks=range(len(counts[0])))
-    if others:
-        others[0].set_ylabel("class: share of its tokens by leaf")
+        axes.set_ylabel("class: share of its tokens by leaf" if axes is others[0] else "")
     epochs = max(len(entropies) for *_, entropies, _ in curves)
     figure.suptitle(f"{results.extra['data']}, {epochs} epochs", x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=130)

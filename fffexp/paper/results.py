@@ -19,21 +19,11 @@ PICTURES = {"docs/pareto.png": "digits_depth_leaf", "docs/fashion.png": "fashion
 
 
 def printed(command: str) -> str:
-    """What a command prints.
-
-    Raises:
-        UserError: it fails.
-    """
+    """What a command prints; UserError if it fails."""
     with redirect_stdout(io.StringIO()) as text:
-        status = main(shlex.split(command)[1:])
-    if status:
-        raise UserError(f"{command}: ended with status {status}")
+        if status := main(shlex.split(command)[1:]):
+            raise UserError(f"{command}: ended with status {status}")
     return text.getvalue().strip("\n") + "\n"
-
-
-def refreshed(page: str) -> str:
-    """A page with the output of each command in the block that follows it."""
-    return BLOCK.sub(lambda found: found[1] + printed(found[2]), page)
 
 
 def refresh() -> None:
@@ -43,7 +33,7 @@ def refresh() -> None:
 
     os.chdir(ROOT)
     for page in sorted(Path("docs").glob("**/*.md")):
-        page.write_text(refreshed(page.read_text()))
+        page.write_text(BLOCK.sub(lambda found: found[1] + printed(found[2]), page.read_text()))
     printed("fffexp reproduce figure3 --batch_sizes 1 16 256 2048 --ff_depth 6 --json docs/results/figure3.json")
     for picture, study in PICTURES.items():
         Path(picture).write_bytes(figures.png(figures.pareto(Results.load(Path(f"docs/results/{study}.json")))))

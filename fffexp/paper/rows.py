@@ -98,11 +98,11 @@ def ordered(results: Results) -> list[Trial]:
     )
 
 
-def cells(results: Results) -> list[Row]:
-    """A row for each point and metric, as in JSON."""
+def cells(results: Results, shown: Iterable[Trial] | None = None) -> list[Row]:
+    """A row for each point, or each of some, and metric, as in JSON."""
     return [
         row(results, trial, metric)
-        for trial in ordered(results)
+        for trial in (ordered(results) if shown is None else shown)
         for metric in METRICS
         if trial.by_seed(metric.key) and trial.by_seed(metric.score)
     ]
@@ -234,8 +234,7 @@ def measures(trial: Trial) -> Row:
     } | {name: statistics.mean(values) if values else None for name, values in within.items()}
 
 
-def report_stability(_: Results, shown: Iterable[Trial]) -> str:
-    """The measures; "" where nothing was trained with several seeds."""
+def _report_stability(_: Results, shown: Iterable[Trial]) -> str:
     return section(
         "stability",
         [point(trial) | measures(trial) for trial in shown if len(trial.runs) > 1],
@@ -253,5 +252,5 @@ SECTIONS: dict[str, Section] = {
     "test_accuracy": lambda results, shown: report(results, TEST, shown) + above_paper(results, shown),
     "train_accuracy": lambda results, shown: report(results, TRAIN, shown),
     "epochs": lambda results, shown: "\n\n".join(report(results, metric, shown) for metric in EPOCHS),
-    "stability": report_stability,
+    "stability": _report_stability,
 }

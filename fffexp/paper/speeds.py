@@ -1,22 +1,23 @@
 """Layers of a table's points timed in turn, to be compared; what was timed is kept in the results."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fffexp.environment import environment
-from fffexp.layers import FeedforwardLayer, feedforward_layers
+from fffexp.layers import feedforward_layers
 from fffexp.paper.comparisons import BATCH_SIZE, dense_of
 from fffexp.paper.rows import Row, describe, is_dense, point_of, width
-from fffexp.study.results import Results, Trial
+from fffexp.paper.studies import PaperStudy
+from fffexp.study.results import Results
 from fffexp.timing import interleaved, rotating
+from fffexp.training.experiment import build
 
 BESIDE_S = 10.0  # of timing, for all dense widths beside one tree
 TIMING_S = 60.0  # for all models, and for all layers: a few rounds of models of 70 ms do not order them
-
-Build = Callable[[Trial], tuple[nn.Module, Sequence[int]]]  # the untrained model of a point, and the shape of a sample
 
 
 def _medians(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -24,61 +25,56 @@ def _medians(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[
         return {key: statistics.median(spent) for key, spent in interleaved(calls, seconds, threads=1).items()}
 
 
-def _untimed(results: Results, key: str, trials: Iterable[Trial]) -> list[Trial]:
-    have = {point_of(record) for record in results.extra.get(key, [])}
-    return [trial for trial in trials if point_of(describe(trial)) not in have]
+def _timed(results: Results, key: str) -> set[Any]:
+    return {point_of(record) for record in results.extra.get(key, [])}
 
 
-def _layer(model: nn.Module) -> FeedforwardLayer | None:
+def _first(model: nn.Module) -> Any:
+    """The first feedforward layer of a model, None in one without."""
     return next(iter(feedforward_layers(model).values()), None)
 
 
-def beside_dense(results: Results, wanted: Iterable[Trial], build: Build) -> None:
-    """Trees beside all dense layers of the table, in results.extra["controls"]; a model is one layer."""
-    trees = _untimed(results, "controls", (trial for trial in wanted if "depth" in trial.params))
-    dense = {width(trial): _layer(build(trial)[0]) for trial in results.trials if trees and is_dense(trial)}
+def beside_dense(results: Results, study: PaperStudy) -> None:
+    """Trees beside all dense layers that are wanted, in results.extra["controls"]; a model is one layer."""
+    wanted, timed = study.wanted(results), _timed(results, "controls")
+    trees = [trial for trial in wanted if "depth" in trial.params and point_of(describe(trial)) not in timed]
+    dense = [trial for trial in wanted if trees and is_dense(trial)]
+    layers = {trial.number: _first(build(study.arguments(trial, 0)).task.eval()) for trial in (*trees, *dense)}
     for trial in trees:
-        tree = _layer(build(trial)[0])
-        assert tree is not None
+        tree = layers[trial.number]
         batches = list(torch.randn(32, BATCH_SIZE, tree.in_features))  # of mean 0, so that they spread over the leaves
-        calls = {"tree": rotating(tree, batches)}
-        for of, own in dense.items():
-            forms = {"linear": own} | own.fast_forms()
-            calls |= {f"{of} {form}": rotating(call, batches) for form, call in forms.items()}
-        medians = _medians(calls, BESIDE_S)
-        fastest = {of: min(s for key, s in medians.items() if key.startswith(f"{of} ")) for of in dense}
-        record = {
-            **describe(trial),
-            "time_ratios": {of: seconds / medians["tree"] for of, seconds in fastest.items()},
-            "backend": tree.inference_backend(),
-            "environment": environment([1], "cpu"),
-        }
-        results.extra.setdefault("controls", []).append(record)
+        forms = {width(d): {"linear": layers[d.number]} | layers[d.number].fast_forms() for d in dense}
+        calls = {f"{of} {name}": rotating(form, batches) for of, named in forms.items() for name, form in named.items()}
+        medians = _medians(calls | {"tree": rotating(tree, batches)}, BESIDE_S)
+        ratios = {of: min(medians[f"{of} {name}"] for name in named) / medians["tree"] for of, named in forms.items()}
+        more = {"backend": tree.inference_backend(), "environment": environment([1], "cpu")}
+        results.extra.setdefault("controls", []).append({**describe(trial), "time_ratios": ratios, **more})
 
 
-def in_turn(results: Results, _: Iterable[Trial], build: Build) -> None:
-    """All models and their first layers, in results.extra["speeds"]; none where all points have theirs."""
-    if not _untimed(results, "speeds", results.trials):
+def in_turn(results: Results, study: PaperStudy) -> None:
+    """All models that are wanted and their first layers, in results.extra["speeds"]; none if all have been timed."""
+    speeds: dict[str, Row] = {str(trial.number): describe(trial) for trial in study.wanted(results)}
+    if _timed(results, "speeds").issuperset(map(point_of, speeds.values())):
         return
     calls: dict[str, dict[str, Callable[[], object]]] = {"layer": {}, "model": {}}
-    speeds: dict[str, Row] = {}
-    for trial in results.trials:
-        model, shape = build(trial)
-        layer, batch, tokens = _layer(model), torch.randn(BATCH_SIZE, *shape), list[Tensor]()
-        key = str(trial.number)
-        calls["model"][key] = rotating(model, [torch.randn_like(batch) for _ in range(8)])
+    for key, speed in speeds.items():
+        made: Any = build(study.arguments(results.trial(int(key)), 0))
+        model, tokens = made.task.network.eval(), list[Tensor]()
+        layer, batches = _first(model), list(torch.randn(8, BATCH_SIZE, *made.data.in_shape))
+        calls["model"][key] = rotating(model, batches)
+        speed["backend"] = layer and layer.inference_backend()
         if layer is not None:
             with layer.register_forward_pre_hook(lambda _, args, to=tokens: to.append(args[0])), torch.inference_mode():
-                model(batch)
+                model(batches[0])
             calls["layer"][key] = rotating(layer, [torch.randn_like(tokens[0]) for _ in range(8)])
-        speeds[key] = describe(trial) | {"backend": layer and layer.inference_backend()}
-    dense, where = dense_of(results), environment([1], "cpu")
+    dense = dense_of(results)
     assert dense is not None
     for kind, of_kind in calls.items():
         medians = _medians(of_kind, TIMING_S)
         for key, speed in speeds.items():
-            mine = medians.get(key)
-            speed |= {f"{kind}_s": mine, f"{kind}_speedup": mine and medians[str(dense.number)] / mine}
+            mine, base = medians.get(key), medians.get(str(dense.number))
+            speed |= {f"{kind}_s": mine, f"{kind}_speedup": mine and base and base / mine}
+    where = environment([1], "cpu")
     results.extra["speeds"] = [speed | {"environment": where} for speed in speeds.values()]
 
 

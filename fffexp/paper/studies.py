@@ -1,7 +1,7 @@
 """A table of the paper as a study of studies/paper/: the part that is wanted, trained where its file lacks runs."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,6 @@ from fffexp.paper.rows import ordered
 from fffexp.study.results import Results, Trial
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from fffexp.study.spec import Point, StudySpec
 
 FOLDER = Path(__file__).parents[2] / "studies/paper"
@@ -39,15 +37,12 @@ class PaperStudy:
 
     def __init__(self, name: str, data: str, seeds: int | None = None, **more: int | None) -> None:
         self.content = read_yaml(FOLDER / f"{name}.yaml")
-        self.data, settings = data, self.content.setdefault("overrides", {})
+        settings = self.content.setdefault("overrides", {})
         settings |= {KEYS[name]: value for name, value in more.items() if value is not None}
-        if PATCH in settings:
-            settings[PATCH] = PATCHES[data]
-        if data not in DATA:
-            settings["data.init_args.name"] = data
+        settings |= {PATCH: PATCHES[data]} if PATCH in settings else {}
+        settings |= {"data.init_args.name": data} if data not in DATA else {}
         self.content["configs"][0] = DATA.get(data, HUB)
-        if seeds is not None:
-            self.content["seeds"] = list(range(seeds))
+        self.content["seeds"] = self.content["seeds"] if seeds is None else list(range(seeds))
 
     def values(self, name: str) -> list[int]:
         """Those of a parameter among the points that have leaves."""
@@ -60,14 +55,16 @@ class PaperStudy:
         Raises:
             UserError: no point is left.
         """
-        for label, group in self.content["layers"].items():
+        for label, group in list(self.content["layers"].items()):
             group["points"] = [point for point in group["points"] if wanted(label, point)]
-        self.content["layers"] = {label: group for label, group in self.content["layers"].items() if group["points"]}
+            if not group["points"]:
+                del self.content["layers"][label]
         if not self.content["layers"]:
-            raise UserError(
-                f"studies/paper/{self.content['name']}.yaml has no such point: add it there, or choose from those that "
-                "it lists"
+            file, remedy = (
+                f"studies/paper/{self.content['name']}.yaml",
+                "add it there, or choose from those that it lists",
             )
+            raise UserError(f"{file} has no such point: {remedy}")
 
     @property
     def text(self) -> str:
@@ -87,10 +84,10 @@ class PaperStudy:
 
     def points(self) -> list[Trial]:
         """The points as trials without runs, numbered as in the study; a layer is called as its configs name it."""
-        paths = {p.label: given(self.spec.arguments(p.label, p.values, None)) for p in self._by_recipe.values()}
-        layers = {label: str(found.get("model.layer.class_path", "none")) for label, found in paths.items()}
+        configs = {p.label: given(self.spec.arguments(p.label, p.values, None)) for p in self._by_recipe.values()}
+        paths = {label: str(found.get("model.layer.class_path", "none")) for label, found in configs.items()}
         return [
-            Trial(p.number, "WAITING", {"layer": layers[p.label].rpartition(".")[2], **p.values}, recipe=recipe)
+            Trial(p.number, "WAITING", {"layer": paths[p.label].rpartition(".")[2], **p.values}, recipe=recipe)
             for recipe, p in self._by_recipe.items()
         ]
 
@@ -98,14 +95,6 @@ class PaperStudy:
         """Of the fit of a point, as `points` has it or a file."""
         point = self._by_recipe[str(trial.recipe)]
         return self.spec.arguments(point.label, point.values, seed, test=self.spec.test)
-
-    def build(self, trial: Trial) -> "tuple[nn.Module, Sequence[int]]":
-        """The untrained model of a point, and the shape of a sample."""
-        from fffexp.training.experiment import build
-
-        task, data, *_ = build(self.arguments(trial, 0))
-        in_shape: Sequence[int] = getattr(data, "in_shape")  # noqa: B009, of a LightningDataModule that has one
-        return task.network.eval(), in_shape
 
     def open(self, path: Path | None, extra: Mapping[str, Any]) -> Results:
         """What the file holds, or empty results where there is none yet.
@@ -119,12 +108,11 @@ class PaperStudy:
         """
         if path is None or not path.is_file():
             return Results(self.content["name"], "val/accuracy", "max", unit=True, extra=dict(extra))
-        results, remedy = Results.load(path), "give another file, or remove it"
+        results, wanted, remedy = Results.load(path), self.points(), "give another file, or remove it"
         for key, value in extra.items():
             if (there := results.extra.get(key)) != value:
                 difference = f"{key} is {there} there and {value} here"
                 raise UserError(f"--json {path}: it holds another measurement, {difference}: {remedy}")
-        wanted = self.points()
         for trial in results.trials:
             if any(trial.params == each.params and trial.recipe != each.recipe for each in wanted):
                 point = f"{trial.layer} with {trial.params}"

@@ -11,7 +11,7 @@ import torch
 
 from fffexp.bench import measure
 from fffexp.bench.contenders import make, public_layers
-from fffexp.bench.machine import last_level_cache_bytes, measure_limits
+from fffexp.bench.measure import last_level_cache_bytes, measure_limits
 from fffexp.bench.setting import Setting
 from fffexp.cli import main
 from fffexp.files import hold
@@ -43,7 +43,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(device)
         return {"gemm_flops_per_s": 1e11, "read_bytes_per_s": 1e10}
 
-    monkeypatch.setattr("fffexp.bench.machine.measure_limits", quick)
+    monkeypatch.setattr("fffexp.bench.measure.measure_limits", quick)
     return asked
 
 
@@ -310,7 +310,7 @@ def test_inputs_rotate_until_the_weights_do_not_fit_the_cache(monkeypatch: pytes
 
 
 def test_limits_count_operations_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fffexp.bench.machine.REPEATS", 2)
+    monkeypatch.setattr("fffexp.bench.measure.REPEATS", 2)
     limits = measure_limits(torch.float32, "cpu")
     assert 1e8 < limits["gemm_flops_per_s"] < 1e14
     assert 1e8 < limits["read_bytes_per_s"] < 1e13

@@ -45,9 +45,9 @@ def test_comparisons_with_controls_are_paired() -> None:
     assert made["width"].test.difference == pytest.approx(-0.01)
     ps = [stats.ttest_rel(ours, theirs).pvalue for theirs in (ahead, like, behind)]
     assert [c.test.p for c in comparisons.trees(found)] == pytest.approx(list(stats.false_discovery_control(ps)))
-    text = comparisons.report_trees(found, found.trials)
+    text = comparisons.SECTIONS["controls"](found, found.trials)
     assert text.count("not significant") == sum(p > 0.05 for p in stats.false_discovery_control(ps))
-    assert comparisons.report_trees(found, found.trials[1:]) == "", "only what is wanted"
+    assert comparisons.SECTIONS["controls"](found, found.trials[1:]) == "", "only what is wanted"
 
 
 def test_a_control_of_two_kinds_is_tested_once() -> None:
