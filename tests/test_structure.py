@@ -22,7 +22,7 @@ FILES = {
 }
 
 # to be emptied
-BRING_MORE = {("fffexp.layers.base", "psutil"), ("fffexp.kernels.build", "filelock")}
+BRING_MORE = {("fffexp.kernels.build", "filelock")}
 NEED_POSIX = {"fffexp.training.experiment"}
 
 # what stands directly in fffexp/ and is used by all above it

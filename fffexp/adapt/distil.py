@@ -262,7 +262,7 @@ def _other_activation(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> str | N
     dense = layer.dense_blocks()
     if dense is None or mlp.gated:  # takes none of its neurons
         return None
-    own = dense.activation
+    _, own = dense
     some = rows.of(slice(None, None, 1 + len(rows.inputs) // ACTIVATION_ROWS))
     w1, b1, w2, b2 = (part.to(some.inputs.dtype) for linear in (mlp.up[0], mlp.down) for part in linear.weights())
 
@@ -284,15 +284,16 @@ def _initialise(layer: FeedforwardLayer, mlp: MLP, rows: _Rows) -> None:
     layer.eval()
     if (dense := layer.dense_blocks()) is None:
         return
+    blocks, activation = dense
     layer.set_router(*_distinct(rows), _halves)
     block_B = layer.route(rows.inputs)[:, 0]
     weight, bias = (part.to(rows.inputs.dtype) for part in mlp.up[0].weights())
-    for index, (w1, b1, w2, b2) in enumerate(zip(*dense.weights, strict=True)):
+    for index, (w1, b1, w2, b2) in enumerate(zip(*blocks, strict=True)):
         mine = block_B == index
         some = (rows.of(mine) if mine.any() else rows).sample()
         if mlp.gated:  # its neurons are products: ours stay as initialised, and their output weights are fitted
             weight, bias = w1, b1
-        hidden = dense.activation(some.inputs @ weight.T + bias)
+        hidden = activation(some.inputs @ weight.T + bias)
         chosen, output_weight, output_bias = _neurons(hidden, some, len(b1))
         w1[: len(chosen)], b1[: len(chosen)] = weight[chosen], bias[chosen]
         w2.zero_()

@@ -4,7 +4,6 @@ from fffexp.layers.base import FeedforwardLayer, feedforward_layers
 from fffexp.layers.ff import FF
 from fffexp.layers.fff import FFF
 from fffexp.layers.forest import Forest
-from fffexp.layers.moe import NoisyTopKMoE
-from fffexp.layers.switch import SwitchMoE
+from fffexp.layers.moe import NoisyTopKMoE, SwitchMoE
 
 __all__ = ["FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "feedforward_layers"]

@@ -1,35 +1,28 @@
 """The dense baseline."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fffexp.kernels.naive import Blocks
-from fffexp.layers.base import DenseBlocks, FeedforwardLayer, check_fits, probability, whole
+from fffexp.layers.base import BlockLayer, whole
 from fffexp.layers.blocks import Activation, Device, make_activation
 from fffexp.layers.random import Dropout
 
 
-class FF(FeedforwardLayer):
+class FF(BlockLayer):
     """Dense feedforward layer: Linear, activation, dropout, Linear.
 
     Args:
-        in_features: size of the last dimension of the input.
-        out_features: size of the last dimension of the output.
         width: hidden neurons.
         activation: class, instance or name ("relu") of a module of torch.nn, or what makes one.
         dropout: probability of dropping a hidden activation in training.
-        device: of the weights.
-        dtype: of the weights.
-
-    Raises:
-        ValueError: a size below 1 or no whole number, no activation, or weights that do not fit in memory.
     """
 
-    baseline: ClassVar[str] = "ff"
-    shape: ClassVar[tuple[str, ...]] = ("width",)
+    baseline = "ff"
+    shape = ("width",)
 
     def __init__(
         self,
@@ -44,8 +37,7 @@ class FF(FeedforwardLayer):
     ) -> None:
         super().__init__(in_features, out_features)
         self.width = whole("width", width)
-        probability("dropout", dropout)
-        check_fits(width * (in_features + out_features + 1), "lower width", device, dtype)
+        self._count((width, width), (0, 0), 1, "width", dropout, device=device, dtype=dtype)
         self.network = nn.Sequential(
             nn.Linear(in_features, width, device=device, dtype=dtype),
             make_activation(activation).to(device, dtype),
@@ -54,44 +46,22 @@ class FF(FeedforwardLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
         network = self._modules["network"]
         up = network._modules["0"]  # type: ignore[union-attr] # attributes of a module take 0.7 us
-        output: Tensor = network(self._checked(x, up.weight.dtype))  # type: ignore[misc,union-attr,arg-type] # as above
-        return output
+        return network(self._checked(x, up.weight.dtype))  # type: ignore[misc,union-attr,arg-type] # as above
 
     def inference_backend(self) -> str:
-        """Torch's own products."""
-        return "linear"
+        return "linear"  # torch's own products
 
     def training_backend(self, x: Tensor) -> str:
-        """Torch's own products."""
         return "linear"
 
-    @property
-    def vectorizable(self) -> bool:
-        """It always is."""
-        return True
-
-    def dense_blocks(self) -> DenseBlocks:
-        """One, the layer itself."""
-        up, activation, _, down = self.network
-        assert isinstance(up, nn.Linear)
-        assert isinstance(down, nn.Linear)
-        return DenseBlocks(Blocks(up.weight[None], up.bias[None], down.weight.T[None], down.bias[None]), activation)
-
-    @property
-    def training_width(self) -> int:
-        """W."""
-        return self.width
-
-    @property
-    def flops_per_sample(self) -> int:
-        """Two products."""
-        return 2 * self.width * (self.in_features + self.out_features)
+    def dense_blocks(self) -> tuple[Blocks, nn.Module]:
+        up, activation, _, down = cast("Any", self.network)
+        return Blocks(up.weight[None], up.bias[None], down.weight.T[None], down.bias[None]), activation
 
     def fast_forms(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """By addmm on transposed copies of the weights."""
-        weight1, b1, weight2, b2 = (parameter.detach() for parameter in self.network.parameters())
-        w1, w2, activation = weight1.T.contiguous(), weight2.T.contiguous(), self.network[1]
+        blocks, activation = self.dense_blocks()
+        w1, b1, w2, b2 = (tensor[0].detach() for tensor in blocks)
+        w1, w2 = w1.T.contiguous(), w2.contiguous()
         return {"addmm": lambda x: torch.addmm(b2, activation(torch.addmm(b1, x, w1)), w2)}

@@ -3,37 +3,27 @@
 import copy
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from fffexp.kernels import eager, naive, operators, soft
-from fffexp.kernels import sparse as sparse_kernels
-from fffexp.layers.base import (
-    AuxiliaryLoss,
-    DenseBlocks,
-    FeedforwardLayer,
-    at_least_float32,
-    check_fits,
-    decision_logits,
-    probability,
-    whole,
-)
+from fffexp.kernels import eager, naive, operators, soft, sparse
+from fffexp.kernels.naive import Blocks
+from fffexp.layers.base import AuxiliaryLoss, BlockLayer, FeedforwardLayer, decision_logits, probability, whole
 from fffexp.layers.blocks import Activation, BlockMLP, Device, parameters
 from fffexp.layers.random import uniform_like
 from fffexp.routing import tree
+from fffexp.routing.blocks import balance, importance
 
 
-class FFF(FeedforwardLayer):
+class FFF(BlockLayer):
     """Fast Feedforward layer (Belcak and Wattenhofer, arXiv 2308.14711, section 3).
 
     A binary tree of linear nodes over 2^depth leaf networks: soft, the mixture of all leaves; hard, the one
     leaf that is reached by going right wherever a node's logit is >= 0.
 
     Args:
-        in_features: size of the last dimension of the input.
-        out_features: size of the last dimension of the output.
         depth: levels of decisions; 0 is an FF of width leaf_width.
         leaf_width: hidden neurons of one leaf.
         region_leak: probability, per sample and node, that a training pass swaps the two children
@@ -45,32 +35,25 @@ class FFF(FeedforwardLayer):
             "chosen_path" multiplies the output by p / stopgrad(p), p the product of the choices on the path, which
             moves the nodes by a biased estimate: the other leaves' outputs have no say. Gradients are sparse tensors:
             use LazyAdamW or SGD without momentum. There are no auxiliary losses in these modes and `routing` stays
-            None, for they look at all leaves.
+            None, for they look at all leaves; no region leaks.
         detach_router_input: the layers before this one get no gradient through the routing, for deep models: once
             routing has hardened, that gradient is almost always zero, and huge near a boundary.
-        device: of the weights.
-        dtype: of the weights.
-
-    Raises:
-        ValueError: depth below 0, a size below 1 or no whole number, no activation, an unknown value of trained, a
-            chosen leaf together with region_leak, or weights that do not fit in memory.
     """
 
-    peer: ClassVar[str] = "fastfeedforward:FFF"
-    shape: ClassVar[tuple[str, ...]] = ("depth", "leaf_width")
-
-    has_soft_mode: ClassVar[bool] = True
+    peer = "fastfeedforward:FFF"
+    shape = ("depth", "leaf_width")
+    has_soft_mode = True
     aux_losses: Mapping[str, AuxiliaryLoss] = MappingProxyType(
         {
             "hardening_mean": tree.hardening_mean,
             "hardening_sum": tree.hardening_sum,
-            "load_balance": tree.balance,
-            "importance": tree.leaf_importance,
+            "load_balance": balance,
+            "importance": importance,
         }
     )
-    default_aux_weights: Mapping[str, float] = MappingProxyType({"importance": 0.1})
+    default_aux_weights = MappingProxyType({"importance": 0.1})
     metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({"entropy": tree.hardening_mean})
-    annealed_buffers: ClassVar[frozenset[str]] = frozenset({"inverse_temperature"})
+    annealed_buffers = frozenset({"inverse_temperature"})
 
     inverse_temperature: Tensor
 
@@ -96,36 +79,37 @@ class FFF(FeedforwardLayer):
             raise ValueError(
                 f"region_leak is {region_leak} but trained is {trained!r}: one leaf is trained, none leaks"
             )
-        self.trained = trained
-        if trained != "all":
-            self.aux_losses, self.metrics = {}, {}
-        self.depth = whole("depth", depth, 0)
-        self.leaf_width = whole("leaf_width", leaf_width)
+        self.depth, self.leaf_width = whole("depth", depth, 0), whole("leaf_width", leaf_width)
+        self._train_leaves(trained)
         self.region_leak = probability("region_leak", region_leak)
         self.detach_router_input = detach_router_input
-        probability("dropout", dropout)
-        check_fits(
-            tree_scalars(in_features, out_features, depth, leaf_width),
-            f"lower depth (it is {depth}) or leaf_width (it is {leaf_width})",
-            device,
-            dtype,
-        )
-        self.node_weight = nn.Parameter(torch.empty(2**depth - 1, in_features, device=device, dtype=dtype))
-        self.node_bias = nn.Parameter(torch.empty(2**depth - 1, device=device, dtype=dtype))
+        leaves, nodes = 2**self.depth, 2**self.depth - 1
+        factory: Any = {"device": device, "dtype": dtype}
+        width, fix = leaves * self.leaf_width, f"depth (it is {depth}) or leaf_width (it is {leaf_width})"
+        self._count((width, self.leaf_width), (nodes, self.depth), leaves, fix, dropout, **factory)
+        self.node_weight = nn.Parameter(torch.empty(nodes, in_features, **factory))
+        self.node_bias = nn.Parameter(torch.empty(nodes, **factory))
         # a factor on the node logits; a buffer, so that soft evaluation survives saving
-        self.register_buffer("inverse_temperature", torch.empty((), device=device, dtype=dtype))
-        self.leaves = BlockMLP(in_features, out_features, 2**depth, leaf_width, activation, dropout, device, dtype)
+        self.register_buffer("inverse_temperature", torch.empty((), **factory))
+        self.leaves = BlockMLP((leaves, self.leaf_width, in_features, out_features), activation, dropout, **factory)
         self.reset_parameters()
 
+    def _train_leaves(self, trained: str) -> Self:
+        self.trained, self.sparse_gradients = trained, trained != "all"
+        self.vectorizable = self.trains_all_experts = not self.sparse_gradients
+        if self.sparse_gradients:
+            self.aux_losses, self.metrics = {}, {}
+            # chosen_path computes the logits of its path again, with gradients
+            self._trained = self.leaf_width, self.depth * (1 if trained == "chosen_leaf" else 3)
+        return self
+
     def reset_parameters(self) -> None:
-        """As of torch.nn.Linear; an inverse temperature of 1."""
-        for parameter in (self.node_weight, self.node_bias):
+        for parameter in (self.node_weight, self.node_bias):  # as of torch.nn.Linear
             nn.init.uniform_(parameter, -(self.in_features**-0.5), self.in_features**-0.5)
         nn.init.ones_(self.inverse_temperature)
         self.leaves.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
         nodes = parameters(self, ("node_weight", "node_bias"))
         rows = self._rows(x, nodes[0].dtype)
         if self.training and self.sparse_gradients and self.routing_mode != "soft":
@@ -141,80 +125,66 @@ class FFF(FeedforwardLayer):
     def _sparse(self, rows: Tensor) -> Tensor:
         with torch.no_grad():
             leaf = self.route(rows).squeeze(1)
-        output = sparse_kernels.selected(rows, leaf, self.leaves.tensors(), self.leaves.hidden)
+        output = sparse.selected(rows, leaf, self.leaves.tensors(), self.leaves.hidden)
         if self.trained == "chosen_leaf":
             return output
-        nodes = self.node_weight, self.node_bias
-        log_p = sparse_kernels.path_log_probability(self._deciding(rows), leaf, self.depth, *nodes, self._scale())
+        deciding = rows.detach() if self.detach_router_input else rows
+        log_p = sparse.path_log_probability(deciding, leaf, self.depth, self.node_weight, self.node_bias, self._scale())
         return output * (log_p - log_p.detach()).exp().unsqueeze(1)
 
     def _soft(self, rows: Tensor) -> Tensor:
         scale = self._scale()
         leaking = self.training and self.region_leak > 0
         if not self.hard and not leaking and self.training_backend(rows) == "native":
-            nodes, leaves = (self.node_weight, self.node_bias), self.leaves
-            assert leaves.compiled_activation is not None
+            tensors, activation = self.leaves.tensors(), str(self.leaves.compiled_activation)
             output, logits, soft_weights = soft.soft_tree(
-                rows, *nodes, scale, leaves.tensors(), leaves.compiled_activation, self.detach_router_input
+                rows, self.node_weight, self.node_bias, scale, tensors, activation, self.detach_router_input
             )
             output = output.view_as(output)  # for routing holds the node that made it
         else:
-            logits = decision_logits(self._deciding(rows), self.node_weight, self.node_bias)
+            deciding = rows.detach() if self.detach_router_input else rows
+            logits = decision_logits(deciding, self.node_weight, self.node_bias)
             choices = torch.sigmoid(logits * scale)
             swap = uniform_like(choices) < self.region_leak if leaking else None
             soft_weights = weights = tree.leaf_mixture(_swapped(choices, swap), self.depth)
             if self.hard:
                 weights = tree.leaf_mixture(_swapped(tree.straight_through(choices, logits), swap), self.depth)
-            output = self.leaves.mixture(rows, weights)
+            output = eager.mixture(rows, weights, self.leaves.tensors(), self.leaves.hidden)
         if self.training:
             self._record(tree.TreeRouting(logits, scale, soft_weights), output)
         return output
 
     def _scale(self) -> Tensor:
         # a copy: schedules set the buffer between a pass and its backward
-        return at_least_float32(self.inverse_temperature).clone()
-
-    def _deciding(self, rows: Tensor) -> Tensor:
-        """The rows as the nodes see them."""
-        return rows.detach() if self.detach_router_input else rows
+        return self.inverse_temperature.to(
+            torch.promote_types(self.inverse_temperature.dtype, torch.float32), copy=True
+        )
 
     def inference_backend(self) -> str:
-        """The backend that the next hard inference runs on."""
         return self.leaves.backend(self.backend)
 
     def training_backend(self, x: Tensor) -> str:
-        """The backend that the next training pass of x runs on."""
-        if self.vectorized:
-            return "eager"
-        return "sparse" if self.sparse_gradients else self.leaves.soft_backend(self.backend, x)
-
-    @property
-    def vectorizable(self) -> bool:
-        """Unless its gradients are sparse."""
-        return not self.sparse_gradients
-
-    @property
-    def sparse_gradients(self) -> bool:
-        """Whether it trains the chosen leaves alone."""
-        return self.trained != "all"
+        if self.vectorized or self.sparse_gradients:
+            return "eager" if self.vectorized else "sparse"
+        # dropout and lower precision are left to torch
+        float32 = x.dtype == self.node_weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        native = float32 and self.leaves.compiled_activation and self.inference_backend() == "native"
+        return "native" if native else "eager"
 
     def route(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (rows, 1) leaf of each row."""
         rows = self._rows(x, self.node_weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if self.inference_backend() != "eager":
                 return torch.ops.fffexp.route(rows, self.node_weight, self.node_bias).unsqueeze(1)
             return eager.route(rows, self.node_weight, self.node_bias, self.depth).unsqueeze(1)
 
-    def dense_blocks(self) -> DenseBlocks:
-        """The leaves."""
-        return DenseBlocks(self.leaves.tensors(), self.leaves.hidden[0])
+    def dense_blocks(self) -> tuple[Blocks, nn.Module]:
+        return self.leaves.tensors(), self.leaves.hidden[0]
 
     @torch.no_grad()
     def set_router(self, x: Tensor, y: Tensor, split: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        """Set the nodes from the root down, each by the rows that reach it."""
         node_B = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        for node in range(len(self.node_weight)):
+        for node in range(len(self.node_weight)):  # from the root down, each by the rows that reach it
             mine = (node_B == node).nonzero().squeeze(1)
             if len(mine) > 1:
                 self.node_weight[node], self.node_bias[node] = split(x[mine], y[mine])
@@ -222,78 +192,22 @@ class FFF(FeedforwardLayer):
             node_B[mine] = 2 * node + 1 + (logits >= 0)
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
-        """(rows, in_features) -> (rows, out_features) of inference, one sample at a time in float64: the truth."""
-        x, weight, bias, activation = (
-            x.double(),
-            self.node_weight.double(),
-            self.node_bias.double(),
-            self.leaves.exact_hidden,
-        )
+        x, nodes = x.double(), (self.node_weight.double(), self.node_bias.double())
         if decisions == "soft":
-            logits = (x @ weight.T + bias) * self.inverse_temperature.double()
-            return naive.fff_soft(x, logits, self.depth, self.leaves.exact(), activation)
-        leaves = [naive.fff_leaf(row, weight, bias, self.depth) for row in x]
-        rows = [naive.block(row, 0, self.leaves.exact([leaf]), activation) for row, leaf in zip(x, leaves, strict=True)]
-        return torch.stack(rows)
+            logits = nn.functional.linear(x, *nodes) * self.inverse_temperature.double()
+            return naive.fff_soft(x, logits, self.depth, *self.leaves.exact())
+        leaves = [naive.fff_leaf(row, *nodes, self.depth) for row in x]
+        return torch.stack([naive.block(x[i], 0, *self.leaves.exact([leaf])) for i, leaf in enumerate(leaves)])
 
     def weights_read(self, x: Tensor) -> int:
-        """The nodes on the paths and the leaves that are reached."""
         leaf = self.route(x)
         nodes = sum(len((leaf >> levels).unique()) for levels in range(1, self.depth + 1))
         return nodes * (self.in_features + 1) + len(leaf.unique()) * self.leaves.scalars
 
-    @property
-    def num_experts(self) -> int:
-        """Leaves."""
-        return 2**self.depth
-
-    @property
-    def training_width(self) -> int:
-        """2^d * l."""
-        return self.num_experts * self.leaf_width
-
-    @property
-    def training_size(self) -> int:
-        """2^d - 1 + 2^d * l."""
-        return self.num_experts - 1 + self.training_width
-
-    @property
-    def inference_width(self) -> int:
-        """L: the neurons of one leaf."""
-        return self.leaf_width
-
-    @property
-    def inference_size(self) -> int:
-        """D + l: the nodes on the path and one leaf."""
-        return self.depth + self.leaf_width
-
-    @property
-    def flops_per_sample(self) -> int:
-        """The nodes on the path and one leaf."""
-        return 2 * (self.depth * self.in_features + self.leaf_width * (self.in_features + self.out_features))
-
     def training_forms(self) -> dict[str, FeedforwardLayer]:
-        """Training of the chosen leaves only, both ways."""
-        forms: dict[str, FeedforwardLayer] = {}
-        for trained in ("chosen_leaf", "chosen_path") if self.trained == "all" else ():
-            form = copy.copy(self)  # with the same parameters
-            form.trained, form.aux_losses, form.metrics = trained, {}, {}
-            forms[trained] = form
-        return forms
-
-    @property
-    def training_flops_per_sample(self) -> int:
-        """All leaves and nodes; or one leaf and its path, whose logits chosen_path computes again, with gradients."""
-        if self.trained == "all":
-            return super().training_flops_per_sample
-        return self._training_flops(self.leaf_width, self.depth * (1 if self.trained == "chosen_leaf" else 3))
+        forms = ("chosen_leaf", "chosen_path") if self.trained == "all" else ()
+        return {trained: copy.copy(self)._train_leaves(trained) for trained in forms}  # on the same parameters
 
 
 def _swapped(choices: Tensor, swap: Tensor | None) -> Tensor:
     return choices if swap is None else torch.where(swap, 1 - choices, choices)
-
-
-def tree_scalars(in_features: int, out_features: int, depth: int, leaf_width: int) -> int:
-    """Weights of a tree."""
-    per_leaf = leaf_width * (in_features + out_features + 1) + out_features
-    return (2**depth - 1) * (in_features + 1) + 2**depth * per_leaf

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_generators: ContextVar[Sequence[torch.Generator] | None] = ContextVar("seed generators", default=None)
+_generators: ContextVar[Sequence[torch.Generator]] = ContextVar("seed generators", default=())
+_Draw = Callable[[Tensor, torch.Generator | None], Tensor]  # without a generator from the default one
 
 
 @contextmanager
@@ -28,67 +30,50 @@ def seed_generators(generators: Sequence[torch.Generator]) -> Iterator[None]:
 
 def normal_like(x: Tensor) -> Tensor:
     """Standard normal numbers of the shape, dtype and device of x."""
-    return _draw(_normal, x)
+    return _draw(partial(_numbers, torch.randn, torch.randn_like), x)
 
 
 def uniform_like(x: Tensor) -> Tensor:
     """Numbers from [0, 1) of the shape, dtype and device of x."""
-    return _draw(_uniform, x)
+    return _draw(partial(_numbers, torch.rand, torch.rand_like), x)
 
 
 class Dropout(nn.Dropout):
     """torch's dropout, which draws for each seed under `seed_generators`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Same shape; each element zero with probability p in training, the others divided by 1 - p."""
-        if not self.training or not self.p or torch.compiler.is_compiling() or _generators.get() is None:
+        if not self.training or not self.p or torch.compiler.is_compiling() or not _generators.get():
             return F.dropout(input, self.p, self.training, self.inplace)
-        return input * _draw(_Mask(self.p), input)
+        return input * _draw(partial(_mask, self.p), input)
 
 
-# A draw of (x, generator); None is the default generator.
-_Draw = Callable[[Tensor, torch.Generator | None], Tensor]
-
-
-def _normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
+def _numbers(draw: Any, draw_like: Any, x: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:  # torch.compile does not take a generator beside shapes that it does not know
-        return torch.randn_like(x, memory_format=torch.contiguous_format)
-    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return draw_like(x, memory_format=torch.contiguous_format)
+    return draw(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
-def _uniform(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    if generator is None:
-        return torch.rand_like(x, memory_format=torch.contiguous_format)
-    return torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-
-
-class _Mask:
+def _mask(p: float, x: Tensor, generator: torch.Generator | None) -> Tensor:
     """0 or 1 / (1 - p), as F.dropout draws them."""
-
-    def __init__(self, p: float) -> None:
-        self.p = p
-
-    def __call__(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-        if generator is None:
-            return F.dropout(ones, self.p)
-        if not x.is_cuda:
-            return ones.bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
-        # the fused kernel takes its numbers in an order of its own, and no generator
-        default = torch.cuda.default_generators[x.device.index]
-        kept = default.get_state()
-        default.set_state(generator.get_state())
-        mask = F.dropout(ones, self.p)
-        generator.set_state(default.get_state())
-        default.set_state(kept)
-        return mask
+    ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
+    if generator is None:
+        return F.dropout(ones, p)
+    if not x.is_cuda:
+        return ones.bernoulli_(1 - p, generator=generator).div_(1 - p)
+    # the fused kernel takes its numbers in an order of its own, and no generator
+    default = torch.cuda.default_generators[x.device.index]
+    kept = default.get_state()
+    default.set_state(generator.get_state())
+    mask = F.dropout(ones, p)
+    generator.set_state(default.get_state())
+    default.set_state(kept)
+    return mask
 
 
 def _draw(draw: _Draw, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or _generators.get() is None:
+    if torch.compiler.is_compiling() or not _generators.get():
         return draw(x, None)
-    drawn: Tensor = _PerSeed.apply(x.detach(), draw)
-    return drawn
+    return _PerSeed.apply(x.detach(), draw)
 
 
 class _PerSeed(torch.autograd.Function):
@@ -101,15 +86,8 @@ class _PerSeed(torch.autograd.Function):
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        return None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, draw: _Draw) -> tuple[Tensor, int]:
-        generators = _generators.get()
-        assert generators is not None
-        assert in_dims[0] is not None
-        rows = x.unbind(in_dims[0])
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, draw: _Draw) -> tuple[Tensor, int]:
+        rows, generators = x.unbind(in_dims[0]), _generators.get()
         if len(rows) != len(generators):
             raise ValueError(f"there are {len(generators)} seed generators for {len(rows)} rows of torch.vmap")
-        return torch.stack([draw(row, generator) for row, generator in zip(rows, generators, strict=True)]), 0
+        return torch.stack([draw(*each) for each in zip(rows, generators, strict=True)]), 0

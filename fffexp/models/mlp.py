@@ -14,12 +14,9 @@ class MLP(nn.Module):
     """One feedforward layer from the flattened input to the class logits.
 
     Args:
-        layer: (in_features, out_features) -> layer.
+        layer: (in_features, out_features) -> layer; a ValueError if there is none.
         in_shape: shape of one sample.
         num_classes: number of classes.
-
-    Raises:
-        ValueError: no layer.
     """
 
     def __init__(self, layer: LayerFactory | None, in_shape: Sequence[int], num_classes: int) -> None:
@@ -30,5 +27,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, *in_shape) -> (batch, num_classes)."""
-        logits: Tensor = self.layer(x.flatten(1))
-        return logits
+        return self.layer(x.flatten(1))

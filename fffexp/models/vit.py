@@ -1,14 +1,43 @@
-"""The vision transformer of arXiv 2308.14711, section 4.4."""
+"""The vision transformer of arXiv 2308.14711, section 4.4, whose feedforward layers are interchangeable."""
 
 from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fffexp.layers.base import whole
 from fffexp.layers.random import Dropout
 from fffexp.models.mlp import LayerFactory
-from fffexp.models.transformer import TransformerBlock
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and a feedforward layer, each with a residual.
+
+    Args:
+        layer: (in_features, out_features) -> layer; None for attention alone.
+        features: size of a token.
+        heads: attention heads; they divide the features, or a ValueError is raised.
+    """
+
+    def __init__(self, layer: LayerFactory | None, features: int, heads: int) -> None:
+        super().__init__()
+        if features % heads:
+            raise ValueError(f"heads is {heads}, which does not divide the {features} features")
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(features)
+        self.qkv, self.projection = nn.Linear(features, 3 * features), nn.Linear(features, features)
+        self.norm_layer = nn.LayerNorm(features) if layer else None
+        self.layer = layer(features, features) if layer else None
+
+    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
+        """(batch, tokens, features) -> the same, or (batch, wanted, features): of the first tokens alone."""
+        qkv = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        attended = F.scaled_dot_product_attention(query[:, :, :wanted], key, value)
+        x = x[:, :wanted] + self.projection(attended.transpose(1, 2).flatten(2))
+        return x if self.layer is None or self.norm_layer is None else x + self.layer(self.norm_layer(x))
 
 
 class ViT(nn.Module):
@@ -18,15 +47,12 @@ class ViT(nn.Module):
         layer: (in_features, out_features) -> layer of a block; None for blocks of attention alone.
         in_shape: (channels, height, width) of one sample.
         num_classes: number of classes.
-        patch_size: side of a patch in pixels; it divides height and width.
+        patch_size: side of a patch in pixels; it divides height and width, or a ValueError is raised.
         features: size of a token.
         num_blocks: transformer blocks.
         heads: attention heads of a block; they divide the features.
         input_dropout: probability of dropping a feature of the embedded patches in training.
         depths: of the trees of each block, in the place of the layer's own depth.
-
-    Raises:
-        ValueError: samples that are no images, sizes that do not divide each other, or not a depth for each block.
     """
 
     def __init__(
@@ -48,14 +74,11 @@ class ViT(nn.Module):
         if height % patch_size or width % patch_size:
             raise ValueError(f"patch_size is {patch_size}, which does not divide images of {height} x {width}")
         self.patches = nn.Conv2d(channels, features, patch_size, patch_size)
-        tokens = 1 + (height // patch_size) * (width // patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, features))
-        self.positions = nn.Parameter(torch.empty(1, tokens, features))
-        nn.init.trunc_normal_(self.positions, std=0.02)
+        tokens = 1 + (height // patch_size) * (width // patch_size)
+        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, features), std=0.02))
         self.dropout = Dropout(input_dropout)
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks is {num_blocks}; it must be at least 1")
-        layers = [layer] * num_blocks
+        layers = [layer] * whole("num_blocks", num_blocks)
         if depths is not None:
             if layer is None or len(depths) != num_blocks:
                 raise ValueError(f"there are {len(depths)} depths for {num_blocks if layer else 0} layers")
@@ -66,17 +89,14 @@ class ViT(nn.Module):
             if depths is None:
                 raise
             raise ValueError(f"depths are given for a layer that takes none: {error}") from error
-        self.norm = nn.LayerNorm(features)
-        self.classifier = nn.Linear(features, num_classes)
+        self.norm, self.classifier = nn.LayerNorm(features), nn.Linear(features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, *in_shape) -> (batch, num_classes)."""
         patches = self.patches(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches], 1) + self.positions
         *blocks, last = self.blocks
-        x = self.dropout(tokens)
+        x = self.dropout(torch.cat([self.class_token.expand(len(x), -1, -1), patches], 1) + self.positions)
         for block in blocks:
             x = block(x)
         # the class token alone is read, and rows that nobody reads would have a say in how the last layer is balanced
-        logits: Tensor = self.classifier(self.norm(last(x, wanted=1)[:, 0]))
-        return logits
+        return self.classifier(self.norm(last(x, wanted=1)[:, 0]))

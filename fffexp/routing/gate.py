@@ -1,6 +1,6 @@
 """Gates of mixtures of experts: noisy top-k, and Switch.
 
-Shape suffixes: B samples, E experts, K experts chosen for a sample.
+Shape suffixes: B samples, E experts (G in a routing, as of all blocks), K experts chosen for a sample.
 Sources: Shazeer et al., arXiv 1701.06538, section 2.1 and appendix A; Fedus et al., arXiv 2101.03961, section 2.
 """
 
@@ -9,36 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fffexp.routing.blocks import balance, cv_squared
-
-# Below this the noise is treated as this small, so that the load stays finite where there is none.
-SMALLEST_NOISE = 1e-6
-
 
 @dataclass(frozen=True)
 class GateRouting:
-    """What one training pass of a gate leaves behind for losses and metrics.
+    """What one training pass of a noisy gate leaves behind for losses and metrics."""
 
-    Args:
-        gates_BE: (batch, experts) gate values, zero where an expert was not chosen.
-        load_E: (experts,) smooth estimate of how many samples each expert gets.
-    """
-
-    gates_BE: Tensor
-    load_E: Tensor
+    weights_BG: Tensor  # gate values, zero where an expert was not chosen
+    load_G: Tensor  # smooth estimate of how many samples each expert gets
 
 
 @dataclass(frozen=True)
 class SwitchRouting:
-    """What one training pass of a Switch gate leaves behind for losses and metrics.
+    """What one training pass of a Switch gate leaves behind for losses and metrics."""
 
-    Args:
-        gates_BE: (batch, experts) softmax over all experts.
-        expert_B: (batch,) the expert that was chosen.
-    """
-
-    gates_BE: Tensor
-    expert_B: Tensor
+    weights_BG: Tensor  # softmax over all experts
+    block_B: Tensor  # the expert that was chosen
 
 
 def kth_excluding(logits_BE: Tensor, k: int) -> Tensor:
@@ -49,33 +34,9 @@ def kth_excluding(logits_BE: Tensor, k: int) -> Tensor:
 
 
 def chosen_probability(clean_BE: Tensor, noise_BE: Tensor, noisy_BE: Tensor, k: int) -> Tensor:
-    """P(x, i): probability that expert i is among the top k if its own noise alone is drawn again.
+    """P(x, i): probability that expert i is among the top k < E if its own noise alone is drawn again.
 
-    Args:
-        clean_BE: (B, E) logits without noise.
-        noise_BE: (B, E) standard deviation of the noise.
-        noisy_BE: (B, E) logits with the noise that was drawn.
-        k: experts per sample, less than E.
+    Takes the logits without noise, the standard deviation of the noise, and the logits with the noise that was drawn.
     """
-    margin = clean_BE - kth_excluding(noisy_BE, k)
-    return torch.special.ndtr(margin / noise_BE.clamp_min(SMALLEST_NOISE))
-
-
-def importance(routing: GateRouting) -> Tensor:
-    """CV^2 of the gate values summed over the batch."""
-    return cv_squared(routing.gates_BE.sum(0))
-
-
-def load(routing: GateRouting) -> Tensor:
-    """CV^2 of the estimated number of samples per expert."""
-    return cv_squared(routing.load_E)
-
-
-def switch_balance(routing: SwitchRouting) -> Tensor:
-    """Auxiliary loss of arXiv 2101.03961, section 2.2: 1 if uniform, experts if collapsed."""
-    return balance(routing.gates_BE, routing.expert_B)
-
-
-def gate_entropy(routing: GateRouting | SwitchRouting) -> Tensor:
-    """Entropy in nats of the mean gate over the experts; log E if they are used alike."""
-    return torch.special.entr(routing.gates_BE.mean(0)).sum()
+    # of no noise at all the load would not be finite
+    return torch.special.ndtr((clean_BE - kth_excluding(noisy_BE, k)) / noise_BE.clamp_min(1e-6))

@@ -1,6 +1,6 @@
 """Choices of a binary tree, and what is lost or gained by them.
 
-Shape suffixes: B samples, N = 2^depth - 1 nodes (breadth first), L = 2^depth leaves.
+Shape suffixes: B samples, N = 2^depth - 1 nodes (breadth first), L = 2^depth leaves (G in a routing, as of all blocks).
 Source: Belcak and Wattenhofer, arXiv 2308.14711, section 3 (paper.md sections 1 and 7).
 """
 
@@ -10,22 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fffexp.routing import blocks
-
 
 @dataclass(frozen=True)
 class TreeRouting:
-    """What one training pass of a tree leaves behind for losses and metrics.
+    """What one training pass of a tree leaves behind for losses and metrics."""
 
-    Args:
-        logits_BN: (batch, nodes) logits of the nodes; their signs decide.
-        scale: () choice scale; the sigmoids of the logits times it weigh the leaves.
-        leaf_weights_BL: (batch, leaves) soft mixture; each row sums to 1.
-    """
-
-    logits_BN: Tensor
-    scale: Tensor
-    leaf_weights_BL: Tensor
+    logits_BN: Tensor  # their signs decide
+    scale: Tensor  # () the sigmoids of the logits times it weigh the leaves
+    weights_BG: Tensor  # soft mixture; each row sums to 1
 
     # the two below are computed where a loss or a metric asks for them: most steps need neither
 
@@ -35,9 +27,9 @@ class TreeRouting:
         return bernoulli_entropy(self.logits_BN * self.scale)
 
     @property
-    def leaf_B(self) -> Tensor:
+    def block_B(self) -> Tensor:
         """(batch,) leaf that hard decisions reach."""
-        return descend(self.logits_BN.detach(), self.leaf_weights_BL.shape[1].bit_length() - 1)
+        return descend(self.logits_BN.detach(), self.weights_BG.shape[1].bit_length() - 1)
 
 
 def bernoulli_entropy(logits: Tensor) -> Tensor:
@@ -78,13 +70,3 @@ def hardening_mean(routing: TreeRouting) -> Tensor:
 def hardening_sum(routing: TreeRouting) -> Tensor:
     """Entropy of the choices, summed over batch and nodes, as printed in arXiv 2308.14711, section 3."""
     return routing.entropy_BN.sum()
-
-
-def balance(routing: TreeRouting) -> Tensor:
-    """Load balancing of arXiv 2405.16836: 1 if uniform, leaves if collapsed."""
-    return blocks.balance(routing.leaf_weights_BL, routing.leaf_B)
-
-
-def leaf_importance(routing: TreeRouting) -> Tensor:
-    """CV^2 of the leaves' soft weights summed over the batch: 0 if uniform, leaves - 1 if collapsed."""
-    return blocks.cv_squared(routing.leaf_weights_BL.sum(0))

@@ -211,6 +211,15 @@ def test_copies_leave_routing_behind(case: Case, duplicate: Any) -> None:
     assert torch.equal(run(twin.eval(), inputs(5)), run(layer.eval(), inputs(5)))
 
 
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_train_the_chosen_leaf_as_well(duplicate: Any) -> None:
+    layer = FFF(IN, OUT, 2, 3, trained="chosen_leaf")
+    twin = duplicate(layer)
+    assert twin.aux_losses == twin.metrics == {}
+    assert twin.sparse_gradients
+    assert torch.equal(twin(inputs(5)), layer(inputs(5)))
+
+
 @every_case
 def test_routing_accumulates_until_it_is_cleared(case: Case) -> None:
     layer = case.make()

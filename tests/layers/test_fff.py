@@ -66,7 +66,7 @@ def test_hard_equals_naive_with_every_gradient(depth: int) -> None:
     layer.train().routing_mode = "hard"
     assert_close(layer(x), expected)
     leaves = torch.tensor([naive.fff_leaf(row, layer.node_weight, layer.node_bias, depth) for row in x])
-    assert torch.equal(layer.routing.leaf_B, leaves)
+    assert torch.equal(layer.routing.block_B, leaves)
     assert torch.equal(layer.route(x), leaves.unsqueeze(1))
 
 
@@ -102,7 +102,7 @@ def test_zero_nodes_are_a_uniform_mixture() -> None:
     ff = FF(IN, OUT, width=layer.training_width).double()
     copy_dense(ff, w1.flatten(0, 1), b1.flatten(), w2.flatten(0, 1) / 8, b2.mean(0))
     assert_close(layer(x), ff(x))
-    assert_close(layer.routing.leaf_weights_BL, torch.full((5, 8), 1 / 8))
+    assert_close(layer.routing.weights_BG, torch.full((5, 8), 1 / 8))
 
 
 def test_large_choice_scale_turns_soft_into_hard() -> None:
@@ -130,7 +130,7 @@ def test_leaf_weights_sum_to_1(decisions: Literal["soft", "hard"], region_leak: 
     layer = make(depth=4, region_leak=region_leak)
     layer.routing_mode = decisions
     layer(inputs(50, dtype=torch.float64))
-    weights = layer.routing.leaf_weights_BL
+    weights = layer.routing.weights_BG
     assert weights.shape == (50, 16)
     assert (weights >= 0).all()
     assert_close(weights.sum(1), torch.ones(50))
@@ -141,7 +141,7 @@ def test_regularisers_see_soft_weights_under_hard_decisions_too() -> None:
     hard.routing_mode = "hard"
     soft(x)
     hard(x)
-    assert_close(hard.routing.leaf_weights_BL, soft.routing.leaf_weights_BL)
+    assert_close(hard.routing.weights_BG, soft.routing.weights_BG)
 
 
 @pytest.mark.parametrize("depth", [1, 3, DEEP])
@@ -153,7 +153,7 @@ def test_ties_go_right(depth: int, zero: float) -> None:
     last = copy_block(FF(IN, OUT, width=5).double(), layer.leaves, 2**depth - 1)
     layer.routing_mode = "hard"
     assert_close(layer.train()(x), last(x))
-    assert (layer.routing.leaf_B == 2**depth - 1).all()
+    assert (layer.routing.block_B == 2**depth - 1).all()
     assert_close(layer.eval()(x), last(x))
 
 
@@ -210,7 +210,7 @@ def test_region_leak_swaps_each_choice_by_itself(decisions: Literal["soft", "har
     layer.routing_mode = decisions
     layer.inverse_temperature.fill_(1e9)  # every choice is 0 or 1
     output = layer(x)
-    reached, home = layer.routing.leaf_weights_BL.argmax(1), layer.routing.leaf_B
+    reached, home = layer.routing.weights_BG.argmax(1), layer.routing.block_B
     assert torch.equal(home, layer.route(x).flatten())  # where inference would go
     top = reached // 2 != home // 2
     low = (reached != home) & ~top

@@ -39,7 +39,7 @@ def test_a_task_trains_the_parts_of_a_forest() -> None:
     task.on_after_backward()
     task.aux_weights = {"importance": 1.0}
     loss = task.training_step(batch, 0)
-    importance = sum(tree.aux_losses["importance"](tree.routing) for tree in layer.trees)
+    importance = sum(layer.trees[0].aux_losses["importance"](routing) for routing in layer.routing)
     assert float((loss - plain).detach()) == pytest.approx(float(importance), rel=1e-3)
     loss.backward()
     assert all(p.grad is not None for p in task.parameters())

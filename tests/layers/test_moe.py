@@ -12,7 +12,7 @@ from torch import Tensor
 from fffexp.kernels import eager, naive
 from fffexp.kernels.grouped import grouped_mm
 from fffexp.layers import FF, NoisyTopKMoE
-from fffexp.routing import gate
+from fffexp.routing.blocks import importance, load
 
 EXPERTS, WIDTH, K = 5, 3, 2
 
@@ -36,7 +36,7 @@ def noisy_logits(layer: NoisyTopKMoE, x: Tensor, eps: Tensor) -> Tensor:
 
 def train_loss(layer: NoisyTopKMoE, x: Tensor) -> Tensor:
     output = layer(x)
-    return output.square().sum() + gate.importance(layer.routing) + gate.load(layer.routing)
+    return output.square().sum() + importance(layer.routing) + load(layer.routing)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -83,7 +83,7 @@ def test_load_is_the_probability_of_being_chosen_when_one_noise_is_redrawn() -> 
             redrawn[:, expert] = torch.randn(draws, generator=generator, dtype=torch.float64)
             chosen = noisy_logits(layer, x, redrawn).topk(K, dim=1).indices
             share = (chosen == expert).any(1).double().mean()
-            assert abs(layer.routing.load_E[expert] - share) < 0.01
+            assert abs(layer.routing.load_G[expert] - share) < 0.01
         layer.routing = None
 
 
@@ -92,8 +92,8 @@ def test_gates_are_those_of_the_definition() -> None:
     logits = noisy_logits(layer, x, fix_noise(20))
     layer(x)
     kept = logits >= logits.sort(dim=1, descending=True).values[:, K - 1 : K]
-    assert_close(layer.routing.gates_BE, torch.softmax(logits.masked_fill(~kept, -math.inf), dim=1))
-    assert ((layer.routing.gates_BE > 0).sum(1) == K).all()
+    assert_close(layer.routing.weights_BG, torch.softmax(logits.masked_fill(~kept, -math.inf), dim=1))
+    assert ((layer.routing.weights_BG > 0).sum(1) == K).all()
 
 
 def test_inference_is_repeatable_whatever_the_options() -> None:
@@ -117,7 +117,7 @@ def test_finite_without_noise(dtype: torch.dtype, tied: bool) -> None:
 
 
 def test_noise_has_its_own_weights() -> None:
-    for aux_loss in (None, gate.load):  # by the prediction loss, and by the load
+    for aux_loss in (None, load):  # by the prediction loss, and by the load
         layer, x = make(), inputs(30, dtype=torch.float64)
         output = layer(x)
         loss = output.square().sum() if aux_loss is None else aux_loss(layer.routing)
@@ -144,7 +144,7 @@ def test_at_initialisation_every_expert_is_equally_likely(k: int) -> None:
     layer, rows = NoisyTopKMoE(IN, OUT, EXPERTS, WIDTH, k, trainable=k > 1), 20_000
     layer(inputs(rows))
     # the standard deviation of P over draws is at most 1/2: 4 * 0.5 / sqrt(20,000) = 0.0142
-    assert (layer.routing.load_E / rows - k / EXPERTS).abs().max() < 0.0142
+    assert (layer.routing.load_G / rows - k / EXPERTS).abs().max() < 0.0142
 
 
 def test_initial_gate() -> None:
@@ -154,7 +154,7 @@ def test_initial_gate() -> None:
     assert not layer.noise_weight.any()
     eps = fix_noise(9, dtype=torch.float32)
     layer(inputs(9))
-    assert_close(layer.routing.gates_BE, torch.softmax(math.log(2) * eps, dim=1))  # softplus(0) = ln 2
+    assert_close(layer.routing.weights_BG, torch.softmax(math.log(2) * eps, dim=1))  # softplus(0) = ln 2
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -187,8 +187,8 @@ def test_only_the_chosen_experts_are_read() -> None:
 def test_all_experts_chosen_makes_the_load_a_count() -> None:
     layer = make(k=EXPERTS)
     layer(inputs(13, dtype=torch.float64))
-    assert_close(layer.routing.load_E, torch.full((EXPERTS,), 13.0))
-    assert gate.load(layer.routing) == 0
+    assert_close(layer.routing.load_G, torch.full((EXPERTS,), 13.0))
+    assert load(layer.routing) == 0
 
 
 def test_one_expert_at_a_time_is_for_timing() -> None:

@@ -9,7 +9,8 @@ from tolerances import assert_all_close, assert_close, gradients
 
 from fffexp.kernels import naive
 from fffexp.layers import FF, SwitchMoE
-from fffexp.routing import gate
+from fffexp.routing.blocks import balance, gate_entropy
+from fffexp.routing.gate import SwitchRouting
 
 EXPERTS, WIDTH = 5, 3
 
@@ -46,20 +47,20 @@ def test_one_expert_is_a_dense_layer() -> None:
 
 def test_the_auxiliary_loss() -> None:
     probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.2, 0.5, 0.3]])
-    routing = gate.SwitchRouting(probabilities, probabilities.argmax(1))
+    routing = SwitchRouting(probabilities, probabilities.argmax(1))
     # f = (1/2, 1/4, 1/4), P = (1.4, 1.4, 1.2) / 4: 3 * (0.175 + 0.0875 + 0.075)
-    assert_close(gate.switch_balance(routing), torch.tensor(1.0125))
+    assert_close(balance(routing), torch.tensor(1.0125))
     collapsed = torch.tensor([[1.0, 0.0, 0.0]] * 4)
-    assert gate.switch_balance(gate.SwitchRouting(collapsed, collapsed.argmax(1))) == 3
+    assert balance(SwitchRouting(collapsed, collapsed.argmax(1))) == 3
     # P = (1.4, 1.4, 1.2) / 4
     entropy = -sum(p * math.log(p) for p in (0.35, 0.35, 0.3))
-    assert_close(gate.gate_entropy(routing), torch.tensor(entropy))
+    assert_close(gate_entropy(routing), torch.tensor(entropy))
 
 
 def test_the_loss_moves_the_gate_alone() -> None:
     layer = make()
     layer(inputs(20, dtype=torch.float64))
-    gate.switch_balance(layer.routing).backward()
+    balance(layer.routing).backward()
     assert layer.gate_weight.grad is not None
     assert layer.gate_weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in layer.experts.parameters())

@@ -6,7 +6,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from fffexp.routing import tree
-from fffexp.routing.blocks import block_counts
+from fffexp.routing.blocks import balance, block_counts, importance
 from fffexp.routing.tree import TreeRouting
 
 
@@ -104,7 +104,7 @@ def test_entropy_is_of_the_scaled_logits() -> None:
     z = torch.tensor([[0.3, -1.0, 2.0]])
     left = TreeRouting(z, torch.tensor(2.0), torch.full((1, 4), 0.25))
     assert_close(left.entropy_BN, tree.bernoulli_entropy(2 * z))
-    assert left.leaf_B.tolist() == [3]
+    assert left.block_B.tolist() == [3]
 
 
 @pytest.mark.parametrize(("rows", "depth"), [(0, 2), (5, 0)])
@@ -118,18 +118,18 @@ def test_balance_by_hand() -> None:
     # f = (2/4, 1/4, 1/4, 0); P = column means = (0.4, 0.3, 0.2, 0.1)
     # 4 * (0.5 * 0.4 + 0.25 * 0.3 + 0.25 * 0.2 + 0 * 0.1) = 4 * 0.325 = 1.3
     weights = [[0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.1, 0.3, 0.5, 0.1]]
-    assert_close(tree.balance(routing(weights, leaf=[0, 0, 1, 2])), torch.tensor(1.3))
+    assert_close(balance(routing(weights, leaf=[0, 0, 1, 2])), torch.tensor(1.3))
 
 
 @pytest.mark.parametrize(("leaf", "expected"), [([0, 1, 2, 3], 1.0), ([2, 2, 2, 2], 4.0)])
 def test_balance_is_1_if_uniform_and_the_leaves_if_collapsed(leaf: list[int], expected: float) -> None:
     one_hot = torch.eye(4)[leaf].tolist()
-    assert_close(tree.balance(routing(one_hot, leaf)), torch.tensor(expected))
+    assert_close(balance(routing(one_hot, leaf)), torch.tensor(expected))
 
 
 def test_balance_pushes_weight_away_from_crowded_leaves() -> None:
     weights = torch.full((4, 2), 0.5, requires_grad=True)
-    tree.balance(TreeRouting(torch.tensor([[-1.0], [-1.0], [-1.0], [1.0]]), torch.ones(()), weights)).backward()
+    balance(TreeRouting(torch.tensor([[-1.0], [-1.0], [-1.0], [1.0]]), torch.ones(()), weights)).backward()
     # d/dP_i = leaves * f_i, and P_i takes a quarter of each row: 2 * 3/4 / 4 and 2 * 1/4 / 4
     assert_close(weights.grad, torch.tensor([[0.375, 0.125]] * 4))
 
@@ -144,7 +144,7 @@ def test_balance_pushes_weight_away_from_crowded_leaves() -> None:
     ],
 )
 def test_leaf_importance(weights: list[list[float]], expected: float) -> None:
-    assert_close(tree.leaf_importance(routing(weights)), torch.tensor(expected))
+    assert_close(importance(routing(weights)), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 1), (0, 2), (5, 2)])
