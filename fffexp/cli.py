@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not {"", os.getcwd()} & {*sys.path}:
         sys.path.append(os.getcwd())  # so that `class_path: own.Net` finds own.py; last, to hide no installed package
     try:
-        _dispatch(COMMANDS, args)
+        with terminated_by_signal():
+            _dispatch(COMMANDS, args)
     except UserError as error:
         report(error)
         return 2
@@ -103,8 +104,7 @@ def _experiment(*args: str) -> None:
     configs.check_devices(configs.given(args))  # at once, before the seconds that Lightning takes
     from fffexp.training.experiment import Context, run
 
-    with terminated_by_signal():
-        result = run(args, Context(fresh_process=True))
+    result = run(args, Context(fresh_process=True))
     if result is not None:
         for name, value in sorted(result.metrics.items()):
             print(f"{name:32} {value:.6g}")

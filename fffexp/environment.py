@@ -2,12 +2,12 @@
 
 import os
 import platform
-import socket
+import re
 import subprocess
 import sys
 import time
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def environment(threads: list[int], device: str) -> dict[str, Any]:
     """Where the numbers come from, for a results file."""
     from fffexp.kernels import build, operators
 
+    versions = {name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES}
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -37,29 +38,22 @@ def environment(threads: list[int], device: str) -> dict[str, Any]:
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") != "0",
         "commit": git_commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "host": host(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "host": platform.node(),
+        "versions": {"python": platform.python_version()} | versions,
     }
-
-
-def host() -> str:
-    """Name of this machine."""
-    return socket.gethostname()
 
 
 @cache
 def git_commit() -> str | None:
     """Commit that this code is of, with "-dirty" where it was changed; None where git or the repository is missing."""
-    package = Path(__file__).parent
     try:
         # a package installed within another repository is not of its commit
         _git("ls-files", "--error-unmatch", __file__)
-        commit = _git("rev-parse", "HEAD")
+        # what measures, not the results that are being written
+        changed = _git("diff", "--name-only", "HEAD", "--", *(f":/{name}" for name in ("fffexp", "configs", "studies")))
+        return _git("rev-parse", "HEAD") + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None
-    # what measures, not the results that are being written
-    changed = ["git", "-C", str(package.parent), "diff", "--quiet", "HEAD", "--", "fffexp", "configs", "studies"]
-    return commit + ("-dirty" if subprocess.run(changed, capture_output=True, check=False).returncode else "")
 
 
 def _git(*arguments: str) -> str:
@@ -73,21 +67,14 @@ def peak_memory_mb() -> float | None:
         import resource
     except ImportError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 @cache
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return named[1].strip() if named else platform.machine()

@@ -4,31 +4,20 @@ import os
 from pathlib import Path
 
 
-def outputs() -> Path:
-    """The folder of all that is written without being given a path."""
-    return Path(os.environ.get("FFFEXP_OUTPUTS") or "outputs")
+def outputs(*parts: str) -> Path:
+    """A path below the folder of all that is written without being given a path.
 
-
-def checkpoints() -> Path:
-    """The checkpoints of each run, in a folder named by its id."""
-    return outputs() / "checkpoints"
-
-
-def studies() -> Path:
-    """The results of each study, in a folder of its name."""
-    return outputs() / "studies"
-
-
-def artifacts() -> Path:
-    """What MLflow keeps beside its database, where that is a local one."""
-    return outputs() / "artifacts"
+    "checkpoints" has a folder for each run, by its id; "studies" one for each study, by its name; "artifacts" is what
+    MLflow keeps beside a local database.
+    """
+    return Path(os.environ.get("FFFEXP_OUTPUTS") or "outputs", *parts)
 
 
 def tracking_uri(given: str | None = None) -> str:
     """The MLflow store: what was given, else MLFLOW_TRACKING_URI, else SQLite in the outputs."""
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{outputs() / 'mlflow.db'}"
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{outputs('mlflow.db')}"
 
 
 def storage(given: str | None = None) -> str:
     """The Optuna storage: what was given, else FFFEXP_STORAGE, else SQLite in the outputs."""
-    return given or os.environ.get("FFFEXP_STORAGE") or f"sqlite:///{outputs() / 'optuna.db'}"
+    return given or os.environ.get("FFFEXP_STORAGE") or f"sqlite:///{outputs('optuna.db')}"

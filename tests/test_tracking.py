@@ -64,7 +64,7 @@ def test_a_deleted_experiment_is_restored(store: tuple[MlflowClient, str]) -> No
 
 
 def test_metrics_reach_the_store_whatever_their_number(store: tuple[MlflowClient, str], tmp_path: Path) -> None:
-    with tracking.run(*store, "many", {}) as run:
+    with tracking.Run(*store, "many", {}) as run:
         for step in range(700):
             run.log_metrics({"a": step, "b": float("nan"), "epoch": step}, step)
         run.finalize("success")
@@ -86,7 +86,7 @@ def test_the_status_of_a_run(
     with ExitStack() as stack:
         if kind:
             stack.enter_context(pytest.raises(kind))
-        with tracking.run(*store, "one", {"tag": "x"}) as run:
+        with tracking.Run(*store, "one", {"tag": "x"}) as run:
             if kind:
                 raise kind
     found = store[0].get_run(run.id)
@@ -102,7 +102,7 @@ def test_a_signal_in_the_middle_of_a_write_fails_the_run(
     ids: list[str] = []
 
     def write_on() -> None:
-        with terminated_by_signal(), tracking.run(*store, "interrupted", {}) as run:
+        with terminated_by_signal(), tracking.Run(*store, "interrupted", {}) as run:
             ids.append(run.id)
             timer = threading.Timer(random.uniform(0, 0.03), os.kill, (os.getpid(), number))
             timer.start()

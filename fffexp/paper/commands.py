@@ -11,7 +11,7 @@ from fffexp import paths
 from fffexp.bench.commands import use_huge_pages
 from fffexp.bench.setting import Setting
 from fffexp.commandline import NonNegativeInt, PositiveInt, check_file
-from fffexp.errors import UserError, terminated_by_signal
+from fffexp.errors import UserError
 from fffexp.files import hold, strict_json
 
 Data = Literal["fashion_mnist", "mnist", "usps", "cifar10"]
@@ -250,8 +250,8 @@ def conversion(
 def _files(json: Path | None, figure: Path | None = None, name: str = "") -> Iterator[Path]:
     """Where the figure of this name goes, once the files can be written; nobody else writes the JSON meanwhile."""
     check_file("--json", json, ".json")
-    drawn = figure or (json.with_suffix(".png") if json else paths.outputs() / f"{name}.png")
+    drawn = figure or (json.with_suffix(".png") if json else paths.outputs(f"{name}.png"))
     if name:
         check_file("--figure", drawn, ".png")
-    with hold(json), terminated_by_signal():
+    with hold(json):
         yield drawn

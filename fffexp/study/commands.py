@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fffexp import paths
 from fffexp.commandline import NonNegativeInt, PositiveFloat, PositiveInt
-from fffexp.errors import UserError, terminated_by_signal
+from fffexp.errors import UserError
 
 if TYPE_CHECKING:
     from fffexp.study.results import Results
@@ -135,7 +135,7 @@ def delete(name: str, storage: str | None = None) -> None:
                 raise UserError(f"study {name} is running: stop its commands, wait half a minute, and delete it then")
         for part in sorted(parts, key=lambda part: part.endswith("/runs")):  # which says that it is begun
             opened.delete_study(parts[part]._study_id)
-    shutil.rmtree(paths.studies() / name, ignore_errors=True)
+    shutil.rmtree(paths.outputs("studies", name), ignore_errors=True)
     print(f"deleted study {name}; its runs are still in MLflow")
 
 
@@ -158,7 +158,7 @@ def clean(storage: str | None = None, tracking_uri: str | None = None) -> None:
     for name in {name.partition("/")[0] for name in studies}:
         tracking.open_store(uri, name)  # which marks the runs of dead processes
     client, removed = MlflowClient(uri), 0
-    for folder in paths.checkpoints().glob("*"):
+    for folder in paths.outputs("checkpoints").glob("*"):
         try:
             run = client.get_run(folder.name)
         except MlflowException:
@@ -178,7 +178,7 @@ def report(name: str) -> None:
     from fffexp.report import page, text
 
     results = _results(name)
-    folder = paths.studies() / results.study
+    folder = paths.outputs("studies", results.study)
     page.write(results, folder)
     print(text.summary(results))
     print(f"\nwritten to {folder}: report.html, pareto.png, history.png")
@@ -187,7 +187,7 @@ def report(name: str) -> None:
 def _results(name: str) -> "Results":
     from fffexp.study.results import Results
 
-    path = Path(name) if name.endswith(".json") else paths.studies() / name / "summary.json"
+    path = Path(name) if name.endswith(".json") else paths.outputs("studies", name, "summary.json")
     if not path.is_file():
         raise UserError(f"{path} is not there: run the study first, from this folder (fffexp study run FILE)")
     return Results.load(path)
@@ -198,12 +198,12 @@ def _run(spec: "StudySpec", jobs: int, url: str, tracking_uri: str | None) -> No
     from fffexp.study.runner import StudyRunner
 
     name = spec.name
-    with terminated_by_signal():
-        runner = StudyRunner(spec, url, paths.tracking_uri(tracking_uri), jobs)
-        resume = f"Ctrl-C stops, `fffexp study resume {name}` goes on"
-        print(f"study {name}: {len(spec.points())} trials, {jobs} jobs; {resume}", flush=True)
-        results = runner.run()
+    runner = StudyRunner(spec, url, paths.tracking_uri(tracking_uri), jobs)
+    resume = f"Ctrl-C stops, `fffexp study resume {name}` goes on"
+    print(f"study {name}: {len(spec.points())} trials, {jobs} jobs; {resume}", flush=True)
+    results = runner.run()
     print(f"\n{summary(results)}\n")
-    print(f"took {results.wall_s:.0f} s; written to {paths.studies() / name}: report.html, pareto.png, history.png")
+    folder = paths.outputs("studies", name)
+    print(f"took {results.wall_s:.0f} s; written to {folder}: report.html, pareto.png, history.png")
     following = f"study show {name} --max_latency_ms 0.5" if results.finalists else f"study trials {name}"
     print(f"next: make ui, or fffexp {following}")

@@ -127,7 +127,7 @@ class StudyRunner:
             raise UserError(
                 f"study {self.spec.name} is not tracked in {self.uri}: give the --tracking_uri that it was begun with"
             ) from error
-        try:
+        with run:
             for queue in self.study.queues:
                 queue.fill()
             if not self._complete():
@@ -138,17 +138,13 @@ class StudyRunner:
             if self.path is not None:
                 results.save(self.path)
             else:
-                for path in page.write(results, paths.studies() / self.spec.name):
+                for path in page.write(results, paths.outputs("studies", self.spec.name)):
                     run.file(path)
                 finals = [(t, t.mean, t.test_mean) for t in results.trials if t.run_id and t.evaluation]
                 for trial, *means in finals:
                     for metric, mean in zip((results.monitor, results.test_monitor), means, strict=True):
                         if mean is not None:
                             self.client.log_metric(str(trial.run_id), f"final/{metric.replace('/', '_')}", mean)
-        except BaseException:
-            run.end("FAILED")
-            raise
-        run.end("FINISHED")
         return results
 
     def _complete(self) -> bool:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ import torch
 from optuna_integration import PyTorchLightningPruningCallback
 
 from fffexp import tracking
-from fffexp.environment import environment, host, training_device
+from fffexp.environment import environment, training_device
 from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError, report, terminated_by_signal
 from fffexp.study import store
 from fffexp.study.results import Record
@@ -135,7 +136,7 @@ class Worker:
                 time.sleep(POLL_S)
 
     def _objective(self, trial: optuna.Trial) -> float | tuple[float, ...]:
-        trial.set_user_attr("host", host())
+        trial.set_user_attr("host", platform.node())
         runs = self.study.runs_study
         with self.study.storage.exclusive():
             known = runs.user_attrs["environments"]

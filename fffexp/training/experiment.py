@@ -216,7 +216,7 @@ class ExperimentCLI(LightningCLI):
         params = flat_params(config, model)
         tags = {"layer": params["layer"], "data": params["data"], "backend": backends(model), **self.context.tags}
         name = f"{params['layer']} {params['training_width']} seed {params['seed']}"
-        with tracking.run(client, experiment, name, tags, self.context.parent) as run:
+        with tracking.Run(client, experiment, name, tags, self.context.parent) as run:
             run.params(params)
             run.text(self.resolved_yaml, "config.yaml")
             loggers = self.trainer.loggers
@@ -225,7 +225,7 @@ class ExperimentCLI(LightningCLI):
             self.trainer.loggers = [run, *loggers]
             # a resumed run goes on in its folder
             resumed = kwargs.get("ckpt_path")
-            folder = Path(resumed).parent if resumed else paths.checkpoints() / run.id
+            folder = Path(resumed).parent if resumed else paths.outputs("checkpoints", run.id)
             self.last.folder = folder
             if self.best is not None:
                 self.best.dirpath = str(folder)
