@@ -2,46 +2,44 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module, metadata
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pkgutil import resolve_name
 from typing import Any
 
 from fffexp import configs
 from fffexp.errors import NonFiniteLossError, UserError, report, terminated_by_signal
 
+EXPERIMENT = {
+    "fit": "Train a layer by its configs, and test the checkpoint that was best on validation.",
+    "validate": "Validate a checkpoint (--ckpt_path).",
+    "test": "Test a checkpoint (--ckpt_path).",
+    "predict": "Print what a checkpoint (--ckpt_path) predicts for the test inputs.",
+}
 STUDY = ("run", "resume", "show", "trials", "best", "delete", "clean")
-# "module:function" of each command; how a typed function becomes one, see commandline.py. Modules named here import
-# quickly, and their functions torch and the like only when called.
+TABLES = ("table1", "table2", "table3", "figure3", "figure5", "figure6", "conversion")
+# "module:function" of each other command; how a typed function becomes one, see commandline.py. Modules named here
+# import quickly, and their functions torch and the like only when called.
 COMMANDS: Mapping[str, Any] = {
-    "fit": "fffexp.cli:fit",
-    "validate": "fffexp.cli:validate",
-    "test": "fffexp.cli:test",
-    "predict": "fffexp.cli:predict",
+    **EXPERIMENT,
     "study": {name: f"fffexp.study.commands:{name}" for name in STUDY},
     "report": "fffexp.study.commands:report",
     "bench": {name: f"fffexp.bench.commands:{name}" for name in ("inference", "training", "model", "overhead")},
-    "reproduce": {
-        name: f"fffexp.paper.commands:{name}"
-        for name in ("table1", "table2", "table3", "figure3", "figure5", "figure6", "conversion")
-    },
+    "reproduce": {name: f"fffexp.paper.commands:{name}" for name in TABLES},
     "build": "fffexp.cli:build",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0 done, 1 failed, 2 the user's mistake, reported in one line."""
-    args = list(sys.argv[1:] if argv is None else argv)
     if not {"", os.getcwd()} & {*sys.path}:
         sys.path.append(os.getcwd())  # so that `class_path: own.Net` finds own.py; last, to hide no installed package
     try:
         with terminated_by_signal():
-            _dispatch(COMMANDS, args)
-    except UserError as error:
+            _dispatch(COMMANDS, sys.argv[1:] if argv is None else argv)
+    except (UserError, NonFiniteLossError) as error:
         report(error)
-        return 2
-    except NonFiniteLossError as error:
-        report(error)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         report("interrupted")
         return 130
@@ -49,65 +47,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(table: Mapping[str, Any], args: Sequence[str], parents: tuple[str, ...] = ()) -> None:
-    if args[:1] == ["--version"] and not parents:
+    name, *rest = args or ["--help"]
+    command = (*parents, name)
+    if command == ("--version",):
         print(f"fffexp {metadata.version('fffexp')}")
-    elif not args or args[0] in ("-h", "--help"):
-        _print_usage(table, " ".join(parents))
-    elif args[0] not in table:
-        raise UserError(f"unknown command {' '.join((*parents, args[0]))!r}: give one of {', '.join(table)}")
-    elif isinstance(table[args[0]], Mapping):
-        _dispatch(table[args[0]], args[1:], (*parents, args[0]))
+    elif name in ("-h", "--help"):
+        _print_usage(table, " ".join(["fffexp", *parents]))
+    elif name not in table:
+        raise UserError(f"unknown command {' '.join(command)!r}: give one of {', '.join(table)}")
+    elif isinstance(table[name], Mapping):
+        _dispatch(table[name], rest, command)
+    elif table[name] in EXPERIMENT.values():
+        _experiment(args)
     else:
         from fffexp.commandline import run_command
 
-        run_command(_load(table[args[0]]), args[1:], " ".join((*parents, args[0])))
+        run_command(resolve_name(table[name]), rest, " ".join(command))
 
 
-def _load(target: str) -> Callable[..., object]:
-    module, _, name = target.partition(":")
-    function: Callable[..., object] = getattr(import_module(module), name)
-    return function
-
-
-def _print_usage(table: Mapping[str, Any], parents: str) -> None:
-    program = f"fffexp {parents}".strip()
+def _print_usage(table: Mapping[str, Any], program: str) -> None:
     print(f"usage: {program} COMMAND [--help] ...\n")
-    if not parents:
-        print("Which feedforward layer: dense FF, a mixture of experts or FFF?\n")
+    if table is COMMANDS:
+        print("Which feedforward layer: a dense one, a mixture of experts or a tree?\n")
     for name, entry in table.items():
-        text = f"{' | '.join(entry)}" if isinstance(entry, Mapping) else (_load(entry).__doc__ or "").splitlines()[0]
-        print(f"  {name:10} {text}")
+        text = " | ".join(entry) if isinstance(entry, Mapping) else EXPERIMENT.get(name)
+        print(f"  {name:10} {text or resolve_name(entry).__doc__.splitlines()[0]}")
     print(f"\n{program} COMMAND --help explains a command.")
 
 
-def fit(*args: str) -> None:
-    """Train a layer by its configs, and test the checkpoint that was best on validation."""
-    _experiment("fit", *args)
-
-
-def validate(*args: str) -> None:
-    """Validate a checkpoint (--ckpt_path)."""
-    _experiment("validate", *args)
-
-
-def test(*args: str) -> None:
-    """Test a checkpoint (--ckpt_path)."""
-    _experiment("test", *args)
-
-
-def predict(*args: str) -> None:
-    """Print what a checkpoint (--ckpt_path) predicts for the test inputs."""
-    _experiment("predict", *args)
-
-
-def _experiment(*args: str) -> None:
-    configs.check_devices(configs.given(args))  # at once, before the seconds that Lightning takes
+def _experiment(args: Sequence[str]) -> None:
+    configs.given(args)  # which refuses mistakes at once, before the seconds that Lightning takes
     from fffexp.training.experiment import Context, run
 
     result = run(args, Context(fresh_process=True))
     if result is not None:
-        for name, value in sorted(result.metrics.items()):
-            print(f"{name:32} {value:.6g}")
+        print(*(f"{name:32} {value:.6g}" for name, value in sorted(result.metrics.items())), sep="\n")
         print(f"run {result.run_id}; compare runs: make ui")
 
 

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,11 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """
     try:
         content = yaml.load(text, _StrictLoader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = (error.problem or "").replace("found unconstructable recursive node", "an alias contains itself")
-        raise UserError(f"{source}{line}: {problem}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = problem.replace("found unconstructable recursive node", "an alias contains itself")
+        raise UserError(f"{source}{line}: {problem}") from error
     if not isinstance(content, dict):
         raise UserError(f"{source} is not a mapping of keys to values")
     return content
@@ -53,10 +54,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         return parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not YAML: it is not UTF-8 text") from error
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{path} cannot be read ({problem}): give the path of a YAML file") from error
 
 
 def load_config(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -75,20 +75,24 @@ def load_config(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     pieces = content.pop("configs", [])
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         raise UserError(f"{path}: configs must be a list of paths")
-    settings: dict[str, Any] = {}
-    for piece in pieces:
-        settings = _merged(settings, load_config(path.parent / piece, (*within, path)))
-    return _merged(settings, content)
+    parts = (load_config(path.parent / piece, (*within, path)) for piece in pieces)
+    return reduce(_merged, (*parts, content), {})
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**below, **above}
-    for key, value in above.items():
-        under = below.get(key)
-        if isinstance(value, Mapping) and isinstance(under, Mapping):
-            same = value.get("class_path", under.get("class_path")) == under.get("class_path")
-            merged[key] = _merged(under, value) if same else value
-    return merged
+def _merged(below: Any, above: Any) -> Any:
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    if above.get("class_path", below.get("class_path")) != below.get("class_path"):
+        return above
+    return {**below, **above, **{key: _merged(below[key], above[key]) for key in below.keys() & above}}
+
+
+def _options(args: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Position of the value, name and value of each `--name=value` and `--name value`."""
+    for at, (option, following) in enumerate(pairwise([*args, ""])):
+        name, equals, value = option.partition("=")
+        if option.startswith("-"):
+            yield (at, name, value) if equals else (at + 1, name, following)
 
 
 def expand(args: Sequence[str]) -> list[str]:
@@ -98,13 +102,9 @@ def expand(args: Sequence[str]) -> list[str]:
         UserError: see `load_config`.
     """
     expanded = list(args)
-    for index, option in enumerate(args):
-        name, equals, value = option.partition("=")
-        at = index if equals else index + 1
-        if name in ("--config", "-c") and at < len(args):
-            path = Path(value if equals else args[at])
-            if path.is_file() and "configs" in read_yaml(path):
-                expanded[at] = name * bool(equals) + equals + json.dumps(load_config(path))
+    for at, name, value in _options(args):
+        if name in ("--config", "-c") and Path(value).is_file() and "configs" in read_yaml(Path(value)):
+            expanded[at] = expanded[at].removesuffix(value) + json.dumps(load_config(Path(value)))
     return expanded
 
 
@@ -112,48 +112,30 @@ def given(args: Sequence[str]) -> dict[str, Any]:
     """What a command line of `fffexp fit` sets, its --config files included, by dotted keys without `init_args`.
 
     Raises:
-        UserError: a --config file cannot be read, or see `parse_yaml`.
+        UserError: a --config file cannot be read, or see `parse_yaml`; or more than one process would train, which is
+            refused before torch is imported.
     """
     settings: dict[str, Any] = {}
-    for option, following in pairwise([*args, ""]):
-        if option.startswith("--"):
-            key, equals, value = option[2:].partition("=")
-            value = value if equals else following
-            if key in ("config", "c"):
-                settings |= flat(load_config(Path(value)))
-            else:
-                settings[key.replace(".init_args", "")] = _value(value)
-    return settings
-
-
-def check_devices(settings: Mapping[str, Any]) -> None:
-    """Refuse more than one device, before torch is imported; by what `given` returns.
-
-    Raises:
-        UserError: more than one process would train.
-    """
+    value: Any
+    for _, name, value in _options(args):
+        if name in ("--config", "-c"):
+            settings |= flat(load_config(Path(value)))
+        else:
+            with suppress(yaml.YAMLError):  # else it is text
+                value = yaml.safe_load(value)
+            settings[name.lstrip("-").replace(".init_args", "")] = value
     for key in ("trainer.devices", "trainer.num_nodes"):
-        value = settings.get(key)
-        several = len(value) != 1 if isinstance(value, list) else value not in (None, 0, 1, "auto")
-        if several:
-            raise UserError(f"{key} is {value}: a run trains on one device for now: give 1")
+        count = settings.get(key)
+        if len(count) != 1 if isinstance(count, list) else count not in (None, 0, 1, "auto"):
+            raise UserError(f"{key} is {count}: a run trains on one device for now: give 1")
     strategy = settings.get("trainer.strategy", settings.get("trainer.strategy.class_path"))
     if strategy not in (None, "auto", "single_device"):
         raise UserError(f"trainer.strategy is {strategy}: a run trains on one device for now: leave it out")
+    return settings
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values of a nested config by their dotted keys, without `init_args`."""
     for key, value in content.items():
         name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
-        if isinstance(value, Mapping):
-            yield from flat(value, name)
-        else:
-            yield name, value
-
-
-def _value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        yield from flat(value, name) if isinstance(value, Mapping) else [(name, value)]

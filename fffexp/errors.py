@@ -3,8 +3,9 @@
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 
 class UserError(ValueError):
@@ -19,6 +20,13 @@ class NonFiniteLossError(RuntimeError):
     """Training met a NaN or infinite loss; the message names the step."""
 
 
+def refuse(*mistakes: tuple[object, str]) -> None:
+    """Raise a UserError with the first message whose condition holds."""
+    for wrong, message in mistakes:
+        if wrong:
+            raise UserError(message)
+
+
 def report(error: Exception | str) -> None:
     """Print an error as one line on stderr, without secrets."""
     print(f"fffexp: {hide_password(' '.join(str(error).split()))}", file=sys.stderr)
@@ -30,36 +38,42 @@ def hide_password(text: str) -> str:
     return re.sub(r"(?i)([?&](?:password|passwd|token)=)[^&\s]*", r"\1***", text)
 
 
-# what jsonargparse says besides the key and the cause
-_NOISE = re.compile(
-    r"Expected a path but |Does not validate against|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>"
-)
+_KEY = r'Parser key "([^"]+)":'
+# what jsonargparse says besides the key and the causes
+_NOISE = r"Expected a path but |Does not validate against|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>"
+_REWRITTEN = {
+    r"Type \S.*? expects a function or a callable class: ": "",
+    r"\.? Got value: .*": "",
+    r"Expected a dot import path string: (\S+)": r"no class \1 is known, nor can it be imported",
+}
 
 
 def one_line(message: str) -> str:
     """The key and the causes out of jsonargparse's messages, which list every type that it tried."""
-    message = re.sub(r"Type \S.*? expects a function or a callable class: ", "", message)
-    message = re.sub(r"\.? Got value: .*", "", message)
-    message = re.sub(
-        r"Expected a dot import path string: (\S+)", r"no class \1 is known, nor can it be imported", message
-    )
-    keys = re.findall(r'Parser key "([^"]+)":', message)
-    message = re.sub(r'Parser key "[^"]+":', "", message)
-    lines = [line.strip(" -\t") for line in message.splitlines()]
-    causes = [line for line in lines if line and not _NOISE.match(line)]
-    causes_in_one = "; ".join(causes).replace(":;", ":")
-    return f"{'.'.join(keys)}: {causes_in_one}" if keys else causes_in_one
+    for pattern, text in _REWRITTEN.items():
+        message = re.sub(pattern, text, message)
+    keys = re.findall(_KEY, message)
+    lines = [line.strip(" -\t") for line in re.sub(_KEY, "", message).splitlines()]
+    causes = "; ".join(line for line in lines if line and not re.match(_NOISE, line)).replace(":;", ":")
+    return f"{'.'.join(keys)}: {causes}" if keys else causes
 
 
 @contextmanager
-def terminated_by_signal() -> Iterator[None]:
+def handling(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Give these signals to a function; they go to the main thread, in which alone this does anything."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if main}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former or signal.SIG_DFL)
+
+
+def terminated_by_signal() -> AbstractContextManager[None]:
     """Turn SIGTERM into SystemExit, so that runs are marked and the exit status is not 0."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return handling(stop, signal.SIGTERM)

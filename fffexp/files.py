@@ -5,8 +5,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +39,19 @@ def replace(path: Path, content: bytes) -> Path:
     return path
 
 
-@contextmanager
-def hold(path: Path | None) -> Iterator[None]:
+def hold(path: Path | None) -> AbstractContextManager[object]:
     """Keep other commands from the file, each of which would write what it found there at its start.
 
     Raises:
         UserError: another command has it.
     """
-    if path is None:
-        yield
-        return
     from filelock import FileLock, Timeout
 
+    if path is None:
+        return nullcontext()
     # not the file itself, which is replaced at each writing
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"fffexp-{name}.lock")
     try:
-        lock.acquire(timeout=0)
+        return FileLock(Path(tempfile.gettempdir()) / f"fffexp-{name}.lock").acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"{path}: another command writes it: wait for that, or give another file") from error
-    try:
-        yield
-    finally:
-        lock.release()

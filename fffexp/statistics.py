@@ -1,12 +1,12 @@
 """Intervals, paired tests and their one form as text.
 
-One convention throughout: t intervals over seeds, on the logit scale for shares such as accuracies; a paired t-test
-of two layers trained with the same seeds, adjusted for all tests made together (Benjamini and Hochberg). Fewer than
-two values, or values that never vary, say nothing of the spread: no interval, and p = 1.
+One convention throughout: t intervals of 95% over seeds, on the logit scale for shares such as accuracies; a paired
+t-test of two layers trained with the same seeds, adjusted for all tests made together (Benjamini and Hochberg). Fewer
+than two values, or values that never vary, say nothing of the spread: no interval, and p = 1.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -18,16 +18,13 @@ LEVEL = 0.05
 _ROUNDING = 1e-12
 
 
-def mean_interval(
-    values: Sequence[float], unit: bool = False, confidence: float = 0.95
-) -> tuple[float, Interval | None]:
+def mean_interval(values: Sequence[float], unit: bool = False) -> tuple[float, Interval | None]:
     """Arithmetic mean and its t interval, which is None where no spread was seen.
 
     Args:
         values: one a seed.
         unit: they are shares in [0, 1]: the interval is that of the mean logit, transformed back, and lies within
             (0, 1). Where a value is 0 or 1 exactly, it is the plain one, cut at 0 and 1.
-        confidence: of the interval.
 
     Raises:
         ValueError: no values.
@@ -39,17 +36,13 @@ def mean_interval(
         return mean, None
     inside = unit and min(values) > 0 and max(values) < 1
     x = special.logit(values) if inside else np.asarray(values)
-    bounds = stats.t.interval(confidence, len(x) - 1, loc=x.mean(), scale=stats.sem(x))
+    bounds = stats.t.interval(1 - LEVEL, len(x) - 1, loc=x.mean(), scale=stats.sem(x))
     low, high = special.expit(bounds) if inside else np.clip(bounds, 0, 1) if unit else bounds
     return mean, (float(low), float(high))
 
 
 class Paired(NamedTuple):
-    """A mean difference over the seeds that two share.
-
-    `interval` is None and `p` is 1 where no spread was seen; `p` is of a two-sided t-test, adjusted for the tests
-    that were made together.
-    """
+    """A mean difference over the seeds that two share, with p of a two-sided t-test, adjusted for all made together."""
 
     difference: float
     interval: Interval | None
@@ -62,39 +55,30 @@ class Paired(NamedTuple):
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1] and self.p < LEVEL
 
 
-def paired_tests(
-    pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]], confidence: float = 0.95
-) -> list[Paired]:
-    """Paired t-tests of values by seed, each pair over the seeds in common.
+def paired_tests(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]]) -> list[Paired]:
+    """Paired t-tests of values by seed, for each pair (a, b) of a minus b over the seeds in common.
 
-    Args:
-        pairs: (a, b), for a minus b.
-        confidence: of each interval, which is of one difference alone.
+    Each interval is of one difference alone.
 
     Raises:
         ValueError: a pair without a seed in common.
     """
     tests = []
     for a, b in pairs:
-        seeds = sorted(a.keys() & b.keys())
-        if not seeds:
+        differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+        if not differences:
             raise ValueError("no seed in common")
-        differences = [a[seed] - b[seed] for seed in seeds]
-        mean, interval = mean_interval(differences, confidence=confidence)
-        tests.append(Paired(mean, interval, len(seeds), paired_p(differences)))
+        tests.append(Paired(*mean_interval(differences), len(differences), p_of_mean(differences)))
     # a pair with one seed was not tested
     ps = iter(adjusted([test.p for test in tests if test.seeds > 1]))
     return [test._replace(p=next(ps)) if test.seeds > 1 else test for test in tests]
 
 
-def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
-    """The only test made: see paired_tests."""
-    return paired_tests([(a, b)])[0]
-
-
-def paired_p(differences: Sequence[float]) -> float:
-    """p of a two-sided t-test that the mean difference is 0, not adjusted."""
-    return float(stats.ttest_1samp(differences, 0.0).pvalue) if _varies(differences) else 1.0
+def p_of_mean(
+    values: Sequence[float], bound: float = 0.0, alternative: Literal["two-sided", "greater"] = "two-sided"
+) -> float:
+    """p of a one-sample t-test that the mean is the bound, not adjusted."""
+    return float(stats.ttest_1samp(values, bound, alternative=alternative).pvalue) if _varies(values) else 1.0
 
 
 def paired_spread(a: Sequence[float], b: Sequence[float]) -> float:
@@ -102,25 +86,13 @@ def paired_spread(a: Sequence[float], b: Sequence[float]) -> float:
 
     Sums and differences are uncorrelated if they have. 1 where one of the samples never varies.
     """
-    if len(a) < 3 or not all(map(_varies, (a, b))):
-        return 1.0
     sums, differences = np.add(a, b).tolist(), np.subtract(a, b).tolist()
-    if not (_varies(sums) and _varies(differences)):
+    if len(a) < 3 or not all(map(_varies, (a, b, sums, differences))):
         return 1.0
     return float(stats.pearsonr(sums, differences).pvalue)
 
 
-def above(values: Sequence[Sequence[float]], bounds: Sequence[float]) -> list[float]:
-    """p of one-sided one-sample t-tests: is the mean above the bound? Adjusted for all together."""
-    return adjusted(
-        [
-            float(stats.ttest_1samp(sample, bound, alternative="greater").pvalue) if _varies(sample) else 1.0
-            for sample, bound in zip(values, bounds, strict=True)
-        ]
-    )
-
-
-def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> tuple[float, Interval] | None:
+def ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, Interval] | None:
     """Mean of a over mean of b, paired, and its interval by Fieller's theorem (a t interval of mean(a) - r mean(b)).
 
     None with fewer than two pairs, or if the mean of b does not differ from 0 significantly: no ratio is bounded then.
@@ -130,13 +102,11 @@ def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> t
         return None
     mean_a, mean_b = sum(a) / n, sum(b) / n
     (var_a, cov), (_, var_b) = np.cov(a, b)
-    t2 = float(stats.t.ppf((1 + confidence) / 2, n - 1)) ** 2 / n
+    t2 = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) ** 2 / n
     # (mean_a - r mean_b)^2 <= t2 (var_a - 2 r cov + r^2 var_b) between the roots of p r^2 - 2 q r + c
     p, q, c = mean_b**2 - t2 * var_b, mean_a * mean_b - t2 * cov, mean_a**2 - t2 * var_a
-    if p <= 0:
-        return None
     half = max(0.0, q * q - p * c) ** 0.5
-    return mean_a / mean_b, (float((q - half) / p), float((q + half) / p))
+    return (mean_a / mean_b, (float((q - half) / p), float((q + half) / p))) if p > 0 else None
 
 
 def adjusted(ps: Sequence[float]) -> list[float]:
@@ -147,16 +117,11 @@ def adjusted(ps: Sequence[float]) -> list[float]:
 def format_difference(test: Paired, scale: float = 1.0, digits: int = 2) -> str:
     """`+1.93 [+1.75, +2.11], p 1.2e-05`, or `+0.10 [-0.20, +0.40], p 0.45, not significant`.
 
-    Args:
-        test: of a paired difference.
-        scale: factor of the difference and its interval; 100 makes points of accuracies.
-        digits: after the decimal point.
+    A scale of 100 makes points of accuracies; `digits` follow the decimal point.
     """
-    text = f"{scale * test.difference:+.{digits}f}"
-    if test.interval is not None:
-        low, high = (f"{scale * bound:+.{digits}f}" for bound in test.interval)
-        text += f" [{low}, {high}], p {test.p:.2g}"
-    return text + ("" if test.significant else ", not significant")
+    difference, *bounds = (f"{scale * x:+.{digits}f}" for x in (test.difference, *(test.interval or ())))
+    interval = f" [{', '.join(bounds)}], p {test.p:.2g}" if bounds else ""
+    return f"{difference}{interval}{'' if test.significant else ', not significant'}"
 
 
 def _varies(values: Sequence[float]) -> bool:

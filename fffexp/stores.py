@@ -1,8 +1,6 @@
 """Databases that several processes create and fill together."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import sqlalchemy
@@ -15,8 +13,7 @@ LOCK_S = 30.0  # creating a store takes a few seconds
 ADVISORY_KEY = 230814711
 
 
-@contextmanager
-def store_lock(uri: str) -> Iterator[None]:
+def store_lock(uri: str) -> AbstractContextManager[object]:
     """Only one process at a time creates a store's tables or decides what is left to do.
 
     Two processes that create a SQLite store at once can break it for good. A tracking server by http has
@@ -25,55 +22,28 @@ def store_lock(uri: str) -> Iterator[None]:
     Raises:
         UserError: the store cannot be created or reached, or is of a kind that cannot be locked.
     """
-    if uri.startswith("sqlite:///"):
-        with _file_lock(uri):
-            yield
-    elif uri.startswith("postgresql"):
-        with _connection(uri) as connection:
+    if uri.startswith(("http://", "https://")):
+        return nullcontext()
+    try:
+        if uri.startswith("sqlite:///"):
+            path = Path(uri.removeprefix("sqlite:///"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return FileLock(f"{path}.lock", timeout=LOCK_S).acquire()
+        if uri.startswith("postgresql"):
+            connection = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect()
             # held by the connection, so it goes with it
             connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({ADVISORY_KEY})"))
-            yield
-    elif uri.startswith(("http://", "https://")):
-        yield
-    else:
-        raise UserError(
-            f"the store {hide_password(uri)} is of a kind that is not known here:"
-            " give sqlite:///FILE, postgresql+psycopg://... or, for tracking, http(s)://..."
-        )
-
-
-@contextmanager
-def _file_lock(uri: str) -> Iterator[None]:
-    path = Path(uri.removeprefix("sqlite:///"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(f"{path.parent} cannot be written")
-        lock = FileLock(f"{path}.lock", timeout=LOCK_S)
-        lock.acquire()
+            return connection
+        problem = "is of a kind that is not known here"
+        fix = "give sqlite:///FILE, postgresql+psycopg://... or, for tracking, http(s)://..."
     except OSError as error:  # filelock's Timeout is one
-        raise UserError(f"the store {uri} cannot be created ({error}): give a path that can be written") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _connection(uri: str) -> Iterator[sqlalchemy.Connection]:
-    try:
-        connection = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect()
+        problem, fix = f"cannot be created ({error})", "give a path that can be written"
     except ImportError as error:
-        raise UserError(
-            f"the store {hide_password(uri)} needs a driver ({first_line(error)}):"
-            " pip install 'fffexp[postgres]' and write postgresql+psycopg://..."
-        ) from error
+        problem = f"needs a driver ({first_line(error)})"
+        fix = "pip install 'fffexp[postgres]' and write postgresql+psycopg://..."
     except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
-        raise UserError(
-            f"the store {hide_password(uri)} cannot be reached ({first_line(error)}): start it, or give another"
-        ) from error
-    with connection:
-        yield connection
+        problem, fix = f"cannot be reached ({first_line(error)})", "start it, or give another"
+    raise UserError(f"the store {hide_password(uri)} {problem}: {fix}")
 
 
 def first_line(error: Exception) -> str:

@@ -47,10 +47,9 @@ def exclusive_timing() -> Iterator[None]:
 def wait_for_timing() -> None:
     """Return once nobody else on this machine is timing; meant to be called at every batch."""
     global _looked
-    if time.monotonic() - _looked < LOOK_S or _holder == threading.get_ident():
-        return
-    with _lock(exclusive=False):
-        _looked = time.monotonic()
+    if time.monotonic() - _looked >= LOOK_S and _holder != threading.get_ident():
+        with _lock(exclusive=False):
+            _looked = time.monotonic()
 
 
 @contextmanager
@@ -63,14 +62,12 @@ def _lock(exclusive: bool) -> Iterator[None]:
         with FileLock(path):
             yield
         return
+    # not filelock's: it has no shared locks, and no two users may have one of its in a folder such as /tmp
     import fcntl
 
-    try:  # reading is enough for a lock, and all that is allowed on another user's file
-        file = path.open()
-    except FileNotFoundError:
+    if not path.exists():
         path.touch(mode=0o644)
-        file = path.open()
-    with file:  # closing unlocks
+    with path.open() as file:  # reading is enough for a lock, and all that is allowed on another user's file
         fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         yield
 
@@ -107,41 +104,32 @@ def interleaved(
     """
     timers = {name: timeit.Timer(_synchronized(call, device)) for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [] for name in calls}
-    with exclusive_timing(), _threads(threads):
-        start, once = time.perf_counter(), dict.fromkeys(calls, 0.0)
-        for done in itertools.count():
-            if done >= 2 and time.perf_counter() - start > WARM_UP_S:
-                break
-            once = {name: timer.timeit(1) for name, timer in timers.items()}
-        repeats = {name: max(1, round(block_s / max(once[name], 1e-9))) for name in calls}
-        start = time.perf_counter()
-        for done in range(rounds[1]):
-            if done >= rounds[0] and time.perf_counter() - start > seconds:
-                break
-            for name, timer in timers.items():
-                spent[name].append(timer.timeit(repeats[name]) / repeats[name])
+    once: dict[str, float] = {}
+    before = torch.get_num_threads()
+    with exclusive_timing():
+        torch.set_num_threads(threads or before)
+        try:
+            for _ in _rounds(2, sys.maxsize, WARM_UP_S):
+                once = {name: timer.timeit(1) for name, timer in timers.items()}
+            repeats = {name: max(1, round(block_s / max(each, 1e-9))) for name, each in once.items()}
+            for _ in _rounds(*rounds, seconds):
+                for name, timer in timers.items():
+                    spent[name].append(timer.timeit(repeats[name]) / repeats[name])
+        finally:
+            torch.set_num_threads(before)
     return spent
+
+
+def _rounds(fewest: int, most: int, seconds: float) -> Iterator[int]:
+    """Count until the seconds have passed."""
+    end = time.perf_counter() + seconds
+    return itertools.takewhile(lambda done: done < fewest or time.perf_counter() <= end, range(most))
 
 
 def _synchronized(call: Callable[[], object], device: str | torch.device) -> Callable[[], object]:
     if torch.device(device).type == "cpu":
         return call
-
-    def run() -> None:
-        call()
-        synchronize(device)
-
-    return run
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return lambda: (call(), synchronize(device))
 
 
 def rotating(call: Callable[[T], object], inputs: Iterable[T]) -> Callable[[], object]:

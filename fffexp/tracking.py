@@ -4,7 +4,6 @@ import logging
 import os
 import platform
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from typing_extensions import override
 
 from fffexp import paths
 from fffexp.environment import git_commit
-from fffexp.errors import UserError, hide_password
+from fffexp.errors import UserError, handling, hide_password
 from fffexp.stores import first_line, store_lock
 
 # an unreachable server is reported at the start, not after minutes of retries
@@ -82,17 +81,11 @@ def _machine() -> str:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Signals wait until the block ends: an interrupted write would keep SQLite locked against the next one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     arrived: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda number, frame: arrived.append(number)) for n in numbers}
     try:
-        yield
+        with handling(lambda number, frame: arrived.append(number), signal.SIGINT, signal.SIGTERM):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
         if arrived:
             signal.raise_signal(arrived[0])
 

@@ -70,14 +70,6 @@ def test_help_is_the_docstring() -> None:
         assert part in text
 
 
-def test_the_rest_of_a_command_line() -> None:
-    def raw(*args: str) -> None:
-        seen["raw"] = args
-
-    run_command(raw, ["--a", "b"])
-    assert seen["raw"] == ("--a", "b")
-
-
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--json"):
         check_file("--json", tmp_path)

@@ -45,13 +45,13 @@ def test_files(tmp_path: Path) -> None:
 
 def test_what_a_command_line_sets(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
-        "model: {layer: {class_path: x.FFF, init_args: {depth: 3}}}\ntrainer: {devices: 2}"
+        "model: {layer: {class_path: x.FFF, init_args: {depth: 3}}}\ntrainer: {devices: 1}"
     )
     args = [f"--config={tmp_path / 'a.yaml'}", "--model.layer.init_args.depth", "4", "--trainer.max_epochs=5"]
     settings = given(args)
     assert settings == {
         "model.layer.class_path": "x.FFF",
         "model.layer.depth": 4,
-        "trainer.devices": 2,
+        "trainer.devices": 1,
         "trainer.max_epochs": 5,
     }

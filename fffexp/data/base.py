@@ -1,15 +1,17 @@
 """What all classification data have in common: splits, normalisation, checks, batches."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
+from typing_extensions import override
 
-from fffexp.data.batches import Batches, InputBatches
-from fffexp.errors import UserError
+from fffexp.data.batches import Batches
+from fffexp.errors import UserError, refuse
 
 Rows = tuple[Tensor, Tensor]
 Part = Literal["train", "test"]
@@ -43,15 +45,12 @@ class ClassificationData(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int = 256, seed: int = 0, normalize: Literal["unit", "standard"] = "unit") -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: give at least 1")
-        if seed < 0:
-            raise UserError(f"the seed of the data is {seed}: give 0 or more")
-        if normalize not in ("unit", "standard"):
-            raise UserError(f"normalize is {normalize!r}: give unit or standard")
-        self.batch_size = batch_size
-        self.seed = seed
-        self.normalize = normalize
+        refuse(
+            (batch_size < 1, f"batch_size is {batch_size}: give at least 1"),
+            (seed < 0, f"the seed of the data is {seed}: give 0 or more"),
+            (normalize not in ("unit", "standard"), f"normalize is {normalize!r}: give unit or standard"),
+        )
+        self.batch_size, self.seed, self.normalize = batch_size, seed, normalize
         self._loaded = False
 
     @abstractmethod
@@ -68,6 +67,7 @@ class ClassificationData(LightningDataModule, ABC):
         held_out = len(labels) // 10
         return order[held_out:], order[:held_out]
 
+    @override
     def setup(self, stage: str | None = None) -> None:
         """Load, check, split and normalise, once; every stage needs the training part for the statistics."""
         if self._loaded:
@@ -81,90 +81,82 @@ class ClassificationData(LightningDataModule, ABC):
             )
         parts = [(inputs[train], labels[train]), (inputs[val], labels[val]), self._checked("test")]
         if self.normalize == "standard":
-            mean, std = self._statistics(parts[0][0])
+            dims = [0, *range(2, inputs.ndim)]  # all but the channel
+            std, mean = torch.std_mean(parts[0][0], dim=dims, correction=0, keepdim=True)
+            if (std == 0).any():
+                raise UserError(
+                    f"{self.source('train', 'images')}: all pixels of a channel are the same,"
+                    " which cannot be standardised: give --data.normalize unit or other data"
+                )
             parts = [((x - mean) / std, y) for x, y in parts]
         self.train_data, self.val_data, self.test_data = parts
         self._loaded = True
 
+    @override
     def train_dataloader(self) -> Batches:
         """Shuffled by (seed, epoch)."""
-        order: dict[str, Any] = {"seed": self.seed, "epoch": self._epoch, "done": self._done}
-        return Batches(*self.train_data, self.batch_size, **order, device=self._device())
+        return self._batches(self.train_data, self.seed)
 
+    @override
     def val_dataloader(self) -> Batches:
-        """Large batches in order."""
-        return self._evaluation(self.val_data)
+        return self._batches(self.val_data)
 
+    @override
     def test_dataloader(self) -> Batches:
-        """Large batches in order."""
-        return self._evaluation(self.test_data)
+        return self._batches(self.test_data)
 
-    def predict_dataloader(self) -> InputBatches:
+    @override
+    def predict_dataloader(self) -> Batches:
         """The test inputs in order, without labels."""
-        return InputBatches(self._evaluation(self.test_data))
+        return self._batches(self.test_data[:1])
 
+    @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Nothing to do: the whole data is there already, and walking each batch to find out takes time."""
         return batch
 
-    def _evaluation(self, rows: Rows) -> Batches:
-        return Batches(*rows, max(self.batch_size, EVALUATION_ROWS), device=self._device())
-
-    def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer else 0
-
-    def _done(self) -> int:
-        if self.trainer is None or not self.trainer.training:
-            return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-    def _device(self) -> torch.device:
-        if self.trainer is None:
-            return torch.device("cpu")
-        if self.trainer.world_size > 1:
+    def _batches(self, rows: Sequence[Tensor], seed: int | None = None) -> Batches:
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1:
             # Lightning shards a DataLoader alone: each process would see all rows, and nothing would tell
             raise UserError(
-                f"{type(self).__name__} is not divided between {self.trainer.world_size} processes:"
+                f"{type(self).__name__} is not divided between {trainer.world_size} processes:"
                 " give --trainer.devices 1 --trainer.num_nodes 1"
             )
-        return self.trainer.strategy.root_device
+        device = "cpu" if trainer is None else trainer.strategy.root_device
+        batch_size = self.batch_size if seed is not None else max(self.batch_size, EVALUATION_ROWS)
+        return Batches(rows, batch_size, seed=seed, progress=self._progress, device=device)
 
-    def _statistics(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation a channel, shaped to be broadcast over (rows, channels, ...)."""
-        dims = [0, *range(2, inputs.ndim)]
-        std, mean = torch.std_mean(inputs, dim=dims, correction=0, keepdim=True)
-        if (std == 0).any():
-            raise UserError(
-                f"{self.source('train', 'images')}: all pixels of a channel are the same,"
-                " which cannot be standardised: give --data.normalize unit or other data"
-            )
-        return mean, std
+    def _progress(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 0
+        ready = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return self.trainer.current_epoch, ready if self.trainer.training else 0
 
     def _checked(self, part: Part) -> Rows:
         inputs, labels = self.load(part)
         images_name, labels_name = self.source(part, "images"), self.source(part, "labels")
-        if len(inputs) != len(labels):
-            raise UserError(
+        infinite = next(iter((~inputs.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()), None)
+        row, label = next(((r, y) for r, y in enumerate(labels.tolist()) if not 0 <= y < self.num_classes), (None, 0))
+        refuse(
+            (
+                len(inputs) != len(labels),
                 f"{images_name} has {len(inputs)} images, but {labels_name} has {len(labels)} labels:"
-                " take both files from the same data set"
-            )
-        if not inputs.numel():
-            raise UserError(f"{images_name} is empty: use a data set with rows in it")
-        if tuple(inputs.shape[1:]) != self.in_shape:
-            raise UserError(
+                " take both files from the same data set",
+            ),
+            (not inputs.numel(), f"{images_name} is empty: use a data set with rows in it"),
+            (
+                tuple(inputs.shape[1:]) != self.in_shape,
                 f"{images_name} has images of shape {tuple(inputs.shape[1:])}, not {self.in_shape}:"
-                " take all files from the same data set"
-            )
-        if not (finite := inputs.isfinite()).all():
-            row = int(finite.logical_not().nonzero()[0, 0])
-            raise UserError(f"{images_name} has a NaN or inf in row {row}: fix or remove that row")
-        wrong = ((labels < 0) | (labels >= self.num_classes)).nonzero()
-        if len(wrong):
-            row = int(wrong[0, 0])
-            raise UserError(
-                f"{labels_name} has the label {int(labels[row])} in row {row},"
-                f" outside 0 to {self.num_classes - 1}: fix the labels, or give the right number of classes"
-            )
+                " take all files from the same data set",
+            ),
+            (infinite is not None, f"{images_name} has a NaN or inf in row {infinite}: fix or remove that row"),
+            (
+                row is not None,
+                f"{labels_name} has the label {label} in row {row}, outside 0 to {self.num_classes - 1}:"
+                " fix the labels, or give the right number of classes",
+            ),
+        )
         return inputs, labels
 
 

@@ -1,6 +1,7 @@
 """Batches of a data set that is held in memory as whole tensors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,43 +15,37 @@ class Batches:
     sees the rows the uninterrupted one would have.
 
     Args:
-        inputs: (rows, ...).
-        labels: (rows,).
-        batch_size: Rows a batch, at least 1.
-        seed: Shuffles by this seed; None keeps the order.
-        epoch: Gives the current epoch; read at the start of each pass.
-        done: Gives the number of batches of that pass that a resumed run has had already.
-        device: Where the whole tensors are put and the batches come from.
+        rows: inputs (rows, ...) and labels (rows,); or inputs alone, which then are batches by themselves.
+        batch_size: rows of a batch, at least 1.
+        seed: of the shuffling; None keeps the order.
+        progress: the current epoch, and the number of its batches that a resumed run has had already; called at the
+            start of each pass.
+        device: where the whole tensors are put and the batches come from.
     """
 
     def __init__(
         self,
-        inputs: Tensor,
-        labels: Tensor,
+        rows: Sequence[Tensor],
         batch_size: int,
         *,
         seed: int | None = None,
-        epoch: Callable[[], int] = lambda: 0,
-        done: Callable[[], int] = lambda: 0,
+        progress: Callable[[], tuple[int, int]] = lambda: (0, 0),
         device: torch.device | str = "cpu",
     ) -> None:
-        self.inputs = inputs.to(device)
-        self.labels = labels.to(device)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
-        self.done = done
+        self.rows = tuple(each.to(device) for each in rows)
+        self.batch_size, self.seed, self.progress = batch_size, seed, progress
 
     def __len__(self) -> int:
-        return -(-len(self.inputs) // self.batch_size)
+        return -(-len(self.rows[0]) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         if self.seed is None:
-            inputs, labels = (torch.split(x, self.batch_size) for x in (self.inputs, self.labels))
-            yield from zip(inputs, labels, strict=True)
-            return
-        for rows in torch.split(self._order(self.seed, self.epoch()), self.batch_size)[self.done() :]:
-            yield self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
+            batches = zip(*(torch.split(each, self.batch_size) for each in self.rows), strict=True)
+        else:
+            epoch, done = self.progress()
+            chosen = torch.split(self._order(self.seed, epoch), self.batch_size)[done:]
+            batches = (tuple(each.index_select(0, rows) for each in self.rows) for rows in chosen)
+        return iter(batches) if len(self.rows) > 1 else (inputs for (inputs,) in batches)
 
     def state_dict(self) -> dict[str, int]:
         """Nothing: Lightning's progress is the position. That there is a state tells it that a pass can be resumed.
@@ -67,18 +62,5 @@ class Batches:
         # SeedSequence mixes the pair, so that (0, 1) and (1, 0) are unrelated;
         # drawn on the CPU, so that the order does not depend on the device
         state = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
-        generator = torch.Generator().manual_seed(state)
-        return torch.randperm(len(self.inputs), generator=generator).to(self.inputs.device)
-
-
-class InputBatches:
-    """The inputs of `Batches` without their labels, for prediction."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (inputs for inputs, _ in self.batches)
+        order = torch.randperm(len(self.rows[0]), generator=torch.Generator().manual_seed(state))
+        return order.to(self.rows[0].device)

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fffexp.data.base import ClassificationData, Part, Rows, pixels
 
@@ -19,22 +20,22 @@ class Digits(ClassificationData):
     in_shape = (1, 8, 8)
     num_classes = 10
 
+    @override
     def load(self, part: Part) -> Rows:
-        """Inputs (rows, 1, 8, 8) in [0, 1] and labels (rows,)."""
         # 1.5 s that the other data sets should not pay for
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
         images, labels = load_digits(return_X_y=True)
-        parts = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-        rows = parts[0 if part == "train" else 1]
+        train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+        rows = train if part == "train" else test
         return pixels(images[rows] / 16).reshape(-1, *self.in_shape), torch.from_numpy(labels[rows]).long()
 
+    @override
     def split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Row numbers of four folds and of the fifth."""
         from sklearn.model_selection import StratifiedKFold
 
         deal, fold = divmod(self.seed, FOLDS)
         folds = StratifiedKFold(FOLDS, shuffle=True, random_state=deal).split(labels, labels)
-        train, val = list(folds)[fold]
-        return torch.from_numpy(train), torch.from_numpy(val)
+        train, val = map(torch.from_numpy, list(folds)[fold])
+        return train, val

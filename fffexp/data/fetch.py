@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fffexp.data.hub import Hub
-from fffexp.data.idx import IDX
+from fffexp.data.idx import FILES, IDX
 from fffexp.errors import UserError
 
 TARGET = Path("data/fashion_mnist")
@@ -46,14 +46,13 @@ def fetch(folder: Path) -> str | None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        data = IDX(str(folder))
-        return [len(data.load(part)[1]) for part in ("train", "test")] == [60_000, 10_000]
+        return [len(IDX(str(folder)).load(part)[1]) for part in ("train", "test")] == [60_000, 10_000]
     except UserError:
         return False
 
 
 def _from_debian(folder: Path) -> bool:
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         return False
     # download and unpack, which needs no root and installs nothing
     with tempfile.TemporaryDirectory() as place:
@@ -61,26 +60,20 @@ def _from_debian(folder: Path) -> bool:
         if subprocess.run(["apt-get", "download", PACKAGE], cwd=place, capture_output=True).returncode:
             print(f"apt-get cannot download {PACKAGE} (apt-get update may help); trying the hub", file=sys.stderr)
             return False
-        (package,) = Path(place).glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", str(package), place], check=True)
+        subprocess.run(["dpkg-deb", "-x", *Path(place).glob("*.deb"), place], check=True)
         for file in Path(place).rglob("*-ubyte.gz"):
             shutil.copy(file, folder)
     return True
 
 
 def _from_hub(folder: Path) -> str:
-    hub = Hub("fashion_mnist")
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        inputs, labels = hub.load(part)  # type: ignore[arg-type] # both are parts
-        images = (inputs.squeeze(1) * 255).round().byte().numpy()
-        _write(folder / f"{prefix}-images-idx3-ubyte.gz", images)
-        _write(folder / f"{prefix}-labels-idx1-ubyte.gz", labels.byte().numpy())
+    rows = {part: Hub("fashion_mnist").load(part) for part, _ in FILES}
+    for (part, kind), name in FILES.items():
+        inputs, labels = rows[part]
+        array = (labels if kind == "labels" else (inputs.squeeze(1) * 255).round()).byte().numpy()
+        header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">i4").tobytes()
+        (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
     return "the Hugging Face hub"
-
-
-def _write(path: Path, array: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> None:
-    header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">i4").tobytes()
-    path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
 if __name__ == "__main__":

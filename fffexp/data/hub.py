@@ -1,33 +1,24 @@
 """Image data sets from the Hugging Face hub; they need a network once, then they are in its cache."""
 
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from fffexp.data.base import ClassificationData, Kind, Part, Rows, pixels
 from fffexp.errors import UserError
 
 Name = Literal["mnist", "fashion_mnist", "usps", "svhn", "cifar10", "cifar100"]
-
-
-class Repository(NamedTuple):
-    """Where a data set lies on the hub and what it holds."""
-
-    path: str
-    config: str | None
-    in_shape: tuple[int, int, int]
-    num_classes: int
-
-
-REPOSITORIES: dict[Name, Repository] = {
-    "mnist": Repository("ylecun/mnist", None, (1, 28, 28), 10),
-    "fashion_mnist": Repository("zalando-datasets/fashion_mnist", None, (1, 28, 28), 10),
-    "usps": Repository("flwrlabs/usps", None, (1, 16, 16), 10),
-    "svhn": Repository("ufldl-stanford/svhn", "cropped_digits", (3, 32, 32), 10),
-    "cifar10": Repository("uoft-cs/cifar10", None, (3, 32, 32), 10),
-    "cifar100": Repository("uoft-cs/cifar100", None, (3, 32, 32), 100),
+# where each lies on the hub, its config there, the shape of an image, and the number of classes
+REPOSITORIES: dict[Name, tuple[str, str | None, tuple[int, int, int], int]] = {
+    "mnist": ("ylecun/mnist", None, (1, 28, 28), 10),
+    "fashion_mnist": ("zalando-datasets/fashion_mnist", None, (1, 28, 28), 10),
+    "usps": ("flwrlabs/usps", None, (1, 16, 16), 10),
+    "svhn": ("ufldl-stanford/svhn", "cropped_digits", (3, 32, 32), 10),
+    "cifar10": ("uoft-cs/cifar10", None, (3, 32, 32), 10),
+    "cifar100": ("uoft-cs/cifar100", None, (3, 32, 32), 100),
 }
 
 
@@ -46,17 +37,15 @@ class Hub(ClassificationData):
         if name not in REPOSITORIES:
             raise UserError(f"the hub data set {name!r} is unknown: give one of {', '.join(REPOSITORIES)}")
         self.name = name
-        self._repository = REPOSITORIES[name]
-        self.in_shape = self._repository.in_shape
-        self.num_classes = self._repository.num_classes
+        self.path, self.config, self.in_shape, self.num_classes = REPOSITORIES[name]
 
+    @override
     def source(self, part: Part, kind: Kind) -> str:
-        """The repository on the hub."""
-        return f"{self._repository.path} ({part} {kind})"
+        return f"{self.path} ({part} {kind})"
 
+    @override
     def load(self, part: Part) -> Rows:
-        """Inputs (rows, channels, height, width) in [0, 1] and labels (rows,)."""
-        return to_rows(fetch(self._repository.path, self._repository.config, part), self._repository.path)
+        return to_rows(fetch(self.path, self.config, part), self.path)
 
 
 def fetch(path: str, config: str | None, part: Part) -> Any:
@@ -78,18 +67,14 @@ def fetch(path: str, config: str | None, part: Part) -> Any:
 
 def to_rows(split: Any, name: str) -> Rows:
     """A `datasets.Dataset` of images of one size: inputs (rows, channels, height, width), labels (rows,)."""
-    images = np.stack([np.asarray(image) for image in split[_column(split, ("image", "img"), name)]])
-    labels = np.asarray(split[_column(split, ("label", "fine_label"), name)], np.int64)
-    inputs = pixels(images)
+    columns = []
+    for names in (("image", "img"), ("label", "fine_label")):
+        if not (found := [each for each in names if each in split.column_names]):
+            raise UserError(
+                f"{name} has no column {' or '.join(names)} but {', '.join(split.column_names)}:"
+                " the hub's copy has changed; use data on disk (fffexp.data.IDX)"
+            )
+        columns.append(split[found[0]])
+    inputs = pixels(np.stack([np.asarray(image) for image in columns[0]]))
     inputs = inputs.unsqueeze(1) if inputs.ndim == 3 else inputs.movedim(-1, 1).contiguous()
-    return inputs, torch.from_numpy(labels)
-
-
-def _column(split: Any, names: tuple[str, ...], source: str) -> str:
-    for name in names:
-        if name in split.column_names:
-            return name
-    raise UserError(
-        f"{source} has no column {' or '.join(names)} but {', '.join(split.column_names)}:"
-        " the hub's copy has changed; use data on disk (fffexp.data.IDX)"
-    )
+    return inputs, torch.from_numpy(np.asarray(columns[1], np.int64))

@@ -13,7 +13,7 @@ from typing import Any
 from scipy import stats
 
 from fffexp.paper import rows
-from fffexp.statistics import Interval, adjusted, format_difference, paired_p, paired_spread, paired_tests, ratio
+from fffexp.statistics import Interval, adjusted, format_difference, p_of_mean, paired_spread, paired_tests, ratio
 from fffexp.study.results import Results, Trial
 
 BATCH_SIZE = 256  # of what is timed
@@ -201,7 +201,7 @@ def _accuracy(run: Mapping[str, Any]) -> float:
 
 
 def _difference(a: Sequence[float], b: Sequence[float]) -> float:
-    return paired_p([x - y for x, y in zip(a, b, strict=True)])
+    return p_of_mean([x - y for x, y in zip(a, b, strict=True)])
 
 
 def _ranks(a: Sequence[float], b: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fffexp.report.tables import COLUMNS, table
-from fffexp.statistics import Interval, above, mean_interval
+from fffexp.statistics import Interval, adjusted, mean_interval, p_of_mean
 from fffexp.study.results import Results, Trial
 
 Row = dict[str, Any]  # as in JSON
@@ -200,7 +200,7 @@ def above_paper(results: Results, shown: Iterable[Trial]) -> str:
     tested = [row(results, trial, METRICS[0]) for trial in trees if "G_A" in printed(results, trial)]
     if not tested:
         return ""
-    ps = above([each["values"] for each in tested], [each["paper"] for each in tested])
+    ps = adjusted([p_of_mean(each["values"], each["paper"], "greater") for each in tested])
     better = sum(verdict(each) == "better" for each in tested)
     gone = sum(each["collapsed"] == each["n"] for each in tested)
     return "\n" + note(

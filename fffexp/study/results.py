@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fffexp.errors import UserError
 from fffexp.files import save_json, strict_json
-from fffexp.statistics import Interval, Paired, mean_interval, paired_test
+from fffexp.statistics import Interval, Paired, mean_interval, paired_tests
 
 LATENCY = "speed/latency_b256_ms"
 
@@ -194,4 +194,4 @@ def answer(results: Results, max_latency_ms: float | None = None) -> Answer:
         return Answer(best, None, None, fitting)
     rival = results.best_of(rivals)
     a, b = (trial.by_seed(results.test_monitor) for trial in (best, rival))
-    return Answer(best, rival, paired_test(a, b) if a.keys() & b.keys() else None, fitting)
+    return Answer(best, rival, paired_tests([(a, b)])[0] if a.keys() & b.keys() else None, fitting)

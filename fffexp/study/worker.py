@@ -181,9 +181,8 @@ class Worker:
                 yield result
 
         # the run of an earlier attempt goes on
-        known = attrs.get("run_id")
-        run_of_all = tracking.run(self.client, self.experiment, f"trial {number} {layer}", tags, parent, known)
-        with run_of_all if together or len(seeds) > 1 else nullcontext() as group:
+        of_all = (self.client, self.experiment, f"trial {number} {layer}", tags, parent, attrs.get("run_id"))
+        with tracking.Run(*of_all) if together or len(seeds) > 1 else nullcontext() as group:
             if group is not None:
                 trial.set_user_attr("run_id", group.id)
             for seed, result in zip(left, results(parent if group is None else group.id), strict=True):

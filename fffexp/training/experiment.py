@@ -144,7 +144,6 @@ class ExperimentCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, without the warning about arguments given from Python; the data takes the seed of the run."""
-        configs.check_devices(self._given)
         self.config = parser.parse_args(args)
         config = self.config[self._wanted]
         check_config(config)

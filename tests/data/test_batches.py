@@ -62,7 +62,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 @pytest.mark.parametrize("seed", [None, 0])
 def test_every_row_once_a_pass(size: int, seed: int | None) -> None:
     labels = torch.arange(50)
-    batches = Batches(labels.reshape(50, 1), labels, size, seed=seed)
+    batches = Batches((labels.reshape(50, 1), labels), size, seed=seed)
     pairs = list(batches)
     assert len(pairs) == len(batches)
     assert all(torch.equal(x[:, 0], y) for x, y in pairs)
@@ -75,7 +75,7 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     rows = torch.arange(100)
 
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        return tuple(passes(Batches(rows, rows, 8, seed=seed, epoch=lambda: epoch)))
+        return tuple(passes(Batches((rows, rows), 8, seed=seed, progress=lambda: (epoch, 0))))
 
     orders = {(seed, epoch): order(seed, epoch) for seed in range(4) for epoch in range(4)}
     assert len(set(orders.values())) == 16
@@ -84,21 +84,21 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
 def test_epoch_is_read_at_each_pass() -> None:
     rows, epochs = torch.arange(20), iter([3, 4, 3])
-    batches = Batches(rows, rows, 8, seed=0, epoch=lambda: next(epochs))
+    batches = Batches((rows, rows), 8, seed=0, progress=lambda: (next(epochs), 0))
     first, second, third = passes(batches), passes(batches), passes(batches)
     assert first == third != second
 
 
 def test_rows_live_on_the_device() -> None:
     rows = torch.arange(20)
-    batches = Batches(rows, rows, 8, seed=0, device="meta")
-    assert batches.inputs.device.type == batches.labels.device.type == "meta"
+    batches = Batches((rows, rows), 8, seed=0, device="meta")
+    assert [each.device.type for each in batches.rows] == ["meta", "meta"]
 
 
 def test_the_order_does_not_touch_the_global_generator() -> None:
     before = torch.get_rng_state()
     rows = torch.arange(20)
-    passes(Batches(rows, rows, 8, seed=0))
+    passes(Batches((rows, rows), 8, seed=0))
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -48,19 +48,19 @@ def hub_split(pixels: np.ndarray[Any, Any], image: str, label: str, classes: int
     ],
 )
 def test_each_data_set_offline(name: Name, image: str, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    repository = REPOSITORIES[name]
-    pixels = {part: images(rows, repository.in_shape) for part, rows in (("train", 50), ("test", 20))}
+    where, in_shape, num_classes = REPOSITORIES[name][:2], *REPOSITORIES[name][2:]
+    pixels = {part: images(rows, in_shape) for part, rows in (("train", 50), ("test", 20))}
 
     def fetch(path: str, config: str | None, part: str) -> Any:
-        assert (path, config) == (repository.path, repository.config)
-        return hub_split(pixels[part], image, label, repository.num_classes)
+        assert (path, config) == where
+        return hub_split(pixels[part], image, label, num_classes)
 
     monkeypatch.setattr("fffexp.data.hub.fetch", fetch)
     data = Hub(name)
-    assert (data.in_shape, data.num_classes) == (repository.in_shape, repository.num_classes)
+    assert (data.in_shape, data.num_classes) == (in_shape, num_classes)
     data.setup()
     assert torch.equal(data.test_data[0], torch.from_numpy(pixels["test"]).float() / 255)
-    assert data.test_data[1].tolist() == [row % repository.num_classes for row in range(20)]
+    assert data.test_data[1].tolist() == [row % num_classes for row in range(20)]
     assert (len(data.train_data[1]), len(data.val_data[1])) == (45, 5)
     assert data.test_data[0].is_contiguous()
 
