@@ -42,10 +42,11 @@ class Batches:
         if self.seed is None:
             batches = zip(*(torch.split(each, self.batch_size) for each in self.rows), strict=True)
         else:
-            epoch, done = self.progress()
+            epoch, done = self.progress()  # not before the first batch is asked for: Lightning resets it late
             chosen = torch.split(self._order(self.seed, epoch), self.batch_size)[done:]
             batches = (tuple(each.index_select(0, rows) for each in self.rows) for rows in chosen)
-        return iter(batches) if len(self.rows) > 1 else (inputs for (inputs,) in batches)
+        for batch in batches:
+            yield batch if len(batch) > 1 else batch[0]
 
     def state_dict(self) -> dict[str, int]:
         """Nothing: Lightning's progress is the position. That there is a state tells it that a pass can be resumed.
