@@ -138,7 +138,7 @@ KINDS = [kind.__name__ for kind in vars(layers).values() if isinstance(kind, typ
 CONCRETE = re.compile(rf"\b({'|'.join(KINDS)})\b")
 # to be emptied
 KNOW_A_LAYER = {
-    *("adapt.distil", "adapt.replace", "cli"),
+    *("adapt.distil", "adapt.replace"),
 }
 
 
