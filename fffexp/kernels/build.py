@@ -14,11 +14,12 @@ import torch
 
 _SOURCES, _TORCH = Path(__file__).with_name("csrc"), Path(torch.__file__).parent
 _FLAGS = ["-O3", "-fPIC", "-std=c++20", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
+_X86 = {
+    "avx2": "-mavx2 -mfma",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512",
+}
 # kernel.cpp is compiled once per instruction set; which one runs is decided when it is loaded
-_INSTRUCTION_SETS = {"plain": ""}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    _INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
-    _INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512"
+_INSTRUCTION_SETS = {"plain": "", **(_X86 if platform.machine().lower() in ("x86_64", "amd64") else {})}
 
 
 class BuildError(RuntimeError):
@@ -31,7 +32,8 @@ def build() -> Path:
     Raises:
         BuildError: no C++ compiler is found, or it refuses the source.
     """
-    compiler = _compiler()
+    if not (compiler := _compiler()):
+        raise BuildError("no C++ compiler is found: install g++, or name one in CXX")
     parts = [torch.__version__, compiler, str(compiler_version()), str(_FLAGS)]
     parts += [source.read_text() for source in sorted(_SOURCES.iterdir())]
     key = hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()
@@ -54,18 +56,14 @@ def build() -> Path:
 
 def compiler_version() -> str | None:
     """First line that the C++ compiler says of itself, or None if there is none."""
-    try:
-        printed = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
-    except BuildError:
+    if not (compiler := _compiler()):
         return None
-    return printed.partition("\n")[0]
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (found := shutil.which(name)):
-            return found
-    raise BuildError("no C++ compiler is found: install g++, or name one in CXX")
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def _compile(compiler: str, library: Path) -> None:
@@ -84,7 +82,7 @@ def _compile(compiler: str, library: Path) -> None:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         lines = done.stdout.splitlines()
         errors = [line for line in lines if "error" in line]

@@ -4,24 +4,20 @@ Shape suffixes: B samples, R rows (samples or copies of them), G blocks (leaves 
 H hidden neurons of a block, I inputs, O outputs.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fffexp.kernels.grouped import grouped_mm
-from fffexp.kernels.naive import Blocks
+from fffexp.kernels.naive import Activation, Blocks
 from fffexp.routing.blocks import block_counts
 from fffexp.routing.tree import descend
-
-Hidden = Callable[[Tensor], Tensor]  # activation and dropout
 
 # Levels that are decided by one product with all their nodes; below them a gather per level is cheaper.
 SHALLOW_LEVELS = 7
 
 
-def mixture(x_BI: Tensor, weights_BG: Tensor, blocks: Blocks, hidden: Hidden) -> Tensor:
+def mixture(x_BI: Tensor, weights_BG: Tensor, blocks: Blocks, hidden: Activation) -> Tensor:
     """(B, O): all blocks for all samples, weighted, as two products over the whole width."""
     w1, b1, w2, b2 = blocks
     h = hidden(F.linear(x_BI, w1.flatten(0, 1), b1.flatten()))
@@ -33,8 +29,7 @@ def mixture(x_BI: Tensor, weights_BG: Tensor, blocks: Blocks, hidden: Hidden) ->
 def route(x_BI: Tensor, node_weight: Tensor, node_bias: Tensor, depth: int) -> Tensor:
     """(B,) leaf reached by hard decisions, level by level."""
     shallow = min(depth, SHALLOW_LEVELS)
-    nodes = 2**shallow - 1
-    leaf = descend(F.linear(x_BI, node_weight[:nodes], node_bias[:nodes]), shallow)
+    leaf = descend(F.linear(x_BI, node_weight[: 2**shallow - 1], node_bias[: 2**shallow - 1]), shallow)
     for level in range(shallow, depth):
         node = leaf + (2**level - 1)
         logit = torch.bmm(node_weight[node].unsqueeze(1), x_BI.unsqueeze(2)).flatten() + node_bias[node]
@@ -42,7 +37,7 @@ def route(x_BI: Tensor, node_weight: Tensor, node_bias: Tensor, depth: int) -> T
     return leaf
 
 
-def selected(x_BI: Tensor, block_BK: Tensor, weights_BK: Tensor | None, blocks: Blocks, hidden: Hidden) -> Tensor:
+def selected(x_BI: Tensor, block_BK: Tensor, weights_BK: Tensor | None, blocks: Blocks, hidden: Activation) -> Tensor:
     """(B, O): for each sample only its K blocks, summed by weight; rows sorted by block, grouped products."""
     if torch.is_autocast_enabled(device := x_BI.device.type):  # grouped_mm is not on its list of products
         blocks = Blocks(*(p.to(torch.get_autocast_dtype(device)) for p in blocks))

@@ -68,6 +68,6 @@ def _flops(x_shape: torch.Size, other_shape: torch.Size, ends_shape: torch.Size,
 
 
 def _used(ends_G: Tensor) -> list[tuple[int, int, int]]:
-    """Group, first row and end of every group that has rows."""
+    # group, first row and end of every group that has rows
     ends = ends_G.tolist()
     return [(g, start, end) for g, (start, end) in enumerate(itertools.pairwise([0, *ends])) if end > start]

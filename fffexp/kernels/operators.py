@@ -18,10 +18,8 @@ from fffexp.kernels.build import BuildError, build
 from fffexp.kernels.grouped import grouped_mm, grouped_outer
 from fffexp.routing.blocks import block_counts
 
-DTYPES = (torch.float32, torch.bfloat16)
-
-_BLOCKS = "Tensor hidden_weight, Tensor hidden_bias, Tensor output_weight, Tensor output_bias, str activation"
 _TREE = "Tensor x, Tensor node_weight, Tensor node_bias"
+_BLOCKS = "Tensor hidden_weight, Tensor hidden_bias, Tensor output_weight, Tensor output_bias, str activation"
 
 
 def _output(x: Tensor, *others: Any) -> Tensor:
@@ -78,7 +76,7 @@ def _load(backend: str) -> bool:
 def backend_of(weight: Tensor, activation: str | None) -> str | None:
     """The compiled backend that serves weights like this one: "native", "triton" or None."""
     backend = "native" if weight.is_cpu else "triton" if weight.is_cuda else None
-    known = backend and activation is not None and weight.dtype in DTYPES
+    known = backend and activation is not None and weight.dtype in (torch.float32, torch.bfloat16)
     return backend if known and available(backend) else None
 
 
@@ -123,7 +121,7 @@ torch.library.register_autograd("fffexp::fff", _fff_backward, setup_context=_set
 def _gradients(
     grad_BO: Tensor, x_BI: Tensor, block_BK: Tensor, weights_BK: Tensor | None, blocks: list[Tensor], activation: str
 ) -> tuple[Tensor | None, ...]:
-    """Of x, the weights and the blocks' four tensors; hidden activations are computed again, grouped by block."""
+    # of x, the weights and the blocks' four tensors; hidden activations are computed again, grouped by block
     w1, b1, w2, b2 = blocks
     value, derivative = GRADIENTS[activation]
     k = block_BK.shape[1]

@@ -13,8 +13,6 @@ from fffexp.kernels.naive import Blocks
 
 
 class _SoftTree(torch.autograd.Function):
-    """(y, logits, leaf weights) of a soft pass."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, node_weight: Tensor, node_bias: Tensor, scale: Tensor, *leaves: Any
@@ -35,8 +33,7 @@ class _SoftTree(torch.autograd.Function):
         ctx: Any, grad_BO: Tensor | None, more_logits: Tensor | None, more_weights: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, scale, nodes, w1, w2, b2, z, logits, h, weights = ctx.saved_tensors
-        if grad_BO is None:
-            grad_BO = x.new_zeros(x.shape[0], w2.shape[2])
+        grad_BO = x.new_zeros(len(x), w2.shape[2]) if grad_BO is None else grad_BO
         grad_h = grad_BO @ w2.flatten(0, 1).T
         grad_weights = grad_BO @ b2.T if more_weights is None else torch.addmm(more_weights, grad_BO, b2.T)
         grad_z, grad_logits = torch.ops.fffexp.soft_backward(

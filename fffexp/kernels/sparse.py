@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fffexp.kernels.eager import Hidden
 from fffexp.kernels.grouped import grouped_mm, grouped_outer
-from fffexp.kernels.naive import Blocks
+from fffexp.kernels.naive import Activation, Blocks
 
 
 def _gradient(index_U: Tensor, values: Tensor, rows: int) -> Tensor:
@@ -21,8 +20,7 @@ def _gradient(index_U: Tensor, values: Tensor, rows: int) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Rows sorted by block, each times its block's matrix, (G, O, I) or (G, I, O), plus its bias (G, O)."""
-
+    # rows sorted by block, each times its block's matrix, (G, O, I) or (G, I, O), plus its bias (G, O)
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, block_R: Tensor, weight: Tensor, bias: Tensor, inputs_last: bool) -> Tensor:
         used_U, place_R, count_U = torch.unique_consecutive(block_R, return_inverse=True, return_counts=True)
@@ -42,7 +40,7 @@ class _Product(torch.autograd.Function):
         return grad_x, None, grad_weight, _gradient(used_U, summed, len(weight)), None
 
 
-def selected(x_BI: Tensor, block_B: Tensor, blocks: Blocks, hidden: Hidden) -> Tensor:
+def selected(x_BI: Tensor, block_B: Tensor, blocks: Blocks, hidden: Activation) -> Tensor:
     """(B, O): for each sample its one block; the gradients of the blocks are sparse (torch.sparse_coo)."""
     w1, b1, w2, b2 = blocks
     block_R, order_R = block_B.sort(stable=True)

@@ -145,7 +145,7 @@ def _row_kernel(
 def _by_row(
     x: Tensor, nodes: Sequence[Tensor], block: Tensor | None, weights: Tensor | None, blocks: Sequence[Any]
 ) -> Tensor:
-    """(B, O): one launch, and a row reads all of its own weights: for batches that gain nothing by grouping."""
+    # one launch, and a row reads all of its own weights: for batches that gain nothing by grouping
     *tensors, activation = blocks
     (groups, width, inputs), outputs = tensors[0].shape, tensors[2].shape[2]
     choices = 1 if block is None else block.shape[1]

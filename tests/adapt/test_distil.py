@@ -25,8 +25,6 @@ from transformers import (
 
 from fffexp import FF, FFF, NoisyTopKMoE, convert_feedforward
 from fffexp.adapt import distil
-from fffexp.adapt.distil import _neurons, _Rows, _watch
-from fffexp.adapt.replace import find_mlps
 
 D, H = 6, 16
 
@@ -87,14 +85,17 @@ def test_the_halves_are_even() -> None:
     assert shares.max() < 0.17
 
 
+@torch.no_grad()
 def test_neurons_that_explain_the_outputs_are_chosen() -> None:
     torch.manual_seed(0)
-    hidden = torch.randn(300, 5)
-    hidden[:, 4] = hidden[:, 1] + 0.01 * torch.randn(300)  # says nothing that neuron 1 does not
-    outputs = 3 * hidden[:, [1]] - 2 * hidden[:, [3]] + 1
-    chosen, weight, bias = _neurons(hidden, _Rows(hidden, outputs), 2)
-    assert set(chosen.tolist()) in ({1, 3}, {4, 3})
-    assert torch.allclose(hidden[:, chosen].double() @ weight + bias, outputs.double(), atol=0.1)
+    up, down = nn.Linear(D, 5), nn.Linear(5, 1)
+    up.weight[4] = up.weight[1] + 0.01 * torch.randn(D)  # says nothing that neuron 1 does not
+    down.weight.copy_(torch.tensor([[0.0, 3.0, 0.0, -2.0, 0.0]]))
+    model = nn.Sequential(up, nn.ReLU(), down)
+    (made,) = convert_feedforward(model, batches(), partial(FF, width=2), steps=0)
+    chosen = {int((up.weight - row).square().sum(1).argmin()) for row in made.new.network[0].weight}
+    assert chosen in ({1, 3}, {4, 3})
+    assert made.final_error < 1e-2
 
 
 def test_the_model_is_otherwise_as_it_was() -> None:
@@ -174,6 +175,25 @@ def test_neurons_are_selected_on_all_batches(monkeypatch: pytest.MonkeyPatch) ->
     assert starts["sorted"] == pytest.approx(starts["shuffled"], rel=0.5)
 
 
+class Seen(FF):
+    """Keeps the rows that it starts from, and those that are held out."""
+
+    def route(self, x: Tensor) -> Tensor:
+        self.train_rows = x
+        return super().route(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.held_out = x
+        return super().forward(x)
+
+
+def rows(model: nn.Module, batches: list[Any]) -> list[tuple[Tensor, Tensor]]:
+    """What each MLP's layer starts from, and what is held out."""
+    made: list[Any] = convert_feedforward(model, batches, partial(Seen, width=2), steps=0)
+    return [(each.new.train_rows, each.new.held_out) for each in made]
+
+
+@pytest.mark.filterwarnings("ignore:the activation of")
 def test_a_decoder_of_torch_has_a_padding_of_its_own() -> None:
     torch.manual_seed(0)
     block = nn.TransformerDecoderLayer(16, 4, 24, batch_first=True)
@@ -182,8 +202,8 @@ def test_a_decoder_of_torch_has_a_padding_of_its_own() -> None:
     tokens = torch.randn(20, 6, 16)
     data = {"tgt": tokens, "memory": tokens, "tgt_key_padding_mask": padded}
     model = nn.TransformerDecoder(block, 1)
-    ((train, _),) = _watch(model, find_mlps(model, None), [data, data])
-    assert len(train.inputs) == 40
+    ((train, _),) = rows(model, [data, data])
+    assert len(train) == 40
 
 
 def test_a_decoder_has_a_padding_of_its_own() -> None:
@@ -197,8 +217,7 @@ def test_a_decoder_has_a_padding_of_its_own() -> None:
     seen = {}
     for name, batch in {"all": data, "some": data | {"decoder_attention_mask": decoder}}.items():
         decoder[:, 5:] = 0
-        parts = _watch(model, find_mlps(model, None), [batch, batch])
-        seen[name] = [len(train.inputs) for train, _ in parts]
+        seen[name] = [len(train) for train, _ in rows(copy.deepcopy(model), [batch, batch])]
     assert seen == {"all": [40, 120], "some": [40, 100]}
 
 
@@ -294,9 +313,9 @@ def gated_data() -> list[dict[str, Tensor]]:
 def test_about_a_tenth_is_held_out(sizes: list[int], held_out: int) -> None:
     model = trained()
     data = torch.randn(sum(sizes), D)
-    ((train, rest),) = _watch(model, find_mlps(model, None), list(data.split(sizes)))
-    assert len(rest.inputs) == held_out
-    assert torch.equal(torch.cat([train.inputs, rest.inputs]), data)
+    ((train, rest),) = rows(model, list(data.split(sizes)))
+    assert len(rest) == held_out
+    assert torch.equal(torch.cat([train, rest]), data)
 
 
 GELU = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
@@ -405,10 +424,10 @@ ONE, TWO, LABEL = torch.ones(20, 8), 2 * torch.ones(20, 8), torch.tensor(50.0)
         (Optional, {"x": ONE, "z": LABEL}, 51),
     ],
 )
+@pytest.mark.filterwarnings("ignore:the activation of")
 def test_what_of_a_batch_goes_to_the_model(model: type[Takes], batch: Any, expected: int) -> None:
-    made = model()
-    ((train, _),) = _watch(made, find_mlps(made, None), [batch])
-    assert train.inputs.unique().tolist() == [expected]
+    ((train, _),) = rows(model(), [batch])
+    assert train.unique().tolist() == [expected]
 
 
 @pytest.mark.parametrize(
