@@ -22,7 +22,6 @@ FILES = {
 }
 
 # to be emptied
-BRING_MORE = {("fffexp.kernels.build", "filelock")}
 NEED_POSIX = {"fffexp.training.experiment"}
 
 # what stands directly in fffexp/ and is used by all above it
@@ -107,7 +106,7 @@ LAYERS = [name for name in FILES if unit(name) in ("layers", "routing", "kernels
 def test_layers_import_torch_alone() -> None:
     others = {(name, each) for name in LAYERS for each in top_imports(name) - sys.stdlib_module_names}
     more = {(name, each) for name, each in others if each not in ("torch", "fffexp")}
-    assert more <= {("fffexp.kernels.triton_kernels", "triton"), *BRING_MORE}
+    assert more <= {("fffexp.kernels.triton_kernels", "triton")}
 
 
 def test_modules_load_on_systems_without_posix() -> None:
@@ -136,17 +135,12 @@ def strings_and_names(module: ast.Module) -> Iterator[str]:
 
 KINDS = [kind.__name__ for kind in vars(layers).values() if isinstance(kind, type) and kind is not FeedforwardLayer]
 CONCRETE = re.compile(rf"\b({'|'.join(KINDS)})\b")
-# to be emptied
-KNOW_A_LAYER = {
-    *("adapt.distil", "adapt.replace"),
-}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if unit(name) not in ("", "layers")])
 def test_no_concrete_layer_is_known(name: str) -> None:
     found = [match for text in strings_and_names(tree(name)) for match in CONCRETE.findall(text)]
-    if name.removeprefix("fffexp.") not in KNOW_A_LAYER:
-        assert found == []
+    assert found == []
 
 
 def test_what_is_imported_is_declared() -> None:
