@@ -13,7 +13,7 @@ from processes import CONFIGS, ROOT, artifact, enter, runs, with_store
 
 from fffexp.configs import load_config
 from fffexp.study.spec import load
-from fffexp.training.experiment import Context, check, run
+from fffexp.training.experiment import Context, build, run
 
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
 LAYERS = sorted(path for path in (CONFIGS / "layer").glob("*.yaml") if path.stem != "none")
@@ -136,7 +136,7 @@ def test_every_data_config_is_accepted_without_a_network(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     pieces = ("model/one_cycle", "layer/fff", "trainer/averaged")
     configs = [f"--config={path}" for path in (data, *(CONFIGS / f"{piece}.yaml" for piece in pieces))]
-    check(["fit", *configs, *data_arguments(data, fashion)])
+    build(["fit", *configs, *data_arguments(data, fashion)])
 
 
 def test_every_config_is_run_here() -> None:
@@ -165,7 +165,7 @@ def test_a_study_is_sound_to_the_corners_of_its_space(path: Path, fashion: Path)
         assert len(corners) > 1
         for values in (corners[0], corners[-1]):
             assert set(values) == set(part.space)
-            check([*spec.arguments(layer, values, spec.seeds[0], test=False), *extra])
+            build([*spec.arguments(layer, values, spec.seeds[0], test=False), *extra])
 
 
 def test_the_layers_of_a_study_are_those_of_its_configs() -> None:

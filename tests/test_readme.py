@@ -18,7 +18,7 @@ from processes import ROOT
 from torch import nn
 
 from fffexp.cli import main
-from fffexp.training.experiment import check
+from fffexp.training.experiment import build
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
@@ -94,7 +94,7 @@ def check_fffexp(words: list[str]) -> None:
     if leading[0] in ("fit", "validate", "test", "predict"):
         if "--config" in words:
             position = words.index("--ckpt_path") if "--ckpt_path" in words else len(words)
-            check(["fit", *words[1:position], *words[position + 2 :]])
+            build(["fit", *words[1:position], *words[position + 2 :]])
         return
     text = help_of(*leading)
     for word in words[len(leading) :]:
@@ -112,7 +112,7 @@ def test_a_config(text: str) -> None:
     if not {"model", "data", "trainer"} & content.keys():
         return
     Path("block.yaml").write_text(text)
-    check(["fit", "--config=configs/data/digits.yaml", "--config=configs/layer/fff.yaml", "--config=block.yaml"])
+    build(["fit", "--config=configs/data/digits.yaml", "--config=configs/layer/fff.yaml", "--config=block.yaml"])
 
 
 def standins() -> dict[str, Any]:

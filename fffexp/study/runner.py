@@ -20,7 +20,7 @@ from fffexp.study import store, worker
 from fffexp.study.results import LATENCY, Record, Results, Trial
 from fffexp.study.spec import StudySpec
 from fffexp.study.worker import StoredStudy
-from fffexp.training.experiment import check
+from fffexp.training.experiment import build
 
 STOP_S = 60  # for a worker to mark its trial when it is stopped
 STORED = ("run_id", "sizes", "error")  # of a trial, as its worker stores them
@@ -79,17 +79,19 @@ class StudyRunner:
         for label, values in [(each, values) for each in self.spec.layers for values in self.spec.corners(each)]:
             where = f"study {self.spec.name}, layer {label} with {settings(values) or 'no parameters'}"
             try:
-                checked = check(self.spec.arguments(label, values, self.spec.seeds[0]))
+                built = build(self.spec.arguments(label, values, self.spec.seeds[0]))
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
-            layer = checked.layer or "none"
+            layer = built.params["layer"] or "none"
             if classes.setdefault(label, layer) != layer:
                 raise UserError(f"{where}: it makes a {layer}, others a {classes[label]}: label them apart")
-        objectives = self.spec.default_objectives(checked.monitor, checked.mode)
-        if unknown := [name for name in (*objectives, *self.spec.constraints) if name not in checked.metrics]:
-            known = ", ".join(checked.metrics)
-            raise UserError(f"study {self.spec.name}: metric {unknown[0]} is not measured; there are {known}")
-        monitored = {"monitor": checked.monitor, "mode": checked.mode, "unit": checked.unit}
+        task, known = built.task, built.measurable
+        objectives = self.spec.default_objectives(task.monitor, task.mode)
+        if unknown := [name for name in (*objectives, *self.spec.constraints) if name not in known]:
+            raise UserError(
+                f"study {self.spec.name}: metric {unknown[0]} is not measured; there are {', '.join(known)}"
+            )
+        monitored = {"monitor": task.monitor, "mode": task.mode, "unit": task.unit_monitor}
         return monitored | {"classes": classes, "objectives": objectives}
 
     def _create(self, described: dict[str, Any], mark: str) -> None:

@@ -26,7 +26,6 @@ from fffexp.study import store
 from fffexp.study.results import Record
 from fffexp.study.spec import StudySpec, Values, parse
 from fffexp.training.experiment import Context, Result, run
-from fffexp.training.params import total_sizes
 from fffexp.training.vectorized import train_seeds
 
 POLL_S = 0.5
@@ -169,8 +168,7 @@ class Worker:
             if together:
                 args, fit = self.spec.arguments(label, values, None)[1:], self.spec.fit
                 ends: dict[str, Any] = {"measure_fit": fit != "ignored", "fit_counts": fit == "awaited"}
-                for each in train_seeds(args, left, test=self.spec.test, patience=self.spec.patience, **ends):
-                    yield Result("", each.result, each.params, total_sizes(each.task), each.config)
+                yield from train_seeds(args, left, test=self.spec.test, patience=self.spec.patience, **ends)
                 return
             for seed in left:
                 args = self.spec.arguments(label, values, seed, fresh or self.spec.test)

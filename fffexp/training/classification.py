@@ -12,8 +12,6 @@ from typing_extensions import override
 from fffexp.models.mlp import MLP, LayerFactory
 from fffexp.training.task import Task
 
-NetworkFactory = Callable[[LayerFactory | None, Sequence[int], int], nn.Module]
-
 
 class ClassificationTask(Task):
     """Cross-entropy of (inputs, labels).
@@ -39,7 +37,7 @@ class ClassificationTask(Task):
         in_shape: Sequence[int],
         num_classes: int,
         label_smoothing: float = 0.0,
-        network: NetworkFactory | None = None,
+        network: Callable[[LayerFactory | None, Sequence[int], int], nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -51,18 +49,15 @@ class ClassificationTask(Task):
 
     @override
     def make_metrics(self) -> dict[str, Metric]:
-        """Share of the samples that are right."""
         return {"accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)}
 
     @override
     def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch, *in_shape), (batch,) -> () cross-entropy, (batch,) predicted and true classes."""
         x, y = batch
         logits = self(x)
-        smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits.float(), y, label_smoothing=smoothing), logits.detach().argmax(1), y
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing if self.training else 0.0)
+        return loss, logits.detach().argmax(1), y
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class of each sample."""
         return super().predict_step(batch, batch_idx).argmax(1)

@@ -1,7 +1,8 @@
-"""Mistakes in what an experiment is given, each refused in one line."""
+"""What the config of an experiment says: what is tracked of it, and its mistakes, each refused in one line."""
 
 import re
 import sysconfig
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 import fffexp
 from fffexp.configs import flat, parse_yaml
 from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError, one_line
+from fffexp.layers.base import SIZES
+from fffexp.training.task import Task
 
 CONFIG = "fffexp_config"  # key of the config in a checkpoint
+OURS = ("fffexp", "torch", "lightning")  # packages whose classes are known by their bare names
 # options of the trainer, their least values, and the one that means no limit
 LIMITS = (
     ("max_epochs", 1, -1),
@@ -27,23 +31,73 @@ LIMITS = (
 MAX_SEED = 2**32 - 1
 
 
+def flat_params(config: Namespace, task: Task) -> dict[str, Any]:
+    """What is tracked of a config, under short flat names: layer, layer.depth, optimizer, optimizer.lr, ..."""
+    params = {"layer": None, "seed": config.seed_everything, "task": short(config.model), "optimizer": "AdamW"}
+    for name, value in init_args(config.model).items():
+        if isinstance(value, Mapping):  # aux_weights
+            for key, each in value.items():
+                arguments = ", ".join(f"{inner}={argument}" for inner, argument in init_args(each).items())
+                params[f"{name}.{key}"] = f"{short(each)}({arguments})" if arguments else short(each)
+        elif value is not None:
+            inner = {f"{name}.{key}": short(each) for key, each in init_args(value).items() if each is not None}
+            params |= {name: short(value)} | inner
+    return {
+        **params,
+        "network": type(task.network).__name__,
+        **total_sizes(task),
+        "data": short(config.data),
+        "data.batch_size": init_args(config.data).get("batch_size"),
+        "max_epochs": config.trainer.max_epochs,
+        "precision": config.trainer.precision or "32-true",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def total_sizes(task: Task) -> dict[str, int]:
+    """Sizes of all its feedforward layers together."""
+    return {name: sum(layer.sizes()[name] for layer in task.layers.values()) for name in SIZES}
+
+
+def init_args(value: Any) -> dict[str, Any]:
+    """Arguments of a class in a config; none of anything else."""
+    return dict(vars(value.get("init_args") or Namespace())) if isinstance(value, Namespace) else {}
+
+
+def short(value: Any) -> Any:
+    """The bare name of a class in a config, or the class path of one from elsewhere; anything else as it is."""
+    if not (isinstance(value, Namespace) and "class_path" in value):
+        return value
+    package, *_, name = value.class_path.split(".")
+    return name if package in OURS else value.class_path
+
+
 def check_config(config: Namespace) -> None:
     """Refuse what neither jsonargparse nor Lightning refuses, or not in one line.
 
     Raises:
         UserError: a value out of its range.
     """
-    if not re.fullmatch(r"\w[\w .+=-]{0,99}", config.name):
-        raise UserError(f"name is {config.name[:40]!r}: give up to 100 letters, digits, spaces, or . _ - + =")
-    if not 0 <= config.seed_everything <= MAX_SEED:
-        raise UserError(f"seed_everything is {config.seed_everything}: give 0 to {MAX_SEED}")
+    unlike = init_args(config.data).get("seed", 0) not in (0, config.seed_everything)
+    problems = {
+        f"name is {config.name[:40]!r}: give up to 100 letters, digits, spaces, or . _ - + =": (
+            not re.fullmatch(r"\w[\w .+=-]{0,99}", config.name)
+        ),
+        f"seed_everything is {config.seed_everything}: give 0 to {MAX_SEED}": (
+            not 0 <= config.seed_everything <= MAX_SEED
+        ),
+        "init_from starts a new training and ckpt_path resumes one: give one of the two": (
+            config.get("init_from") and config.ckpt_path
+        ),
+        # not by link_arguments, which would override a value of the user's without a word
+        "data.init_args.seed is linked to seed_everything and cannot be given: leave it out": unlike,
+    }
     for name, least, unlimited in LIMITS:
-        value = config.trainer[name]
-        if value is not None and value != unlimited and not value >= least:
-            instead = "" if unlimited is None else f", or {unlimited} for no limit"
-            raise UserError(f"trainer.{name} is {value}: give at least {least}{instead}")
-    if config.get("init_from") and config.ckpt_path:
-        raise UserError("init_from starts a new training and ckpt_path resumes one: give one of the two")
+        value, unless = config.trainer[name], "" if unlimited is None else f", or {unlimited} for no limit"
+        wrong = value not in (None, unlimited) and not value >= least
+        problems[f"trainer.{name} is {value}: give at least {least}{unless}"] = wrong
+    if problem := next(filter(problems.get, problems), None):
+        raise UserError(problem)
 
 
 def read_checkpoint(key: str, path: str) -> dict[str, Any]:
@@ -66,29 +120,33 @@ def read_checkpoint(key: str, path: str) -> dict[str, Any]:
     return content
 
 
-def check_resumable(checkpoint: Mapping[str, Any], config: Namespace, resolved: str) -> None:
-    """Refuse to resume a training that is complete, or one that had another optimizer: Lightning restores that.
+def check_checkpoint(config: Namespace, resolved: str, subcommand: str) -> None:
+    """Refuse a checkpoint that is missing or damaged, and to resume what would not be trained as the config says.
+
+    That is a training which is complete, or which had another optimizer, for Lightning restores that.
 
     Raises:
-        UserError: nothing would be trained, or not as the config says.
+        UserError: see above.
     """
+    if config.ckpt_path is None and subcommand != "fit":
+        raise UserError(f"ckpt_path is missing: give the checkpoint to {subcommand} by --ckpt_path")
+    checkpoint = None if config.ckpt_path is None else read_checkpoint("ckpt_path", config.ckpt_path)
+    if checkpoint is None or subcommand != "fit":
+        return
     anew = "start a new training from its weights by --init_from"
-    if CONFIG in checkpoint:
-        texts = (checkpoint[CONFIG], resolved)
-        before, now = (dict(flat(parse_yaml(text, "config").get("model") or {})) for text in texts)
-        for name in sorted({*before, *now}):
-            if name.startswith(("optimizer", "lr_scheduler")) and before.get(name) != now.get(name):
-                raise UserError(
-                    f"ckpt_path: that training began with model.{name} {before.get(name)}, which cannot become"
-                    f" {now.get(name)}: leave it as it was, or {anew}"
-                )
+    texts = (checkpoint.get(CONFIG, resolved), resolved)
+    before, now = (dict(flat(parse_yaml(text, "config").get("model") or {})) for text in texts)
+    for name in sorted({*before, *now}):
+        if name.startswith(("optimizer", "lr_scheduler")) and before.get(name) != now.get(name):
+            raise UserError(
+                f"ckpt_path: that training began with model.{name} {before.get(name)}, which cannot become"
+                f" {now.get(name)}: leave it as it was, or {anew}"
+            )
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    if 0 <= config.trainer.max_steps <= checkpoint["global_step"]:
-        raise UserError(
-            f"ckpt_path: that training has all its {checkpoint['global_step']} steps: raise max_steps, or {anew}"
-        )
-    if 0 <= (-1 if config.trainer.max_epochs is None else config.trainer.max_epochs) <= epochs:
-        raise UserError(f"ckpt_path: that training has all its {epochs} epochs: raise trainer.max_epochs, or {anew}")
+    for unit, done in (("steps", checkpoint["global_step"]), ("epochs", epochs)):
+        wanted = config.trainer[f"max_{unit}"]
+        if wanted is not None and 0 <= wanted <= done:
+            raise UserError(f"ckpt_path: that training has all its {done} {unit}: raise trainer.max_{unit}, or {anew}")
 
 
 @contextmanager
@@ -98,46 +156,33 @@ def user_errors() -> Iterator[None]:
         yield
     except (UserError, NonFiniteLossError):
         raise
-    except ArgumentError as error:
-        if (own := _own_code(error)) is not None:
-            raise own from error
-        raise InvalidConfigError(one_line(str(error))) from error
-    except MisconfigurationException as error:
-        raise InvalidConfigError(" ".join(str(error).split())) from error
     except Exception as error:
         message = " ".join(str(error).split())
+        if isinstance(error, MisconfigurationException):
+            raise InvalidConfigError(message) from error
         if "loading state_dict" in message:
             raise UserError(f"the checkpoint does not fit the config: {str(error).splitlines()[1].strip()}") from error
         if message.startswith("Early stopping conditioned on metric"):
             raise UserError(message) from error
         if (own := _own_code(error)) is not None:
             raise own from error
-        if isinstance(error, ValueError) and _from_constructor(error):
+        # layers, schedules and the task check their arguments as they are made
+        callers = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)][:-1]
+        if isinstance(error, ArgumentError) or (isinstance(error, ValueError) and "instantiate_classes" in callers):
             raise InvalidConfigError(one_line(str(error))) from error
         raise
 
 
 def _own_code(error: BaseException | None) -> UserError | None:
     """The error as file and line, if it was raised in a file below the current folder that is not part of a package."""
-    installed = [Path(fffexp.__file__).parent, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))]
+    here, package = Path.cwd(), Path(fffexp.__file__).parent
+    installed = [package, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))]
     while error is not None:
-        traceback, frame = error.__traceback__, None
-        while traceback is not None:
-            file = Path(traceback.tb_frame.f_code.co_filename)
-            if file.is_absolute() and file.is_relative_to(Path.cwd()) and not any(map(file.is_relative_to, installed)):
-                frame = f"{file.relative_to(Path.cwd())}, line {traceback.tb_lineno}"
-            traceback = traceback.tb_next
-        if frame is not None and not isinstance(error, UserError):
-            return UserError(f"{frame}: {type(error).__name__}: {' '.join(str(error).split())}")
+        frames = () if isinstance(error, UserError) else traceback.walk_tb(error.__traceback__)
+        for frame, line in reversed([*frames]):
+            file = Path(frame.f_code.co_filename)
+            if file.is_absolute() and file.is_relative_to(here) and not any(map(file.is_relative_to, installed)):
+                text = " ".join(str(error).split())
+                return UserError(f"{file.relative_to(here)}, line {line}: {type(error).__name__}: {text}")
         error = error.__cause__ or error.__context__
     return None
-
-
-def _from_constructor(error: ValueError) -> bool:
-    # layers, schedules and the task check their arguments as they are made
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        if traceback.tb_frame.f_code.co_name == "instantiate_classes":
-            return True
-        traceback = traceback.tb_next
-    return False

@@ -10,8 +10,8 @@ from fffexp.timing import exclusive_timing, interleaved, median_ratio, rotating
 
 # Latencies are timed beside a dense layer of this width, so that they can be compared when the machine's speed drifts.
 REFERENCE_WIDTH = 128
-BATCH_SIZES = (1, 256, 2048)
-ROUNDS = (15, 300)
+BATCH_SIZES = (1, 256, 2048)  # the latency of the smaller ones is measured, and the throughput of the last
+ROUNDS = (15, 300)  # enough for a steady median of a fast layer, few for a slow one
 
 
 def measure(network: nn.Module, inputs: Tensor) -> dict[str, float]:
@@ -21,35 +21,25 @@ def measure(network: nn.Module, inputs: Tensor) -> dict[str, float]:
         network: (batch, ...) -> anything; a tensor, for the latencies of the reference beside.
         inputs: (samples, ...) that batches are taken from in rotation.
     """
-    modules = {"": network.eval()}
-    results: dict[str, float] = {}
+    modules, results = {"": network.eval()}, dict[str, float]()
     with exclusive_timing(), torch.inference_mode():
         outputs = network(inputs[:1])
         if inputs.is_floating_point() and isinstance(outputs, Tensor):
+            hidden = nn.Linear(inputs[0].numel(), REFERENCE_WIDTH)
+            reference = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(REFERENCE_WIDTH, outputs[0].numel()))
             like = next(network.parameters(), outputs)
-            modules["reference_"] = _reference(inputs[0].numel(), outputs[0].numel()).to(like.device, like.dtype)
-        for batch_size in BATCH_SIZES:
-            batches = _batches(inputs, batch_size)
+            modules["reference_"] = reference.eval().to(like.device, like.dtype)
+        for size in BATCH_SIZES:
+            # up to 64 different batches; data that does not fill one is repeated
+            repeated = inputs.repeat(math.ceil(size / len(inputs)), *[1] * (inputs.dim() - 1))
+            batches = [batch for batch in repeated.split(size)[:64] if len(batch) == size]
             calls = {prefix: rotating(module, batches) for prefix, module in modules.items()}
-            # rounds enough for a steady median of a fast layer, few for a slow one
             times = interleaved(calls, 0.1, device=inputs.device, rounds=ROUNDS, block_s=0)
             medians = {prefix: statistics.median(seconds) for prefix, seconds in times.items()}
-            if batch_size == BATCH_SIZES[-1]:
-                results[f"speed/throughput_b{batch_size}"] = batch_size / medians[""]
-                continue
-            for prefix, seconds in medians.items():
-                results[f"speed/{prefix}latency_b{batch_size}_ms"] = 1e3 * seconds
+            if size == BATCH_SIZES[-1]:
+                results[f"speed/throughput_b{size}"] = size / medians[""]
+                break
+            results |= {f"speed/{prefix}latency_b{size}_ms": 1e3 * seconds for prefix, seconds in medians.items()}
             if "reference_" in times:
-                results[f"speed/latency_b{batch_size}_ratio"] = median_ratio(times[""], times["reference_"])
+                results[f"speed/latency_b{size}_ratio"] = median_ratio(times[""], times["reference_"])
     return results
-
-
-def _reference(in_features: int, out_features: int) -> nn.Module:
-    hidden, out = nn.Linear(in_features, REFERENCE_WIDTH), nn.Linear(REFERENCE_WIDTH, out_features)
-    return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), out).eval()
-
-
-def _batches(inputs: Tensor, batch_size: int) -> list[Tensor]:
-    """Up to 64 different batches; data that does not fill one is repeated."""
-    repeated = inputs.repeat(math.ceil(batch_size / len(inputs)), *[1] * (inputs.dim() - 1))
-    return [batch for batch in repeated.split(batch_size)[:64] if len(batch) == batch_size]

@@ -9,20 +9,24 @@ from fffexp.layers import FeedforwardLayer, feedforward_layers
 from fffexp.layers.base import probability
 from fffexp.training.schedules import Exponential, Schedule
 
-# that of configs/recipe/fff.yaml
-INVERSE_TEMPERATURE = Exponential(1.0, 300.0)
+INVERSE_TEMPERATURE = Exponential(1.0, 300.0)  # that of configs/recipe/fff.yaml
 
 
-def weighted_aux_losses(layers: Iterable[FeedforwardLayer], aux_weights: Mapping[str, float]) -> Tensor | float:
-    """Sum of the auxiliary losses of what these layers' training passes decided; 0.0 where there is none."""
-    total: Tensor | float = 0.0
-    for layer in layers:
-        for name, aux_loss in layer.aux_losses.items():
-            if weight := aux_weights.get(name, 0.0):
-                for routing in layer.routings:
-                    term = weight * aux_loss(routing)
-                    total = total + (term.to(total.device) if isinstance(total, Tensor) else term)
-    return total
+def weighted_aux_losses(
+    layers: Iterable[FeedforwardLayer], aux_weights: Mapping[str, float] | None = None
+) -> Tensor | float:
+    """Sum of the auxiliary losses of what these layers' training passes decided; 0.0 where there is none.
+
+    The weights are each layer's own recommendation unless given.
+    """
+    terms = [
+        weight * aux_loss(routing)
+        for layer in layers
+        for name, aux_loss in layer.aux_losses.items()
+        if (weight := (layer.default_aux_weights if aux_weights is None else aux_weights).get(name, 0.0))
+        for routing in layer.routings
+    ]
+    return sum((term.to(terms[0].device) for term in terms[1:]), terms[0]) if terms else 0.0
 
 
 def auxiliary_loss(model: nn.Module, aux_weights: Mapping[str, float] | None = None) -> Tensor:
@@ -42,19 +46,17 @@ def auxiliary_loss(model: nn.Module, aux_weights: Mapping[str, float] | None = N
     layers = _layers(model)
     known = {name for layer in layers for name in layer.aux_losses}
     if unknown := set(aux_weights or ()) - known:
-        names = ", ".join(sorted(known)) or "none"
-        raise ValueError(f"no layer has the auxiliary loss {', '.join(sorted(unknown))}; there are: {names}")
+        wrong, names = (", ".join(sorted(each)) for each in (unknown, known))
+        raise ValueError(f"no layer has the auxiliary loss {wrong}; there are: {names or 'none'}")
     if known and all(layer.routing is None for layer in layers):  # some models leave layers out at random
         raise RuntimeError(
             "no layer made a training pass with gradients since the last loss: call the model, in training mode; "
             "gradient checkpointing needs use_reentrant=False"
         )
-    total = torch.zeros((), device=next(layers[0].parameters()).device)
+    total, device = weighted_aux_losses(layers, aux_weights), next(layers[0].parameters()).device
     for layer in layers:
-        term = weighted_aux_losses([layer], layer.default_aux_weights if aux_weights is None else aux_weights)
-        total = total + (term.to(total.device) if isinstance(term, Tensor) else term)
         layer.routing = None  # the graph of this step is the loss's from now on
-    return total
+    return total.to(device) if isinstance(total, Tensor) else torch.zeros((), device=device)
 
 
 def anneal(model: nn.Module, progress: float, schedule: Schedule = INVERSE_TEMPERATURE) -> None:
@@ -75,7 +77,6 @@ def anneal(model: nn.Module, progress: float, schedule: Schedule = INVERSE_TEMPE
 
 
 def _layers(model: nn.Module) -> list[FeedforwardLayer]:
-    layers = list(feedforward_layers(model).values())
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer of fffexp")
-    return layers
+    if layers := list(feedforward_layers(model).values()):
+        return layers
+    raise ValueError(f"{type(model).__name__} has no layer of fffexp")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
+from typing_extensions import override
 
 
 class LazyAdamW(torch.optim.Optimizer):
@@ -40,42 +41,34 @@ class LazyAdamW(torch.optim.Optimizer):
             raise ValueError(f"betas are {betas}; they must be in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; returns the closure's loss if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        lr, betas, state = group["lr"], group["betas"], self.state[parameter]
         if not state:
-            state["step"] = 0
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-        correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
-        tensors = parameter, state["exp_avg"], state["exp_avg_sq"]
-        gradient = parameter.grad
-        assert gradient is not None
-        rows = None
+        correction1, correction2 = (1 - beta ** state["step"] for beta in betas)
+        rows: Any = ...  # all of them, as a view
         if gradient.is_sparse:
             gradient = gradient.coalesce()
             rows, gradient = gradient.indices()[0], gradient.values()
-        weight, first, second = tensors if rows is None else (tensor[rows] for tensor in tensors)
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (second / correction2).sqrt_().add_(group["eps"])
-        weight.addcdiv_(first, root, value=-group["lr"] / correction1)
-        if rows is not None:
-            for tensor, updated in zip(tensors, (weight, first, second), strict=True):
+        tensors = parameter, state["exp_avg"], state["exp_avg_sq"]
+        weight, first, second = (tensor[rows] for tensor in tensors)
+        weight.mul_(1 - lr * group["weight_decay"])
+        first.lerp_(gradient, 1 - betas[0])
+        second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+        weight.addcdiv_(first, (second / correction2).sqrt_().add_(group["eps"]), value=-lr / correction1)
+        for tensor, updated in zip(tensors, (weight, first, second), strict=True):
+            if rows is not ...:
                 tensor[rows] = updated
 
 

@@ -1,29 +1,27 @@
 """What every task has in common: losses, metrics, optimizer and schedules."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
+from typing_extensions import override
 
 from fffexp.errors import UserError
 from fffexp.layers import FeedforwardLayer, feedforward_layers
-from fffexp.layers.base import RoutingMode
 from fffexp.layers.random import normal_like
 from fffexp.training.callbacks.routing import RoutingMonitor
 from fffexp.training.callbacks.schedules import Schedules
 from fffexp.training.callbacks.speed import TrainingSpeed
 from fffexp.training.callbacks.stability import Stability
 from fffexp.training.losses import weighted_aux_losses
-from fffexp.training.schedules import Adaptive, Schedule
-
-_PLAIN = str | int | float | bool | None
+from fffexp.training.schedules import Adaptive, Constant, Schedule
 
 
 class Task(LightningModule, ABC):
@@ -83,16 +81,14 @@ class Task(LightningModule, ABC):
             del self.hparams[name]
         if not input_noise_std >= 0:
             raise ValueError(f"input_noise_std is {input_noise_std}; it must not be negative")
-        self.input_noise_std = input_noise_std
+        self.input_noise_std, self.lr_scheduler = input_noise_std, lr_scheduler
         self.optimizer: OptimizerCallable = optimizer or torch.optim.AdamW
-        self.lr_scheduler = lr_scheduler
-        self.schedules = dict(aux_weights or {})
+        given = (aux_weights or {}).items()
+        self.schedules = {name: each if isinstance(each, Schedule) else Constant(each) for name, each in given}
         self.aux_weights: dict[str, float] = {}
         self.lr: float | None = None
-        self._planned: tuple[float | None, float] = None, 0
-        self._evaluated: dict[str, dict[str, Metric]] = {}
-        self._steps: list[tuple[Tensor, ...]] = []
-        self._fit_layers: list[FeedforwardLayer] | None = None
+        self._passes: dict[str, list[tuple[Tensor, ...]]] = {}  # (n,) loss, outputs and targets of each, by prefix
+        self.kept_layers: dict[str, FeedforwardLayer] | None = None  # during a fit, looked up once
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes every hook it calls, some 50 a step; Module's own way of setting is slow
@@ -114,8 +110,7 @@ class Task(LightningModule, ABC):
 
     def inputs(self, batch: Any) -> Tensor:
         """What the network takes of a batch: (samples, ...)."""
-        inputs: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return inputs
+        return batch[0] if isinstance(batch, (tuple, list)) else batch
 
     def samples(self, batch: Any) -> int:
         """Number of samples in a batch."""
@@ -130,38 +125,33 @@ class Task(LightningModule, ABC):
     @property
     def layers(self) -> dict[str, FeedforwardLayer]:
         """The feedforward layers of the network by their path in it."""
-        return feedforward_layers(self.network)
+        return feedforward_layers(self.network) if self.kept_layers is None else self.kept_layers
 
     def check(self) -> None:
         """Refuse settings that do not fit the network; at the start of a fit, and earlier for an early message.
 
         Raises:
-            UserError: an unknown auxiliary loss, a layer that cannot be trained, an optimizer that does not suit it.
+            ValueError: an unknown auxiliary loss, a layer that cannot be trained, an optimizer that does not suit it.
         """
         layers = self.layers.values()
-        try:
-            for layer in layers:
-                layer.check_trainable()
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        known = {name for layer in layers for name in (*layer.aux_losses, *layer.annealed_buffers)}
+        for layer in layers:
+            layer.check_trainable()
+        known = sorted({name for layer in layers for name in (*layer.aux_losses, *layer.annealed_buffers)})
         kind = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "the network"
         adapts = any("entropy" in layer.metrics for layer in layers)
         for name, schedule in self.schedules.items():
-            if isinstance(schedule, Adaptive) and not adapts:
-                raise UserError(f"aux_weights.{name}: {kind} has no choice entropy for an Adaptive schedule")
-            bounds = schedule.bounds() if isinstance(schedule, Schedule) else (schedule, schedule)
-            if wrong := [value for value in bounds if not 0 <= value < float("inf")]:
-                raise UserError(f"aux_weights.{name} is {wrong[0]}; it must be finite and not negative")
-            if name not in known:
-                names = ", ".join(sorted(known)) or "none"
-                raise UserError(f"aux_weights.{name}: {kind} has no such auxiliary loss; it has {names}")
-        self._check_optimizer()
-
-    def _check_optimizer(self) -> None:
-        parameter = torch.nn.Parameter(torch.zeros(1))
-        optimizer = self.optimizer([parameter])
-        if any(layer.sparse_gradients for layer in self.layers.values()):
+            wrong = next((value for value in schedule.bounds() if not 0 <= value < float("inf")), None)
+            problems = {
+                f": {kind} has no choice entropy for an Adaptive schedule": isinstance(schedule, Adaptive)
+                and not adapts,
+                f" is {wrong}; it must be finite and not negative": wrong is not None,
+                f": {kind} has no such auxiliary loss; it has {', '.join(known) or 'none'}": name not in known,
+            }
+            if problem := next(filter(problems.get, problems), None):
+                raise UserError(f"aux_weights.{name}{problem}")
+        parameter = nn.Parameter(torch.zeros(1))
+        optimizer: torch.optim.Optimizer = self.make_optimizer([parameter])["optimizer"]
+        if any(layer.sparse_gradients for layer in layers):
             parameter.grad = torch.eye(1)[0].to_sparse()
             try:
                 optimizer.step()
@@ -170,51 +160,50 @@ class Task(LightningModule, ABC):
                     f"{type(optimizer).__name__} takes no sparse gradients: "
                     "give fffexp.LazyAdamW or torch.optim.SGD without momentum"
                 ) from error
-        if self.lr_scheduler is not None:
-            self.scheduler(optimizer, lambda: 100)
 
+    @override
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Set the auxiliary weights; watch routing, stability and speed."""
-        return [Schedules(), RoutingMonitor(), Stability(), TrainingSpeed()]
+        return [Schedules(), RoutingMonitor(), Stability(self), TrainingSpeed()]
 
+    @override
     def configure_optimizers(self) -> Any:
-        """Optimizer, and the scheduler if there is one."""
-        optimizer = self.optimizer(self.parameters())
+        return self.make_optimizer(self.parameters(), self.trainer)
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter], trainer: Trainer | None = None) -> dict[str, Any]:
+        """The optimizer of these parameters, and a scheduler if there is one, as Lightning takes them.
+
+        Args:
+            parameters: what is trained.
+            trainer: of the training whose length the scheduler may need; None to try them out.
+
+        Raises:
+            UserError: the scheduler needs the length, and the training has none.
+        """
+        optimizer = self.optimizer(parameters)
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
-        if self.lr_scheduler is None:
-            return optimizer
-        self._planned = self._plan()
-        scheduler, interval = self.scheduler(optimizer, lambda: self.trainer.estimated_stepping_batches)
-        monitor = getattr(scheduler, "monitor", None)
-        return [optimizer], [{"scheduler": scheduler, "interval": interval, "monitor": monitor}]
-
-    def _plan(self) -> tuple[float | None, float]:
-        return self.lr, self.trainer.estimated_stepping_batches
-
-    def scheduler(self, optimizer: torch.optim.Optimizer, steps: Callable[[], float]) -> tuple[Any, str]:
-        """The scheduler, for a training of so many steps, and whether it advances by the "step" or "epoch"."""
-        assert self.lr_scheduler is not None
-        given = getattr(self.lr_scheduler, "keywords", {})
-        if "total_steps" in given and given["total_steps"] is None and given.get("epochs") is None:
-            total = steps()
+        factory: Any = self.lr_scheduler
+        if factory is None:
+            return {"optimizer": optimizer}
+        given, length, interval = getattr(factory, "keywords", {}), dict[str, int](), "epoch"
+        if given.get("total_steps", 0) is None and given.get("epochs") is None:
+            total = 100 if trainer is None else trainer.estimated_stepping_batches
             if not 1 <= total < float("inf"):
                 problem = "no step to train" if total < 1 else "no end of the training"
                 raise UserError(
                     f"there is {problem}, which a schedule of the learning rate needs: see trainer.max_epochs"
                 )
-            scheduler = self.lr_scheduler(optimizer, total_steps=int(total))  # type: ignore[call-arg] # seen above
-            return scheduler, "step"
-        return self.lr_scheduler(optimizer), "epoch"
+            length, interval = {"total_steps": int(total)}, "step"
+        scheduler = factory(optimizer, **length)
+        how = {"scheduler": scheduler, "interval": interval, "monitor": getattr(scheduler, "monitor", None)}
+        return {"optimizer": optimizer, "lr_scheduler": how}
 
+    @override
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip as Lightning does, which in mixed precision refuses fused optimizers, with reason only for float16."""
+        # as Lightning does, which in mixed precision refuses fused optimizers, with reason only for float16
         precision = self.trainer.precision_plugin
         if gradient_clip_val and getattr(precision, "scaler", None) is None:
             algorithm: Any = gradient_clip_algorithm or "norm"
@@ -222,132 +211,115 @@ class Task(LightningModule, ABC):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    @override
     def setup(self, stage: str) -> None:
-        """Check before anything is trained."""
+        self.kept_layers = None
         if stage == "fit":
             self.check()
 
+    @override
     def on_fit_start(self) -> None:
-        """Look the layers up once, not every step; plan again if a finder changed the batch size or learning rate."""
-        self._fit_layers = list(self.layers.values())
-        if self.lr_scheduler is not None and self._planned != self._plan():
-            self.trainer.strategy.setup_optimizers(self.trainer)
+        self.kept_layers = self.layers
+        if any(isinstance(each, (BatchSizeFinder, LearningRateFinder)) for each in self.trainer.callbacks):  # type: ignore[attr-defined] # set by a connector
+            self.trainer.strategy.setup_optimizers(self.trainer)  # by what was found
 
+    @override
+    def on_fit_end(self) -> None:
+        self.kept_layers = None
+
+    @override
     def on_train_start(self) -> None:
-        """Refuse to go on beyond what a resumed schedule of the learning rate was made for.
-
-        Raises:
-            UserError: there are more steps than that.
-        """
         steps = self.trainer.estimated_stepping_batches
-        for config in self.trainer.lr_scheduler_configs:
-            planned = getattr(config.scheduler, "total_steps", None)
+        for config in self.trainer.lr_scheduler_configs:  # which a resumed training restored
+            name, planned = type(config.scheduler).__name__, getattr(config.scheduler, "total_steps", None)
             if planned is not None and config.interval == "step" and planned < steps:
-                name = type(config.scheduler).__name__
                 raise UserError(f"{name} was begun for {planned} steps, not {steps}: resume with the epochs of before")
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        """(samples, ...) -> what the network makes of it, with noise on the input in training."""
         if self.training and self.input_noise_std:
             x = x + self.input_noise_std * normal_like(x)
-        outputs: Tensor = self.network(x)
-        return outputs
+        return self.network(x)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss plus weighted auxiliary losses."""
+    def training_loss(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As `loss`, with the weighted auxiliary losses."""
         loss, outputs, targets = self.loss(batch)
-        total = loss + weighted_aux_losses(self._step_layers, self.aux_weights)
+        return loss + weighted_aux_losses(self.layers.values(), self.aux_weights), outputs.detach(), targets
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        total, *found = self.training_loss(batch)
         # metrics wait for the end of the epoch: updating them every step would cost as much as the step
-        self._steps.append((total.detach(), outputs.detach(), targets))
+        self._passes.setdefault("train/", []).append((total.detach()[None], *found))
         return total
 
+    @override
     def on_after_backward(self) -> None:
-        """Let go of the graph of this step."""
-        for layer in self._step_layers:
-            layer.routing = None
+        for layer in self.layers.values():
+            layer.routing = None  # lets go of the graph of this step
 
-    @property
-    def _step_layers(self) -> Iterable[FeedforwardLayer]:
-        return self.layers.values() if self._fit_layers is None else self._fit_layers
+    def _evaluate(self, prefix: str, batch: Any) -> None:
+        loss, *found = self.loss(batch)
+        self._passes.setdefault(prefix, []).append((loss.expand(self.samples(batch)), *found))
 
-    def on_validation_epoch_start(self) -> None:
-        """Leave out what an aborted pass evaluated."""
-        self._evaluated.clear()
-
-    def on_train_epoch_start(self) -> None:
-        """Leave out what a finder trained."""
-        self._steps.clear()
-
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch."""
-        if not self._steps:
-            return
-        losses, outputs, targets = zip(*self._steps, strict=True)
-        self._steps.clear()
-        self.log("train/loss", torch.stack(losses).mean())
-        for name, metric in self.make_metrics().items():
-            self.log(f"train/{name}", metric.to(self.device)(torch.cat(outputs), torch.cat(targets)))
-
+    @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """In the layers' routing mode, then in the soft mode where there is one."""
         self._evaluate("val/", batch)
-        if soft := [layer for layer in self.layers.values() if layer.has_soft_mode]:
-            with routing_mode(soft, "soft"):
+        modes = {layer: layer.routing_mode for layer in self.layers.values() if layer.has_soft_mode}
+        try:
+            for layer in modes:
+                layer.routing_mode = "soft"
+            if modes:
                 self._evaluate("val/soft_", batch)
+        finally:
+            for layer, mode in modes.items():
+                layer.routing_mode = mode
 
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("test/", batch)
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(self.inputs(batch))
+
+    def measure(self, prefix: str, losses: Tensor, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What is logged of an epoch under this prefix: the mean loss, and the metrics."""
+        found = {name: metric.to(self.device)(outputs, targets) for name, metric in self.make_metrics().items()}
+        return {f"{prefix}{name}": value for name, value in {"loss": losses.float().mean(), **found}.items()}
+
+    def _results(self, prefix: str) -> dict[str, Tensor]:
+        passes = self._passes.pop(prefix, None)
+        return self.measure(prefix, *map(torch.cat, zip(*passes, strict=True))) if passes else {}
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._passes.clear()  # what a finder trained
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._passes = {"train/": self._passes.get("train/", [])}  # without what an aborted pass left
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self._results("train/"))
+
+    @override
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics, and how much is lost by hard decisions."""
         values, soft = self._results("val/"), self._results("val/soft_")
-        stage, _, name = self.monitor.partition("/")
-        if (softly := soft.get(f"{stage}/soft_{name}")) is not None:
+        if (softly := soft.get(self.monitor.replace("/", "/soft_", 1))) is not None:
             soft["val/hardening_gap"] = softly - values[self.monitor]
         self.log_dict(values, prog_bar=True)
         self.log_dict(soft)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """In the layers' routing mode."""
-        self._evaluate("test/", batch)
-
+    @override
     def on_test_epoch_end(self) -> None:
-        """Log the metrics."""
         self.log_dict(self._results("test/"))
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The network's outputs."""
-        outputs: Tensor = self(self.inputs(batch))
-        return outputs
-
-    def _evaluate(self, prefix: str, batch: Any) -> None:
-        loss, outputs, targets = self.loss(batch)
-        if prefix not in self._evaluated:
-            metrics: dict[str, Metric] = {"loss": MeanMetric(nan_strategy="disable"), **self.make_metrics()}
-            self._evaluated[prefix] = {name: metric.to(self.device) for name, metric in metrics.items()}
-        for name, metric in self._evaluated[prefix].items():
-            if name == "loss":
-                metric.update(loss, self.samples(batch))
-            else:
-                metric.update(outputs, targets)
-
-    def _results(self, prefix: str) -> dict[str, Tensor]:
-        return {f"{prefix}{name}": metric.compute() for name, metric in self._evaluated.pop(prefix, {}).items()}
-
-
-@contextmanager
-def routing_mode(layers: Iterable[FeedforwardLayer], mode: RoutingMode) -> Iterator[None]:
-    """Set the routing mode of these layers, for a while."""
-    before = [(layer, layer.routing_mode) for layer in layers]
-    try:
-        for layer, _ in before:
-            layer.routing_mode = mode
-        yield
-    finally:
-        for layer, own in before:
-            layer.routing_mode = own
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    plain = isinstance(value, str | int | float | bool | None | Mapping | list | tuple)
+    return plain and all(map(_is_plain, parts))

@@ -7,7 +7,7 @@ import pytest
 from processes import CONFIGS, enter, with_store, write_yaml
 
 from fffexp.cli import main
-from fffexp.training.experiment import Context, check, run
+from fffexp.training.experiment import Context, build, run
 
 OWN = '''
 import torch
@@ -57,8 +57,8 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_task_and_data_of_ones_own_are_fitted(arguments: list[str]) -> None:
-    told = check(arguments)
-    assert (told.monitor, told.mode, told.unit) == ("val/loss", "min", False)
+    task = build(arguments).task
+    assert (task.monitor, task.mode, task.unit_monitor) == ("val/loss", "min", False)
     result = run([*arguments, "--model.optimizer=Adam", "--model.optimizer.lr=0.05"], Context(quiet=True))
     assert result is not None
     assert result.params["layer"] == "FFF"

@@ -12,7 +12,7 @@ from processes import CONFIGS, digits, write_yaml
 from fffexp.cli import main
 from fffexp.errors import UserError
 from fffexp.study.spec import StudySpec, load
-from fffexp.training.experiment import check
+from fffexp.training.experiment import build
 
 CONTENT: dict[str, Any] = {
     "name": "tiny",
@@ -68,7 +68,7 @@ def test_a_spec(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_stay_whole_after_other_configs_were_read(tmp_path: Path) -> None:
-    check(digits("ff"))
+    build(digits("ff"))
     width = spec(tmp_path).layers["FF"].space["width"]
     assert all(isinstance(end, int) for end in (width.low, width.high))
 
@@ -133,7 +133,7 @@ def test_a_study_of_points_needs_no_search(tmp_path: Path) -> None:
     args = found.arguments("any label", found.points()[1].values, 5, found.test)
     assert f"--config={tmp_path / 'wide.yaml'}" == args[3], "on top of the layer's"
     assert set(args[4:]) == {"--model.layer.init_args.width=8", "--name=tiny", "--seed_everything=5", "--test=true"}
-    assert check(args)
+    assert build(args)
 
 
 def test_choices_with_names(tmp_path: Path) -> None:

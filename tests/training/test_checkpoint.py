@@ -13,7 +13,7 @@ from processes import digits, enter, history, runs, with_store
 
 from fffexp.cli import main
 from fffexp.errors import UserError
-from fffexp.training.callbacks.checkpoint import random_state, set_random_state
+from fffexp.training.callbacks.checkpoint import RandomState
 from fffexp.training.experiment import Context, Result, run
 
 CHECKPOINTS = Path("outputs/checkpoints")
@@ -146,8 +146,10 @@ def test_all_generators_go_on() -> None:
     def draw() -> tuple[float, float, float]:
         return float(torch.rand(())), float(np.random.rand()), random.random()
 
-    torch.save(random_state(), "outputs/random.pt")
+    torch.save(RandomState().state_dict(), "outputs/random.pt")
     before = draw()
     assert draw() != before
-    set_random_state(torch.load("outputs/random.pt", weights_only=True))
+    state = RandomState()
+    state.load_state_dict(torch.load("outputs/random.pt", weights_only=True))
+    state.on_train_start(Trainer(logger=False), LightningModule())
     assert draw() == before

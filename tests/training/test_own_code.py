@@ -7,7 +7,7 @@ import torch
 from processes import CONFIGS, digits, enter, history, runs, started, with_store
 
 from fffexp.cli import main
-from fffexp.training.experiment import Context, Result, build, check, run
+from fffexp.training.experiment import Context, Result, build, run
 
 OWN = """
 import torch, torch.nn.functional as F
@@ -83,9 +83,10 @@ def test_a_task_and_data_of_the_user(task: list[str], own: str, capsys: pytest.C
     assert result.metrics["speed/latency_b1_ms"] > 0
     assert "stability/dead_leaves" in result.metrics
     assert "test is left out" in capsys.readouterr().err, "there is no test_dataloader"
-    checked = check(["fit", *task])
-    assert (checked.layer, checked.monitor, checked.mode, checked.unit) == ("FFF", "val/loss", "min", False)
-    assert {*result.metrics} - {*checked.metrics} <= {"memory/peak_mb"}
+    checked = build(["fit", *task])
+    assert checked.params["layer"] == "FFF"
+    assert (checked.task.monitor, checked.task.mode, checked.task.unit_monitor) == ("val/loss", "min", False)
+    assert {*result.metrics} - {*checked.measurable} <= {"memory/peak_mb"}
 
 
 def test_a_layer_from_elsewhere(own: str) -> None:
@@ -122,10 +123,10 @@ def test_an_error_in_the_users_code(
 
 
 def test_building_without_training() -> None:
-    made, data, trainer, *_ = build(digits("fff", epochs=3))
-    assert trainer.max_epochs == 3
-    assert made.layers.keys() == {"layer"}
-    data.setup("fit")
+    made = build(digits("fff", epochs=3))
+    assert made.trainer.max_epochs == 3
+    assert made.task.layers.keys() == {"layer"}
+    made.data.setup("fit")
     assert not list(Path("outputs/checkpoints").glob("*"))
 
 
@@ -177,4 +178,4 @@ def test_outputs_can_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_config_pieces_need_no_class_path_of_the_task() -> None:
     pieces = [f"--config={CONFIGS / piece}.yaml" for piece in ("layer/fff", "model/one_cycle", "data/digits")]
-    assert check(["fit", *pieces, "--model.layer.depth=3"]).layer == "FFF"
+    assert build(["fit", *pieces, "--model.layer.depth=3"]).params["layer"] == "FFF"

@@ -77,14 +77,15 @@ def test_training_speed_without_training() -> None:
 
 def follow(values: Sequence[float], train_values: Sequence[float] | None = None, mode: str = "max") -> dict[str, float]:
     """Results for values of the monitored metric after each epoch."""
-    stability = Stability()
-    stability.setup(Trainer(logger=False), SimpleNamespace(monitor="val/score", mode=mode), "fit")  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(callback_metrics={})
+    task: Any = SimpleNamespace(monitor="val/score", mode=mode, trainer=trainer)
+    stability = Stability(task)
     state = {
         "epochs": len(values),
         "losses": [1.0] * 10,
         "spikes": 0,
         "nonfinite_steps": 0,
-        "trained": dict(enumerate(train_values or values, 1)),
+        "fitted": list(enumerate(train_values or values, 1)),
         "validated": list(enumerate(values, 1)),
     }
     stability.load_state_dict(state)
@@ -136,7 +137,7 @@ def test_stability_follows_every_epoch_and_not_the_sanity_check() -> None:
     stability = train(5, follower)[Stability]
     state = stability.state_dict()
     assert state["validated"] == list(enumerate(follower.val, 1))
-    assert state["trained"] == dict(enumerate(follower.train, 1))
+    assert state["fitted"] == list(enumerate(follower.train, 1))
     assert len(follower.val) == len(follower.train) == 5
     assert len(state["losses"]) == 5 * SAMPLES // BATCH
 

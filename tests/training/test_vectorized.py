@@ -12,8 +12,7 @@ from torch import Tensor
 from fffexp.errors import UserError
 from fffexp.training import experiment, vectorized
 from fffexp.training.classification import ClassificationTask
-from fffexp.training.experiment import Context, run
-from fffexp.training.vectorized import Seed
+from fffexp.training.experiment import Context, Result, run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PLAIN = "--trainer.callbacks=null"  # no average of the weights
@@ -34,7 +33,7 @@ PLATEAU = (
 )  # fmt: skip
 
 
-def train_seeds(*args: Any, **options: Any) -> list[Seed]:
+def train_seeds(*args: Any, **options: Any) -> list[Result]:
     return list(vectorized.train_seeds(*args, **options))
 
 
@@ -53,11 +52,11 @@ def alone(args: list[str], seed: int) -> dict[str, float]:
     return result.metrics
 
 
-def same(seed: Seed, expected: dict[str, float]) -> None:
+def same(seed: Result, expected: dict[str, float]) -> None:
     """Everything that both report, but for times."""
     shared = {name: value for name, value in expected.items() if not name.startswith("speed/")}
-    assert seed.result.keys() >= shared.keys()
-    found = {name: seed.result[name] for name in shared}
+    assert seed.metrics.keys() >= shared.keys()
+    found = {name: seed.metrics[name] for name in shared}
     assert found == pytest.approx(shared, abs=1e-5)
 
 
@@ -133,13 +132,13 @@ def test_seeds_of_other_sizes_are_trained_one_after_another(capsys: pytest.Captu
 @pytest.mark.parametrize("more", [ADAFACTOR, SGD])
 def test_seeds_do_not_mix(more: tuple[str, ...]) -> None:
     args = arguments("ff", *more, "--trainer.max_epochs=2")
-    assert train_seeds(args, [0, 5], test=True)[0].result == train_seeds(args, [0, 6], test=True)[0].result
+    assert train_seeds(args, [0, 5], test=True)[0].metrics == train_seeds(args, [0, 6], test=True)[0].metrics
 
 
 def test_seeds_of_a_transformer_train_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     args = arguments("fff", *VIT, "--trainer.max_epochs=2")
     both, (single,) = (train_seeds(args, seeds, test=False) for seeds in ([0, 5], [5]))
-    assert both[1].result == pytest.approx(single.result, abs=1e-4)
+    assert both[1].metrics == pytest.approx(single.metrics, abs=1e-4)
     assert not capsys.readouterr().err
 
 
@@ -176,7 +175,7 @@ def test_a_gpu_gives_the_same() -> None:
     gpu = train_seeds(args, [0, 5], test=True)
     cpu = train_seeds([*args, "--trainer.accelerator=cpu"], [0, 5], test=True)
     for there, here in zip(gpu, cpu, strict=True):
-        assert there.result["val/accuracy"] == pytest.approx(here.result["val/accuracy"], abs=0.01)
+        assert there.metrics["val/accuracy"] == pytest.approx(here.metrics["val/accuracy"], abs=0.01)
 
 
 @pytest.mark.parametrize("fit_counts", [False, True])
@@ -186,7 +185,7 @@ def test_patience_ends_the_training(fit_counts: bool) -> None:
         arguments("ff", *SGD, PLAIN, "--model.optimizer.lr=0"), [0, 1], test=False, patience=2, measure_fit=True,
         fit_counts=fit_counts,
     )  # fmt: skip
-    found = [(s.result["epochs"], s.result["epochs_to_best"], s.result["epochs_to_fit"]) for s in seeds]
+    found = [(s.metrics["epochs"], s.metrics["epochs_to_best"], s.metrics["epochs_to_fit"]) for s in seeds]
     assert found == [(3, 1, 1)] * 2
 
 
@@ -196,8 +195,8 @@ def test_a_better_fit_counts_where_asked_to() -> None:
         train_seeds(args, [0, 1], test=False, patience=2, measure_fit=True, fit_counts=fit_counts)
         for fit_counts in (False, True)
     )
-    assert all(a.result["epochs"] <= b.result["epochs"] for a, b in zip(stopped, went_on, strict=True))
-    assert all(s.result["epochs"] >= s.result["epochs_to_fit"] for s in went_on)
+    assert all(a.metrics["epochs"] <= b.metrics["epochs"] for a, b in zip(stopped, went_on, strict=True))
+    assert all(s.metrics["epochs"] >= s.metrics["epochs_to_fit"] for s in went_on)
 
 
 @pytest.mark.slow
@@ -205,37 +204,37 @@ def test_a_better_fit_counts_where_asked_to() -> None:
 def test_a_seed_stops_by_itself(more: tuple[str, ...]) -> None:
     args = arguments("ff", "--trainer.max_epochs=40", *more)
     single = [train_seeds(args, [number], test=True, patience=3)[0] for number in (0, 5, 1)]
-    assert len({seed.result["epochs"] for seed in single}) > 1, "they stop at different epochs"
+    assert len({seed.metrics["epochs"] for seed in single}) > 1, "they stop at different epochs"
     for mine, other in zip(single, train_seeds(args, [0, 5, 1], test=True, patience=3), strict=True):
-        assert other.result == pytest.approx(mine.result, abs=1e-5)
+        assert other.metrics == pytest.approx(mine.metrics, abs=1e-5)
 
 
 def test_the_fit_is_measured_as_on_validation() -> None:
     (seed, _) = train_seeds(arguments("fff", "--trainer.max_epochs=3"), [0, 5], test=False, measure_fit=True)
-    assert 0.3 < seed.result["train/accuracy"] <= 1
+    assert 0.3 < seed.metrics["train/accuracy"] <= 1
     with torch.no_grad():
         x, y = seed.data.train_data  # type: ignore[attr-defined] # of ours
         right = (seed.task.eval()(x).argmax(1) == y).float().mean()
-    if seed.result["epochs_to_best"] == seed.result["epochs_to_fit"]:
-        assert float(right) == pytest.approx(seed.result["train/accuracy"], abs=1e-5)
+    if seed.metrics["epochs_to_best"] == seed.metrics["epochs_to_fit"]:
+        assert float(right) == pytest.approx(seed.metrics["train/accuracy"], abs=1e-5)
 
 
 def test_divergence_is_reported() -> None:
     wild = [*SGD, PLAIN, "--model.optimizer.lr=1e30", "--trainer.max_epochs=2"]
     assert all(
-        s.result["stability/nonfinite_steps"] > 0 for s in train_seeds(arguments("ff", *wild), [0, 1], test=False)
+        s.metrics["stability/nonfinite_steps"] > 0 for s in train_seeds(arguments("ff", *wild), [0, 1], test=False)
     )
 
 
 def test_the_test_set_is_read_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "test", None)
     for seed in train_seeds(arguments("ff", "--trainer.max_epochs=1"), [0, 5], test=False):
-        assert "test/accuracy" not in seed.result
+        assert "test/accuracy" not in seed.metrics
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--model.layer.depth=-1"], "depth is -1"), (["--trainer.limit_val_batches=0"], "needs validation")],
+    [(["--model.layer.depth=-1"], "depth is -1"), (["--trainer.limit_val_batches=0"], "nothing is validated")],
 )
 def test_mistakes(more: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -1,9 +1,10 @@
-"""Speed of training."""
+"""Speed of training, and a line an epoch that says when it will end."""
 
 import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
 
 from fffexp.timing import synchronize, wait_for_timing
 
@@ -12,45 +13,59 @@ class TrainingSpeed(Callback):
     """Samples per second of the training passes, without validation; yields to timings on this machine."""
 
     def __init__(self) -> None:
-        self._samples = 0
-        self._seconds = 0.0
+        self._samples, self._seconds = 0, 0.0
         self._start: float | None = None
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         self._start = time.perf_counter()
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Go on after a validation within the epoch; pause while another process times, which does not count."""
+        # the clock stands while another process times, and after a validation within the epoch
         before = time.perf_counter()
         wait_for_timing()
         waited = time.perf_counter() - before
-        self._start = before + waited if self._start is None else self._start + waited
+        self._start = (before if self._start is None else self._start) + waited
         self._samples += pl_module.samples(batch)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
-        self._stop(pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock where validation has not."""
-        self._stop(pl_module)
-
-    def _stop(self, pl_module: LightningModule) -> None:
+    def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._start is not None:
             synchronize(pl_module.device)
             self._seconds += time.perf_counter() - self._start
             self._start = None
 
+    on_validation_start = on_train_epoch_end = _stop
+
     def results(self) -> dict[str, float]:
         """Final metrics."""
         return {"speed/train_samples_per_s": self._samples / self._seconds} if self._seconds > 0 else {}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """What was trained so far."""
         running = 0.0 if self._start is None else time.perf_counter() - self._start
         return {"samples": self._samples, "seconds": self._seconds + running}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
         self._samples, self._seconds = state_dict["samples"], state_dict["seconds"]
+
+
+class EpochLines(Callback):
+    """Prints the loss, what is monitored and the time left after each epoch; cheaper and calmer in logs than a bar."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start, self._first = time.monotonic(), trainer.current_epoch
+
+    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # later than the end of the epoch, whose metrics are complete only after all its hooks
+        done, total, metrics = trainer.current_epoch, trainer.max_epochs or -1, trainer.callback_metrics
+        if done > self._first:
+            seconds = (time.monotonic() - self._start) / (done - self._first) * (total - done)
+            of, left = (total, f"  {seconds:.0f} s left") if total > 0 else ("?", "")
+            names = dict.fromkeys(("train/loss", pl_module.monitor))
+            values = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in names if name in metrics)
+            print(f"epoch {done}/{of}  {values}{left}", flush=True)
+
+    on_train_epoch_start = on_train_end = _print
