@@ -253,7 +253,7 @@ class ExperimentCLI(LightningCLI):
     def predict(self, model: Task, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Print what is predicted for each test input, a line each."""
         for outputs in self.trainer.predict(model, datamodule=datamodule, **kwargs) or []:
-            print(*outputs.tolist(), sep="\n")
+            print(*outputs.tolist(), sep="\n")  # type: ignore[union-attr] # a tensor
 
     def _measure(self, model: Task) -> dict[str, float]:
         train = self.trainer.train_dataloader

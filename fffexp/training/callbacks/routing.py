@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -60,7 +61,7 @@ class RoutingMonitor(Callback):
 class BlockCounter:
     """Counts, by hooks, the rows that hard passes send to each leaf or expert, by the path of the layer."""
 
-    def __init__(self, layers: Mapping[str, FeedforwardLayer]) -> None:
+    def __init__(self, layers: Any) -> None:
         self.counts: dict[str, Tensor] = {}
         self.rows: Counter[str] = Counter()
         choosing = {path: layer for path, layer in layers.items() if layer.num_experts > 1}

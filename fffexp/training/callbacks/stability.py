@@ -52,7 +52,7 @@ class Stability(Course, Callback):
 
     KEPT = ("losses", "spikes", "nonfinite_steps", "validated", "fitted", "epochs")  # in a checkpoint
 
-    def __init__(self, task: LightningModule) -> None:
+    def __init__(self, task: Any) -> None:
         super().__init__(task.mode)
         self._task, self.epochs, self._optimizer_steps = task, 0, 0
         self._unread: list[tuple[int, int, Tensor]] = []  # step, epoch, loss
@@ -89,7 +89,7 @@ class Stability(Course, Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read()  # before a checkpoint is written
-        value = trainer.callback_metrics.get(pl_module.monitor)
+        value = trainer.callback_metrics.get(self._task.monitor)
         if value is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
             self.validated.append((trainer.current_epoch + 1, float(value)))
 
