@@ -220,8 +220,8 @@ class ExperimentCLI(LightningCLI):
             for logger in loggers:
                 logger.log_hyperparams(params)
             trainer.loggers = [run, *loggers]
-            resumed = kwargs.get("ckpt_path")
-            folder = Path(resumed).parent if resumed else paths.outputs("checkpoints", run.id)  # a resumed run goes on there
+            resumed = kwargs.get("ckpt_path")  # a resumed run goes on in its folder
+            folder = Path(resumed).parent if resumed else paths.outputs("checkpoints", run.id)
             self.last.folder, self.best.dirpath = folder, str(folder)
             interruptible(trainer, model, datamodule, kwargs)
             metrics = {**self.best.metrics}
