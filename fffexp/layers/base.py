@@ -1,10 +1,10 @@
 """The contract that every feedforward layer keeps, and what the package's own layers share."""
 
 import copy
-import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from inspect import signature
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -81,8 +81,7 @@ class FeedforwardLayer(nn.Module, ABC):
     def routings(self) -> list[Any]:
         """What each training pass decided since the last clearing, but those that backward has run through.
 
-        Raises:
-            RuntimeError: passes under torch.compile, which keeps one, have overwritten another.
+        A RuntimeError where passes under torch.compile, which keeps one, have overwritten another.
         """
         if self._overwritten:
             raise RuntimeError(
@@ -204,11 +203,7 @@ class FeedforwardLayer(nn.Module, ABC):
         )
 
     def route(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (rows, k) index of the blocks that hard decisions use for each row; zeros for one.
-
-        Raises:
-            ValueError: x is of another width.
-        """
+        """(..., in_features) -> (rows, k) index of the blocks that hard decisions use for each row; zeros for one."""
         return torch.zeros(len(self._rows(x)), 1, dtype=torch.long, device=x.device)
 
     def dense_blocks(self) -> tuple[Blocks, nn.Module] | None:
@@ -267,8 +262,9 @@ class FeedforwardLayer(nn.Module, ABC):
         """
         sizes = {"width": 2**depth * leaf_width, "depth": depth, "leaf_width": leaf_width, "expert_width": leaf_width}
         sizes |= {"num_experts": 2**depth, "top_k": min(top_k, 2**depth), "trainable": top_k > 1}
-        named = inspect.signature(cls).parameters
-        return cls(in_features, out_features, **{name: sizes[name] for name in sizes if name in named} | more)
+        return cls(
+            in_features, out_features, **{name: sizes[name] for name in sizes.keys() & signature(cls).parameters} | more
+        )
 
     def share_experts(self, other: "FeedforwardLayer") -> None:
         """Take the other layer's leaves or experts for ours, if their shapes agree, to save memory."""
@@ -303,8 +299,7 @@ class BlockLayer(FeedforwardLayer):
         self.flops_per_sample = 2 * (self.inference_size * self.in_features + width[1] * self.out_features)
         rows = width[0] + self.router_rows * deciding[0]
         scalars = rows * (self.in_features + 1) + (width[0] + blocks) * self.out_features
-        needed = scalars * (factory["dtype"] or torch.get_default_dtype()).itemsize
-        memory = physical_memory()
+        needed, memory = scalars * (factory["dtype"] or torch.get_default_dtype()).itemsize, physical_memory()
         if needed > memory and torch.device(factory["device"] or torch.get_default_device()).type == "cpu":
             # whole numbers, for no float holds 2 to the power of an absurd depth
             size = f"{needed // 2**30:,}" if needed < 2**100 else f"2^{needed.bit_length() - 31}"

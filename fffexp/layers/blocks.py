@@ -66,13 +66,8 @@ class BlockMLP(nn.Module):
         return sum(p[0].numel() for p in self.tensors())
 
     def backend(self, requested: str) -> str:
-        """The backend that evaluates chosen blocks in inference: "native", "triton" or "eager".
-
-        Raises:
-            ValueError: an unknown backend is requested, or one that cannot run these weights.
-        """
-        served = self.compiled(requested)
-        return str(operators.backend_of(served[0], served[-1])) if served else "eager"
+        """The backend of chosen blocks in inference; a ValueError if the one requested cannot run these weights."""
+        return str(operators.backend_of(served[0], served[-1])) if (served := self.compiled(requested)) else "eager"
 
     def compiled(self, requested: str) -> tuple[Any, ...] | None:
         """What the compiled operators take of the blocks, or None where eager serves; errors as of `backend`."""
@@ -106,11 +101,7 @@ def parameters(module: nn.Module, names: tuple[str, ...]) -> list[Tensor]:
 
 
 def make_activation(activation: Activation) -> nn.Module:
-    """A new module of its own: of a class, a factory, a copy of an instance, or by name ("relu", "torch.nn.ReLU").
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """A new module: of a class, a factory, an instance, or a name ("relu", "torch.nn.ReLU"); else a ValueError."""
     made: Any = activation
     known = {name.lower(): name for name in _ACTIVATIONS.split()}
     if isinstance(activation, str):

@@ -76,13 +76,10 @@ class FFF(BlockLayer):
         if trained not in ("all", "chosen_leaf", "chosen_path"):
             raise ValueError(f"trained is {trained!r}; it must be 'all', 'chosen_leaf' or 'chosen_path'")
         if trained != "all" and region_leak:
-            raise ValueError(
-                f"region_leak is {region_leak} but trained is {trained!r}: one leaf is trained, none leaks"
-            )
+            raise ValueError(f"region_leak is {region_leak} but trained is {trained!r}: one leaf trains, none leaks")
         self.depth, self.leaf_width = whole("depth", depth, 0), whole("leaf_width", leaf_width)
         self._train_leaves(trained)
-        self.region_leak = probability("region_leak", region_leak)
-        self.detach_router_input = detach_router_input
+        self.region_leak, self.detach_router_input = probability("region_leak", region_leak), detach_router_input
         leaves, nodes = 2**self.depth, 2**self.depth - 1
         factory: Any = {"device": device, "dtype": dtype}
         width, fix = leaves * self.leaf_width, f"depth (it is {depth}) or leaf_width (it is {leaf_width})"
@@ -167,9 +164,9 @@ class FFF(BlockLayer):
         if self.vectorized or self.sparse_gradients:
             return "eager" if self.vectorized else "sparse"
         # dropout and lower precision are left to torch
-        float32 = x.dtype == self.node_weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        native = float32 and self.leaves.compiled_activation and self.inference_backend() == "native"
-        return "native" if native else "eager"
+        float32 = x.dtype == self.leaves.hidden_weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        fits = float32 and self.leaves.compiled_activation
+        return "native" if fits and self.inference_backend() == "native" else "eager"
 
     def route(self, x: Tensor) -> Tensor:
         rows = self._rows(x, self.node_weight.dtype)

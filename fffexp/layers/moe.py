@@ -72,9 +72,10 @@ class GatedExperts(BlockLayer):
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         logits_BE = x.double() @ self.gate_weight.double().T
         top = logits_BE.topk(self.top_k, dim=1)
-        each = zip(x.double(), top.indices.tolist(), self._gates(top.values, logits_BE), strict=True)
-        k = range(self.top_k)
-        return torch.stack([naive.weighted(row, k, gates, *self.experts.exact(chosen)) for row, chosen, gates in each])
+        rows = zip(x.double(), top.indices.tolist(), self._gates(top.values, logits_BE), strict=True)
+        return torch.stack(
+            [naive.weighted(row, range(len(gates)), gates, *self.experts.exact(chosen)) for row, chosen, gates in rows]
+        )
 
     def weights_read(self, x: Tensor) -> int:
         return self.gate_weight.numel() + len(self.route(x).unique()) * self.experts.scalars
@@ -184,8 +185,9 @@ class SwitchMoE(GatedExperts):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = in_features, out_features, num_experts, expert_width, 1
-        super().__init__(sizes, activation, dropout, device=device, dtype=dtype)
+        super().__init__(
+            (in_features, out_features, num_experts, expert_width, 1), activation, dropout, device=device, dtype=dtype
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
