@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import Any
@@ -40,11 +39,6 @@ class Contender:
         """What others are compared with it as, or an empty string; not inherited."""
         return "peer" if self.is_peer else vars(type(self.layer)).get("baseline", "")
 
-    @property
-    def rank(self) -> int:
-        """Place among the baselines, after which others are compared with them."""
-        return ("ff", "moe", self.baseline).index(self.baseline)
-
     def check(self, x: Tensor) -> float:
         """Largest error over a few rows of x; raises as `compare`."""
         # rows of the whole batch, which may run other code than a few rows would
@@ -52,11 +46,7 @@ class Contender:
         return self.compare(self.module(x)[rows], self.truth(x[rows]))
 
     def compare(self, output: Tensor, truth: Tensor, factor: float = 1.0, what: str = "output") -> float:
-        """Largest error of an output.
-
-        Raises:
-            UserError: it is more than `factor` times the tolerance of the type: nothing of this layer may be timed.
-        """
+        """Largest error of an output; UserError if it is more than `factor` times the tolerance of its type."""
         if not truth.numel():
             return 0.0
         output, truth, tolerance = output.detach().double(), truth.detach().double(), TOLERANCES[output.dtype]
@@ -78,17 +68,12 @@ def _is_layer(found: Any) -> bool:
 
 
 def layer_class(name: str) -> type[FeedforwardLayer]:
-    """The layer of a public name or a class path.
-
-    Raises:
-        UserError: there is no such class, or it is no feedforward layer.
-    """
+    """The layer of a public name or a class path; UserError if there is none."""
     known = public_layers()
-    home, _, attribute = name.rpartition(".")
-    if not home and name not in known:
+    if "." not in name and name not in known:
         raise UserError(f"--layers: {name!r} is not one of {', '.join(known)}, nor a class path such as own.MyLayer")
     try:
-        found = known[name] if name in known else getattr(import_module(home), attribute)
+        found = known.get(name) or resolve_name(name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--layers: {name} cannot be imported ({one_line(str(error))})") from error
     if not _is_layer(found):
@@ -99,8 +84,7 @@ def layer_class(name: str) -> type[FeedforwardLayer]:
 def make(setting: Setting, depth: int, peers: bool = False) -> list[Contender]:
     """The layers of a depth, and their peers; they share the weights of their leaves and experts where they can.
 
-    Raises:
-        UserError: an unknown layer, sizes that it refuses, or a peer that is not installed.
+    UserError for an unknown layer, sizes that it refuses, or a peer that is not installed.
     """
     torch.manual_seed(0)
     contenders: list[Contender] = []

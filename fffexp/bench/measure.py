@@ -81,9 +81,8 @@ def _check_device(device: str) -> None:
 def _steady_memory() -> None:
     """Let malloc keep what is freed: else all contenders' steps take page faults, and different ones."""
     if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(mmap_threshold, 32 * 2**20)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        for option, size in ((-3, 32 * 2**20), (-1, 2**31 - 1)):  # thresholds of mmap and trim
+            libc.mallopt(option, size)
 
 
 def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
@@ -91,7 +90,7 @@ def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
     # in float32 whatever the dtype: a sum in bfloat16 would be bound by its arithmetic
     memory = torch.ones(READ_BYTES // 4, device=device)
-    calls = {"gemm": lambda: a @ b, "read": memory.sum}
+    calls: dict[str, Callable[[], object]] = {"gemm": lambda: a @ b, "read": memory.sum}
     seconds = interleaved(calls, 0.0, device=device, rounds=(REPEATS, REPEATS), block_s=0)
     gemm, read = map(min, seconds.values())
     return {"gemm_flops_per_s": 2 * GEMM_SIZE**3 / gemm, "read_bytes_per_s": READ_BYTES / read}
@@ -111,20 +110,21 @@ def measure(
     peers: bool = False,
     has: Callable[[Mapping[str, Any]], bool] = lambda _: False,
 ) -> Iterator[Record]:
-    """Records of all layers.
+    """Records of all layers; one that the results already have, by what `describe` says, is timed only beside others.
 
     Args:
         task: inference, training or model.
         setting: what is timed.
         limits: what the machine can do, by number of threads; none for models.
         peers: whether the reference package joins.
-        has: whether there is a record of what `describe` says of a contender: it is timed again only beside others.
+        has: whether there is such a record.
     """
-    ways: dict[str, Callable[..., dict[str, Record]]] = {
-        "inference": {"": inference},
-        "training": {"": training},
-        "model": {body: partial(model, body=body) for body in _bodies(setting)},
-    }[task]
+    every: dict[str, dict[str, Callable[..., dict[str, Record]]]] = {
+        "inference": {"": _inference},
+        "training": {"": _training},
+        "model": {body: partial(_model, body=body) for body in _bodies(setting)},
+    }
+    ways = every[task]
     for depth in setting.depths:
         contenders = make(setting, depth, peers)
         if task == "training":
@@ -143,8 +143,7 @@ def measure(
 
 
 @torch.inference_mode()
-def inference(contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int) -> dict[str, Record]:
-    """What is measured of the inference of each contender, by name."""
+def _inference(contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int) -> dict[str, Record]:
     for c in contenders:
         c.module.eval()
     batches = beyond_caches([c.layer for c in contenders], setting, batch_size)
@@ -208,8 +207,7 @@ def _with_forms(contenders: Sequence[Contender], setting: Setting) -> list[Conte
     return [*contenders, *others]
 
 
-def training(contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int) -> dict[str, Record]:
-    """What is measured of the training steps of each contender, by name: forward, backward and optimizer apart."""
+def _training(contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int) -> dict[str, Record]:
     batches, features = inputs(setting, batch_size, 8), setting.in_features + setting.out_features
     errors = {c.name: _check(c, batches[0]) for c in contenders}
     parts: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
@@ -219,8 +217,7 @@ def training(contenders: Sequence[Contender], setting: Setting, batch_size: int,
     for c in contenders:
         layer, everything = c.layer, c.layer.trains_all_experts
         weights = layer.parameter_count if everything else layer.weights_read(batches[0])
-        dense = layer.training_width * features
-        deciding = (layer.training_size - layer.training_width) * setting.in_features
+        deciding = (layer.training_size / layer.training_width - 1) * setting.in_features / features
         # without those of the warm-up
         medians = map(statistics.median, zip(*parts[c.name][-len(seconds[c.name]) :], strict=True))
         found[c.name] = measured(
@@ -231,7 +228,7 @@ def training(contenders: Sequence[Contender], setting: Setting, batch_size: int,
             bytes=(3 * weights + 2 * batch_size * features) * batches[0].element_size(),
             max_abs_error=errors[c.name],
             visited_share=1.0 if everything else visited_share(layer, batches),
-            operations_over_ff=(dense + deciding) / dense if everything and c.baseline != "ff" else None,
+            operations_over_ff=1 + deciding if everything and c.baseline != "ff" else None,
             **dict(zip(("forward_s", "backward_s", "optimizer_s"), medians, strict=True)),
         )
     return found
@@ -265,11 +262,7 @@ def _step(c: Contender, batches: Sequence[Tensor], out_features: int, parts: lis
 
 
 def _check(contender: Contender, x: Tensor) -> float:
-    """Largest error of the outputs of a training pass over a few rows; gradients are checked too.
-
-    Raises:
-        UserError: it is larger than the tolerance: nothing of this layer may be timed.
-    """
+    """Largest error of the outputs of a training pass over a few rows; gradients are checked too."""
     layer, module, asked = contender.layer, contender.module.train(), contender.layer.backend
     small = layer.parameter_count <= CHECKED_SCALARS
     rows = x[: CHECKED_ROWS if small else 1]
@@ -308,16 +301,16 @@ def _block(layer: FeedforwardLayer) -> nn.Module:
     return TransformerBlock(lambda i, o: layer, layer.in_features, 1 if layer.in_features % HEADS else HEADS)
 
 
-def _bodies(setting: Setting) -> dict[str, Callable[[FeedforwardLayer], nn.Module]]:
+def _bodies(setting: Setting) -> Mapping[str, Callable[[FeedforwardLayer], nn.Module]]:
     # in the block a layer gives what it takes
     return {"MLP": mlp} | ({"transformer block": _block} if setting.in_features == setting.out_features else {})
 
 
 @torch.inference_mode()
-def model(
+def _model(
     contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int, body: str
 ) -> dict[str, Record]:
-    """Medians, and speedups over the first contender, in the layer alone and the model; a block takes tokens."""
+    # speedups are over the first contender
     shape = (batch_size,) if body == "MLP" else (max(1, batch_size // TOKENS), min(batch_size, TOKENS))
     batches = [x.view(*shape, -1) for x in inputs(setting, math.prod(shape), 8)]
     calls: dict[str, Callable[[], object]] = {}

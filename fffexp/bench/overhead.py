@@ -57,5 +57,4 @@ def _bare(network: MLP, data: ClassificationData, epochs: int) -> None:
 
 def _fit(task: ClassificationTask, data: ClassificationData, epochs: int) -> None:
     plain: dict[str, Any] = dict.fromkeys(PLAIN, False)
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **plain)
-    trainer.fit(task, datamodule=data)
+    Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **plain).fit(task, datamodule=data)

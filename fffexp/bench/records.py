@@ -49,8 +49,9 @@ def measured(c: Contender, contenders: Sequence[Contender], seconds: Mapping[str
     own = seconds[c.name]
     tenths = statistics.quantiles(own, n=10, method="inclusive") if len(own) > 1 else own * 9
     found = dict.fromkeys(MEASURED) | {"median_s": statistics.median(own), "p10_s": tenths[0], "p90_s": tenths[-1]}
+    before = {"ff": (), "moe": ("ff",)}.get(c.baseline, ("ff", "moe"))
     for other in reversed(contenders):
-        if c.module is other.layer if other.is_peer else other.rank < c.rank:
+        if c.module is other.layer if other.is_peer else other.baseline in before:
             found[f"speedup_over_{other.baseline}"] = median_ratio(seconds[other.name], own)
     return found | more
 
@@ -93,17 +94,11 @@ class ResultsFile:
         print(f"{len(self.records)} records of {self.path} ({there['date']}, commit {there['commit']}) are kept")
 
     def has(self, timed: Mapping[str, Any]) -> bool:
-        """Whether there is a record of what these fields describe.
-
-        Raises:
-            UserError: there is, of another backend.
-        """
+        """Whether there is a record of what these fields describe; UserError if it is of another backend."""
         alike = (r for r in self.records if all(r[key] == timed[key] for key in timed if key != "backend"))
         if (record := next(alike, None)) and record["backend"] != timed["backend"]:
-            raise UserError(
-                f"--json {self.path}: {record['layer']} was measured with the backend {record['backend']}, "
-                f"now it is {timed['backend']}: name another file"
-            )
+            backends = f"the backend {record['backend']}, now it is {timed['backend']}"
+            raise UserError(f"--json {self.path}: {record['layer']} was measured with {backends}: name another file")
         return record is not None
 
     def add(self, record: Record) -> None:

@@ -49,23 +49,9 @@ class Table:
     json: Path | None = None
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where a figure goes.
-
-    Args:
-        json: file of the results; what it has is not measured again.
-        figure: PNG; beside the JSON unless given.
-    """
-
-    json: Path | None = None
-    figure: Path | None = None
-
-
 TABLE1 = Table(seeds=10, show=[*ACCURACIES, "controls", "mixtures", "stability", "rivals"])
 TABLE2 = Table(show=[*ACCURACIES, "epochs", "stability"])
 TABLE3 = Table(show=["legend", "test_accuracy", "kept", "controls"])
-FILES = Files()
 
 
 def table1(
@@ -153,7 +139,8 @@ def figure3(
     out_features: PositiveInt = 768,
     ff_depth: NonNegativeInt = 5,
     threads: PositiveInt = 1,
-    files: Files = FILES,
+    json: Path | None = None,
+    figure: Path | None = None,
 ) -> None:
     """Time of inference against the number of blocks (arXiv 2308.14711, figures 3 and 4).
 
@@ -165,54 +152,63 @@ def figure3(
         out_features: of the layers.
         ff_depth: dense layers up to width leaf_width * 2^N.
         threads: of torch.
+        json: file of the results; what it has is not measured again.
+        figure: PNG; beside the JSON unless given.
     """
     use_huge_pages()
     from fffexp.paper import figure3 as figures
 
-    points: dict[str, Any] = {"depths": depths or [*range(1, 16)], "batch_sizes": batch_sizes or [1, 256]}
-    sizes = {"in_features": in_features, "out_features": out_features, "leaf_width": leaf_width}
-    setting = Setting(threads=[threads], seconds=POINT_S, json=files.json, **points, **sizes)
-    with _files(files.json, files.figure, "figure3") as drawn:
+    sizes = leaf_width, in_features, out_features, batch_sizes or [1, 256], [threads]
+    setting = Setting([], depths or [*range(1, 16)], *sizes, seconds=POINT_S, json=json)
+    with _files(json, figure, "figure3") as drawn:
         measured = figures.measure(setting, ff_depth)
         print(figures.report(measured))
         figures.draw(measured, drawn)
 
 
-def figure5(data: Data = "fashion_mnist", epochs: PositiveInt = 50, files: Files = FILES) -> None:
+def figure5(
+    data: Data = "fashion_mnist", epochs: PositiveInt = 50, json: Path | None = None, figure: Path | None = None
+) -> None:
     """Entropy of trees of depth 2, 3 and 4 over training, and the classes of their leaves (arXiv 2308.14711, figure 5).
 
     Args:
         data: what is trained on.
         epochs: of a training.
+        json: file of the results; what it has is not trained again.
+        figure: PNG; beside the JSON unless given.
     """
-    _hardening("figure5", data, epochs, files)
+    _hardening("figure5", data, epochs, json, figure)
 
 
-def figure6(data: Data = "fashion_mnist", epochs: PositiveInt = 15, files: Files = FILES) -> None:
+def figure6(
+    data: Data = "fashion_mnist", epochs: PositiveInt = 15, json: Path | None = None, figure: Path | None = None
+) -> None:
     """Entropy of each layer of a vision transformer, and the classes of its leaves (arXiv 2308.14711, figure 6).
 
     Args:
         data: what is trained on.
         epochs: of a training.
+        json: file of the results; what it has is not trained again.
+        figure: PNG; beside the JSON unless given.
     """
-    _hardening("figure6", data, epochs, files)
+    _hardening("figure6", data, epochs, json, figure)
 
 
-def _hardening(name: str, data: str, epochs: int, files: Files) -> None:
+def _hardening(name: str, data: str, epochs: int, json: Path | None, figure: Path | None) -> None:
     from fffexp.paper import hardening
     from fffexp.paper.studies import PaperStudy
 
     study = PaperStudy(name, data, epochs=epochs)
-    with _files(files.json, files.figure, name) as drawn:
-        results = study.open(files.json, {"figure": name, "data": data, "epochs": epochs})
+    with _files(json, figure, name) as drawn:
+        results = study.open(json, {"figure": name, "data": data, "epochs": epochs})
         for trial in study.missing(results):
             metrics, watched = hardening.train(study.arguments(trial, 0))
             trial.runs.append({"seed": 0, **metrics})
-            others = [each for each in results.trials if each.recipe != trial.recipe]
+            others = (each for each in results.trials if each.recipe != trial.recipe)
             results.trials = sorted([*others, trial], key=lambda each: each.number)
             results.extra.setdefault("trainings", {})[str(trial.number)] = watched
-            if files.json:
-                results.save(files.json)
+            if json:
+                results.save(json)
         print(hardening.report(results))
         hardening.draw(results, drawn)
 

@@ -7,7 +7,7 @@ recovers of the gap between none and that.
 import itertools
 import statistics
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from scipy import stats
@@ -36,12 +36,7 @@ def compare(results: Results, pairs: Iterable[tuple[Any, ...]]) -> list[Comparis
 
 
 def equal(tree: Mapping[str, Any], sizes: Mapping[int, Mapping[str, int]]) -> dict[str, int]:
-    """Width of the dense layer that equals a tree in each respect that the sizes tell, where there is one.
-
-    Args:
-        tree: its sizes.
-        sizes: of dense layers, by their widths.
-    """
+    """Width of the dense layer that equals a tree in each respect, by their sizes, those of dense ones by width."""
     keys = {"width": "training_width", "inference size": "inference_size"}
     found = {kind: of for kind, key in keys.items() for of, each in sizes.items() if each[key] == tree[key]}
     apart = {of: abs(each["parameters"] - tree["parameters"]) for of, each in sizes.items()}
@@ -74,12 +69,10 @@ def trees(results: Results) -> list[Comparison]:
 
 def mixtures(results: Results) -> list[Comparison]:
     """Each mixture of experts, and the widest dense layer of the table that evaluates no more neurons."""
-    trials, pairs = rows.ordered(results), []
-    for trial in trials:
-        fitting = [each for each in trials if rows.is_dense(each) and rows.width(each) <= rows.size(trial)]
-        if "leaf_width" in trial.params and "depth" not in trial.params and fitting:
-            pairs.append((trial, max(fitting, key=rows.width)))
-    return compare(results, pairs)
+    trials = rows.ordered(results)
+    mixed = [trial for trial in trials if "leaf_width" in trial.params and "depth" not in trial.params]
+    dense = [(trial, [t for t in trials if rows.is_dense(t) and rows.width(t) <= rows.size(trial)]) for trial in mixed]
+    return compare(results, [(trial, max(fitting, key=rows.width)) for trial, fitting in dense if fitting])
 
 
 def in_transformer(results: Results) -> list[Comparison]:
@@ -116,72 +109,19 @@ def in_words(c: Comparison) -> dict[str, Any]:
     return {"tree": rows.name(c.trial), "control": rows.name(c.control), "difference": format_difference(c.test, 100)}
 
 
-def _shown(found: Iterable[Comparison], shown: Iterable[Trial]) -> Iterator[Comparison]:
-    numbers = {trial.number for trial in shown}
-    return (c for c in found if c.trial.number in numbers)
-
-
-def _report_trees(results: Results, shown: Iterable[Trial]) -> str:
-    lines = [
-        {
-            **rows.point(c.trial),
-            "dense layer of equal": ", ".join(c.kinds),
-            "its width": rows.width(c.control),
-            "its time": c.time_ratio,
-            "difference": format_difference(c.test, 100),
-        }
-        for c in _shown(trees(results), shown)
-    ]
-    return rows.section(
-        "controls",
-        lines,
-        {"its time": ".2f"},
-        "Test accuracy in points, tree minus dense layer, paired by seed; 95% interval; p of a paired t-test, "
-        "adjusted for all comparisons of the file by Benjamini and Hochberg. its time: of the widest dense "
-        f"layer that takes no more than {TOLERANCE} of the tree's time, over it, computed in the fastest of "
-        f"its forms, batch {BATCH_SIZE}, one thread.",
-    )
-
-
-def _report_mixtures(results: Results, shown: Iterable[Trial]) -> str:
-    lines = [
-        rows.point(c.trial)
-        | {"neurons": rows.size(c.trial), "dense width": rows.width(c.control)}
-        | {"difference": format_difference(c.test, 100)}
-        for c in _shown(mixtures(results), shown)
-    ]
-    return rows.section(
-        "mixtures beside dense layers",
-        lines,
-        None,
-        "Test accuracy in points, mixture minus dense layer, paired by seed; p adjusted for all mixtures of "
-        "the file. neurons: evaluated for one sample, the gate's included; the dense layer is the widest here "
-        "that evaluates no more.",
-    )
-
-
-def _report_in_transformer(results: Results, shown: Iterable[Trial]) -> str:
-    return rows.section(
-        "controls",
-        [in_words(c) | {"n": c.test.seeds} for c in _shown(in_transformer(results), shown) if c.test.seeds > 1],
-        None,
-        "Test accuracy in points, tree minus control, paired by seed. p: paired t-test, adjusted for the file.",
-    )
-
-
-def _report_kept(results: Results, shown: Iterable[Trial]) -> str:
+def _kept(results: Results, shown: Iterable[Trial]) -> str:
     nothing, dense = next((trial for trial in results.trials if not rows.width(trial)), None), dense_of(results)
     if nothing is None or dense is None:
         return ""
     speeds = {rows.point_of(speed): speed for speed in results.extra.get("speeds", [])}
     lines = []
     for trial in (trial for trial in shown if trial.runs):
-        line = {"layer": trial.layer, "w": rows.width(trial), "leaf": trial.params.get("leaf_width")}
-        for title, kind in (("width, %", "inference_width"), ("size, %", "inference_size")):
-            line[title] = 100 * rows.size(trial, kind) / rows.size(dense, kind)
-        for title, share in zip(("of dense, %", "recovered, %"), shares(results, trial, dense, nothing), strict=True):
-            line[title] = percent(share)
         speed = speeds.get(rows.point_of(rows.describe(trial)), {})
+        of_dense, recovered = map(percent, shares(results, trial, dense, nothing))
+        kinds = {"width, %": "inference_width", "size, %": "inference_size"}
+        line = {"layer": trial.layer, "w": rows.width(trial), "leaf": trial.params.get("leaf_width")}
+        line |= {title: 100 * rows.size(trial, kind) / rows.size(dense, kind) for title, kind in kinds.items()}
+        line |= {"of dense, %": of_dense, "recovered, %": recovered}
         lines.append(line | {f"{part} x": speed.get(f"{part}_speedup") for part in ("layer", "model")})
     return rows.section(
         "accuracy kept",
@@ -208,6 +148,7 @@ def _ranks(a: Sequence[float], b: Sequence[float]) -> float:
     return 1.0 if a == b else float(stats.wilcoxon(a, b).pvalue)
 
 
+Rival = namedtuple("Rival", "trial rival measure means p")
 # what is compared: of a run, over the seeds, and by which paired test
 COMPARED: dict[str, tuple[Callable[..., float | None], Callable[..., float], Callable[..., float]]] = {
     "test accuracy": (_accuracy, statistics.mean, _difference),
@@ -216,57 +157,86 @@ COMPARED: dict[str, tuple[Callable[..., float | None], Callable[..., float], Cal
 }
 
 
-def rivals(results: Results) -> list[rows.Row]:
+def rivals(results: Results) -> list[Rival]:
     """Is a tree more accurate, and does it train more evenly, than a mixture of the same training and leaf width?
 
     Accuracy by a paired t-test; evenness across seeds by Pitman and Morgan's test of equal variances of paired samples,
     within runs by Wilcoxon's of paired measures; p adjusted for all by Benjamini and Hochberg.
     """
-    made: list[rows.Row] = []
+    made: list[Rival] = []
     for tree, rival in itertools.product(rows.ordered(results), repeat=2):
         same = all(tree.params.get(key) == rival.params.get(key) for key in ("training_width", "leaf_width"))
-        same &= "depth" in tree.params.keys() - rival.params.keys()
+        same &= "depth" in tree.params.keys() - rival.params.keys() and "reduction" not in tree.params
         runs = [{run["seed"]: run for run in each.runs} for each in (tree, rival)]
         seeds = sorted(runs[0].keys() & runs[1].keys())
-        if not same or "reduction" in tree.params or len(seeds) < 3:
-            continue
-        for measure, (value, over, p) in COMPARED.items():
+        for measure, (value, over, p) in COMPARED.items() if same and len(seeds) > 2 else ():
             a, b = ([value(of[seed]) or 0.0 for seed in seeds] for of in runs)
-            made.append({"tree": tree, "rival": rival, "measure": measure, "means": (over(a), over(b)), "p": p(a, b)})
-    return [each | {"p": p} for each, p in zip(made, adjusted([each["p"] for each in made]), strict=True)]
+            made.append(Rival(tree, rival, measure, (over(a), over(b)), p(a, b)))
+    return [each._replace(p=p) for each, p in zip(made, adjusted([each.p for each in made]), strict=True)]
 
 
-def _report_rivals(results: Results, shown: Iterable[Trial]) -> str:
-    numbers = {trial.number for trial in shown}
-    lines = [
-        {
-            "w": rows.width(t["tree"]),
-            "leaf": t["tree"].params["leaf_width"],
-            "tree": t["tree"].layer,
-            "rival": t["rival"].layer,
-            "measure": t["measure"],
-            "tree's": t["means"][0],
-            "rival's": t["means"][1],
-            "p": t["p"],
-        }
-        for t in rivals(results)
-        if {t["tree"].number, t["rival"].number} <= numbers
-    ]
-    return rows.section(
+def _section(
+    title: str,
+    found: Callable[[Results], Iterable[Any]],
+    row: Callable[[Any], rows.Row],
+    text: str,
+    formats: Mapping[str, str] | None = None,
+) -> rows.Section:
+    """A table of what is found of the trials that are shown."""
+
+    def report(results: Results, shown: Iterable[Trial]) -> str:
+        numbers = {trial.number for trial in shown}
+        mine = (c for c in found(results) if {c.trial.number, getattr(c, "rival", c.trial).number} <= numbers)
+        return rows.section(title, [*map(row, mine)], formats, text)
+
+    return report
+
+
+_TREES = _section(
+    "controls",
+    trees,
+    lambda c: (
+        rows.point(c.trial)
+        | {"dense layer of equal": ", ".join(c.kinds), "its width": rows.width(c.control), "its time": c.time_ratio}
+        | {"difference": format_difference(c.test, 100)}
+    ),
+    "Test accuracy in points, tree minus dense layer, paired by seed; 95% interval; p of a paired t-test, "
+    "adjusted for all comparisons of the file by Benjamini and Hochberg. its time: of the widest dense "
+    f"layer that takes no more than {TOLERANCE} of the tree's time, over it, computed in the fastest of "
+    f"its forms, batch {BATCH_SIZE}, one thread.",
+    {"its time": ".2f"},
+)
+_TRANSFORMER = _section(
+    "controls",
+    in_transformer,
+    lambda c: in_words(c) | {"n": c.test.seeds},
+    "Test accuracy in points, tree minus control, paired by seed. p: paired t-test, adjusted for the file.",
+)
+SECTIONS: dict[str, rows.Section] = {
+    "kept": _kept,
+    "controls": lambda results, shown: (_TRANSFORMER if "blocks" in results.extra else _TREES)(results, shown),
+    "mixtures": _section(
+        "mixtures beside dense layers",
+        mixtures,
+        lambda c: (
+            rows.point(c.trial)
+            | {"neurons": rows.size(c.trial), "dense width": rows.width(c.control)}
+            | {"difference": format_difference(c.test, 100)}
+        ),
+        "Test accuracy in points, mixture minus dense layer, paired by seed; p adjusted for all mixtures of "
+        "the file. neurons: evaluated for one sample, the gate's included; the dense layer is the widest here "
+        "that evaluates no more.",
+    ),
+    "rivals": _section(
         "trees beside mixtures",
-        lines,
-        {"tree's": ".2f", "rival's": ".2f", "p": ".1e"},
+        rivals,
+        lambda r: (
+            {"w": rows.width(r.trial), "leaf": r.trial.params["leaf_width"], "tree": r.trial.layer}
+            | {"rival": r.rival.layer, "measure": r.measure, "tree's": r.means[0], "rival's": r.means[1], "p": r.p}
+        ),
         "p: paired t-test (test accuracy), Pitman and Morgan's test of equal variances of paired samples "
         "(std), Wilcoxon's signed rank test, paired (others); adjusted for all comparisons of the file by "
         "Benjamini and Hochberg.",
-    )
-
-
-SECTIONS: dict[str, rows.Section] = {
-    "kept": _report_kept,
-    "controls": lambda results, shown: (_report_in_transformer if "blocks" in results.extra else _report_trees)(
-        results, shown
+        {"tree's": ".2f", "rival's": ".2f", "p": ".1e"},
     ),
-    "mixtures": _report_mixtures,
-    "rivals": _report_rivals,
 }

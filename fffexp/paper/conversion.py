@@ -4,7 +4,7 @@ Beside each tree stands a dense layer of the tree's inference size, made of the 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pkgutil import resolve_name
@@ -21,7 +21,7 @@ from fffexp.adapt.distil import convert_feedforward
 from fffexp.errors import UserError
 from fffexp.layers import FeedforwardLayer, feedforward_layers
 from fffexp.paper.comparisons import compare, in_words, percent, shares
-from fffexp.paper.rows import name, note, size, width
+from fffexp.paper.rows import name, note, size
 from fffexp.report.tables import table
 from fffexp.study.results import Results, Trial
 from fffexp.timing import wait_for_timing
@@ -34,14 +34,9 @@ QUIET = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkp
 
 
 def points(trees: Sequence[str], recipe: str | None) -> list[Trial]:
-    """The trained model, the one with mean outputs, and each tree with its control.
+    """The trained model, the one with mean outputs, and each tree (DEPTHxLEAF) with its control.
 
-    Args:
-        trees: DEPTHxLEAF of each.
-        recipe: digest of the training.
-
-    Raises:
-        UserError: a tree that cannot be made, or whose control is no smaller than the dense layer.
+    UserError for a tree that cannot be made, or whose control is no smaller than the dense layer.
     """
     dense_width = SETTING["dense_width"]
     found = [_point(training_width=dense_width), Trial(1, "COMPLETE", {"layer": MEAN, "training_width": 0})]
@@ -61,28 +56,19 @@ def points(trees: Sequence[str], recipe: str | None) -> list[Trial]:
 
 
 def _point(**params: int) -> Trial:
-    trial = Trial(0, "COMPLETE", params)
-    layer = factory(trial)(FEATURES, FEATURES)
-    trial.params, trial.sizes = {"layer": type(layer).__name__, **params}, layer.sizes()
-    return trial
+    layer = _factory(params)(FEATURES, FEATURES)
+    return Trial(0, "COMPLETE", {"layer": type(layer).__name__, **params}, sizes=layer.sizes())
 
 
-def factory(trial: Trial) -> Callable[[int, int], FeedforwardLayer]:
-    """Makes the layer of a point."""
-    if "depth" in trial.params:
-        sizes = {key: trial.params[key] for key in ("depth", "leaf_width")}
-        return partial(resolve_name(SETTING["tree"]), **sizes)
-    return partial(resolve_name(SETTING["dense"]), width=width(trial))
+def _factory(params: Mapping[str, Any]) -> Callable[[int, int], FeedforwardLayer]:
+    kind = resolve_name(SETTING["tree" if "depth" in params else "dense"])
+    leaf_width = params.get("leaf_width", params["training_width"])
+    return partial(kind.sized, depth=params.get("depth", 0), leaf_width=leaf_width)
 
 
 def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
-    """Train the dense model, convert it to each point, and add a run of this seed to each.
-
-    Args:
-        args: of the fit of the dense model, without a seed.
-        seed: of the training and the conversions.
-        trials: as `points` makes them.
-    """
+    """Train the dense model by the arguments of a fit, convert it to each of `points`, and add a run to each."""
+    quiet: dict[str, Any] = dict.fromkeys(QUIET, False)
     kept: list[Any] = []  # the task with its best weights, as it was tested, and its data
     keep = LambdaCallback(on_test_end=lambda trainer, task: kept.extend((task.eval(), trainer.datamodule)))
     result = run([*args, f"--seed_everything={seed}"], Context(callbacks=[keep], quiet=True))
@@ -92,8 +78,8 @@ def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
     images, batch, steps, lr = (SETTING["distillation"][key] for key in ("images", "batch", "steps", "lr"))
     sample = data.train_data[0][:images].to(task.device)
 
-    def tested(model: nn.Module) -> dict[str, float]:
-        task.network, quiet = model, dict[str, Any].fromkeys(QUIET, False)
+    def tested(model: nn.Module) -> dict[str, Any]:
+        task.network = model
         (found,) = Trainer(devices=1, **quiet).test(task, data, verbose=False)
         return {"seed": seed} | {key: value for key, value in found.items() if key.startswith("test/")}
 
@@ -104,9 +90,9 @@ def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
         torch.manual_seed(seed)
         model = copy.deepcopy(trained)
         with register_module_forward_pre_hook(lambda *_: wait_for_timing()):
-            made = convert_feedforward(model, sample.split(batch), factory(trial), steps=steps, lr=lr)
-        before, after = [each.initial_error for each in made], [each.final_error for each in made]
-        trial.runs.append({**tested(model), "errors": after, "initial_errors": before})
+            made = convert_feedforward(model, sample.split(batch), _factory(trial.params), steps=steps, lr=lr)
+        trial.runs.append(tested(model) | {"errors": [each.final_error for each in made]})
+        trial.runs[-1]["initial_errors"] = [each.initial_error for each in made]
         accuracies = f"{trial.runs[-1]['test/accuracy']:8.2%} of {metrics['test/accuracy']:.2%}"
         print(f"seed {seed}  {name(trial):30}{accuracies}", flush=True)
 

@@ -38,14 +38,9 @@ LINES = {
 
 
 def measure(setting: Setting, ff_depth: int) -> dict[str, Any]:
-    """Records by depth; written as they come, and those that the file has are not measured again.
+    """Records by depth, of dense layers to ff_depth; written as they come, and those in the file not measured again.
 
-    Args:
-        setting: depths, batch sizes and sizes, one number of threads, and the file.
-        ff_depth: largest depth of which the dense layer is timed.
-
-    Raises:
-        UserError: the file is of another measurement.
+    UserError if the file is of another measurement.
     """
     (threads,), path, where = setting.threads, setting.json, environment(setting.threads, setting.device)
     torch.set_num_threads(threads)
@@ -64,9 +59,8 @@ def measure(setting: Setting, ff_depth: int) -> dict[str, Any]:
     points = [each for each in itertools.product(setting.depths, setting.batch_sizes, (1, 2)) if each not in done]
     if not points:
         return found
-    for key in ("cpu", "torch", "instruction_set"):
-        if found["environment"][key] != where[key]:
-            raise UserError(f"--json {path}: measured with another {key}: give another file, or remove it")
+    if other := [key for key in ("cpu", "torch", "instruction_set") if found["environment"][key] != where[key]]:
+        raise UserError(f"--json {path}: measured with another {other[0]}: give another file, or remove it")
     limits = measure_limits(torch.float32, "cpu")
     found |= {"environment": where, "limits": limits}
     for depth, batch_size, k in points:
@@ -99,10 +93,8 @@ Fit = namedtuple("Fit", "call_s flops_per_s bytes_per_s r_squared predicted_s")
 def fit(seconds: ArrayLike, flops: ArrayLike, size: ArrayLike, most_flops_per_s: float) -> Fit:
     """Rates under which max(flops / rate, bytes / rate) + call comes closest to the measured times.
 
-    Operations are not faster than most_flops_per_s, what the machine was measured to reach.
-
-    Raises:
-        ValueError: fewer than 4 points, for there are 3 unknowns.
+    Operations are not faster than most_flops_per_s, what the machine was measured to reach. ValueError for fewer than 4
+    points: there are 3 unknowns.
     """
     measured, ops, read = (np.asarray(values, float) for values in (seconds, flops, size))
     if len(measured) < 4:
@@ -119,7 +111,7 @@ def fit(seconds: ArrayLike, flops: ArrayLike, size: ArrayLike, most_flops_per_s:
     solved = min(solutions, key=lambda solution: solution.cost).x
     left, total = (float((error**2).sum()) for error in (log_s - model(solved), log_s - log_s.mean()))
     r_squared = 1 - left / total if total else float("nan")
-    return Fit(*np.exp(solved).tolist(), r_squared, np.exp(model(solved)).tolist())
+    return Fit._make([*np.exp(solved).tolist(), r_squared, np.exp(model(solved)).tolist()])
 
 
 def local_slopes(blocks: Sequence[int], seconds: Sequence[float]) -> list[float]:
@@ -130,7 +122,8 @@ def local_slopes(blocks: Sequence[int], seconds: Sequence[float]) -> list[float]
 def _fit(found: dict[str, Any], name: str, line: Sequence[Record]) -> Fit | None:
     if name == DENSE or len(line) < 4:
         return None
-    return fit(*([r[key] for r in line] for key in ("median_s", "flops", "bytes")), found["limits"]["gemm_flops_per_s"])
+    seconds, flops, size = ([r[key] for r in line] for key in ("median_s", "flops", "bytes"))
+    return fit(seconds, flops, size, found["limits"]["gemm_flops_per_s"])
 
 
 def report(found: dict[str, Any]) -> str:
@@ -185,10 +178,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 fitted = [1e6 * s for s in model.predicted_s] if model else us
                 axes.plot(blocks, fitted, color=colour, linewidth=1, linestyle="-" if model else ":")
         axes.set_xscale("log", base=2)
-        axes.set(yscale="log", ylabel="time of a batch in us, log scale")
-        axes.set_xlabel(f"number of blocks of {leaf_width} neurons ({DENSE}: width / {leaf_width})")
+        blocks_of = f"number of blocks of {leaf_width} neurons ({DENSE}: width / {leaf_width})"
+        axes.set(yscale="log", xlabel=blocks_of, ylabel="time of a batch in us, log scale")
         axes.set_title(f"batch {batch_size}", loc="left")
-        axes.grid(alpha=0.25, which="major")
+        axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.suptitle(

@@ -108,8 +108,7 @@ def draw(results: Results, path: Path) -> None:
     first, *others = figure.subplots(1, panels, squeeze=False, width_ratios=[2.2, *[1] * (panels - 1)])[0]
     for title, layer, entropies, _ in curves:
         first.plot(range(1, len(entropies) + 1), entropies, label=layer if several else title)
-    first.set(xlabel="epoch", ylabel="mean entropy of the choices, nats")
-    first.set_ylim(bottom=0)
+    first.set(xlabel="epoch", ylabel="mean entropy of the choices, nats", ylim=(0, None))
     first.grid(alpha=0.25)
     first.spines[["top", "right"]].set_visible(False)
     first.legend(frameon=False, fontsize=8)

@@ -13,7 +13,6 @@ from pathlib import Path
 from fffexp.cli import main
 from fffexp.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(`(fffexp [^`]*?docs/results/\w+\.json[^`]*)`(?:(?!```).)*```text\n)(.*?)(?=```)", re.S)
 PICTURES = {"docs/pareto.png": "digits_depth_leaf", "docs/fashion.png": "fashion_depth_leaf"}  # of studies
 
@@ -31,7 +30,7 @@ def refresh() -> None:
     from fffexp.report import figures
     from fffexp.study.results import Results
 
-    os.chdir(ROOT)
+    os.chdir(Path(__file__).parents[2])
     for page in sorted(Path("docs").glob("**/*.md")):
         page.write_text(BLOCK.sub(lambda found: found[1] + printed(found[2]), page.read_text()))
     printed("fffexp reproduce figure3 --batch_sizes 1 16 256 2048 --ff_depth 6 --json docs/results/figure3.json")

@@ -46,8 +46,7 @@ def is_dense(trial: Trial) -> bool:
     return width(trial) > 0 and "leaf_width" not in trial.params
 
 
-def experts(trial: Trial) -> int:
-    """Leaves or experts; 1 of a dense layer."""
+def _experts(trial: Trial) -> int:
     return width(trial) // (trial.params.get("leaf_width") or width(trial) or 1)
 
 
@@ -67,7 +66,7 @@ def name(trial: Trial) -> str:
     """In a sentence."""
     if "leaf_width" in trial.params:
         kind = "leaves" if "depth" in trial.params else "experts"
-        return f"{trial.layer}, {experts(trial)} {kind} of {trial.params['leaf_width']}"
+        return f"{trial.layer}, {_experts(trial)} {kind} of {trial.params['leaf_width']}"
     return f"{trial.layer} of {width(trial)}" if width(trial) else trial.layer
 
 
@@ -91,10 +90,7 @@ def ordered(results: Results) -> list[Trial]:
     layers = list(dict.fromkeys(trial.layer for trial in sorted(results.trials, key=lambda t: t.number)))
     return sorted(
         (trial for trial in results.trials if trial.runs),
-        key=lambda t: (
-            *(-width(t), layers.index(t.layer)),
-            *(-t.params.get("leaf_width", 0), t.params.get("reduction", "")),
-        ),
+        key=lambda t: (-width(t), layers.index(t.layer), -t.params.get("leaf_width", 0), t.params.get("reduction", "")),
     )
 
 
@@ -126,17 +122,17 @@ def row(results: Results, trial: Trial, metric: Metric) -> Row:
         "worst": ranked[0][1],
         "values": values,
         "used_leaves": [run.get("routing/used_leaves") for run in runs],
-        "collapsed": collapsed(trial),
+        "collapsed": _collapsed(trial),
         "rising": sum((run.get("epochs_to_fit") or 0) > 0.9 * run["epochs"] for run in runs),
         "diverged": sum(run["stability/nonfinite_steps"] > 0 for run in runs),
         "n": len(values),
     }
 
 
-def collapsed(trial: Trial) -> int:
-    """Runs that use fewer than half of their leaves or experts, or one alone."""
+def _collapsed(trial: Trial) -> int:
+    # fewer than half of the leaves or experts are used, or one alone
     used = trial.by_seed("routing/used_leaves", trial.runs).values()
-    return sum(2 * n < experts(trial) or n == 1 for n in used)
+    return sum(2 * n < _experts(trial) or n == 1 for n in used)
 
 
 def verdict(row: Row) -> str:
@@ -228,7 +224,7 @@ def measures(trial: Trial) -> Row:
     return {
         "std": statistics.stdev(accuracies),
         "mean - worst": statistics.mean(accuracies) - min(accuracies),
-        "collapsed": collapsed(trial),
+        "collapsed": _collapsed(trial),
         "epochs": statistics.mean(epochs),
         "epochs std": statistics.stdev(epochs),
     } | {name: statistics.mean(values) if values else None for name, values in within.items()}

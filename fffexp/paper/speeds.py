@@ -30,12 +30,10 @@ def _timed(results: Results, key: str) -> set[Any]:
 
 
 def _first(model: nn.Module) -> Any:
-    """The first feedforward layer of a model, None in one without."""
     return next(iter(feedforward_layers(model).values()), None)
 
 
-def beside_dense(results: Results, study: PaperStudy) -> None:
-    """Trees beside all dense layers that are wanted, in results.extra["controls"]; a model is one layer."""
+def _beside_dense(results: Results, study: PaperStudy) -> None:
     wanted, timed = study.wanted(results), _timed(results, "controls")
     trees = [trial for trial in wanted if "depth" in trial.params and point_of(describe(trial)) not in timed]
     dense = [trial for trial in wanted if trees and is_dense(trial)]
@@ -51,8 +49,7 @@ def beside_dense(results: Results, study: PaperStudy) -> None:
         results.extra.setdefault("controls", []).append({**describe(trial), "time_ratios": ratios, **more})
 
 
-def in_turn(results: Results, study: PaperStudy) -> None:
-    """All models that are wanted and their first layers, in results.extra["speeds"]; none if all have been timed."""
+def _in_turn(results: Results, study: PaperStudy) -> None:
     speeds: dict[str, Row] = {str(trial.number): describe(trial) for trial in study.wanted(results)}
     if _timed(results, "speeds").issuperset(map(point_of, speeds.values())):
         return
@@ -78,4 +75,5 @@ def in_turn(results: Results, study: PaperStudy) -> None:
     results.extra["speeds"] = [speed | {"environment": where} for speed in speeds.values()]
 
 
-MEASURE = {"table1": beside_dense, "table3": in_turn}
+# trees beside all dense layers, into results.extra["controls"]; all models and their first layers, into "speeds"
+MEASURE = {"table1": _beside_dense, "table3": _in_turn}

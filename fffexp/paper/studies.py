@@ -50,25 +50,16 @@ class PaperStudy:
         return sorted({point[name] for group in groups for point in group["points"] if "leaf_width" in point})
 
     def choose(self, wanted: Callable[[str, dict[str, Any]], bool]) -> None:
-        """Keep the points that are wanted by the name of their group and their values.
-
-        Raises:
-            UserError: no point is left.
-        """
-        for label, group in list(self.content["layers"].items()):
-            group["points"] = [point for point in group["points"] if wanted(label, point)]
-            if not group["points"]:
-                del self.content["layers"][label]
+        """Keep the points that are wanted by the name of their group and their values; UserError if none is."""
+        groups = self.content["layers"].items()
+        kept = {label: [point for point in group["points"] if wanted(label, point)] for label, group in groups}
+        self.content["layers"] = {label: group | {"points": kept[label]} for label, group in groups if kept[label]}
         if not self.content["layers"]:
-            file, remedy = (
-                f"studies/paper/{self.content['name']}.yaml",
-                "add it there, or choose from those that it lists",
-            )
-            raise UserError(f"{file} has no such point: {remedy}")
+            file = f"studies/paper/{self.content['name']}.yaml"
+            raise UserError(f"{file} has no such point: add it there, or choose from those that it lists")
 
     @property
-    def text(self) -> str:
-        """Its YAML."""
+    def _text(self) -> str:
         return yaml.safe_dump(json.loads(json.dumps(self.content)), sort_keys=False)  # of plain types alone
 
     @cached_property
@@ -76,7 +67,7 @@ class PaperStudy:
         """As it stands now."""
         from fffexp.study.spec import parse
 
-        return parse(self.text, FOLDER, self.content["name"])
+        return parse(self._text, FOLDER, self.content["name"])
 
     @cached_property
     def _by_recipe(self) -> "dict[str, Point]":
@@ -97,26 +88,25 @@ class PaperStudy:
         return self.spec.arguments(point.label, point.values, seed, test=self.spec.test)
 
     def open(self, path: Path | None, extra: Mapping[str, Any]) -> Results:
-        """What the file holds, or empty results where there is none yet.
+        """What the file holds, or empty results where there is none yet; `extra` is what they are of.
 
-        Args:
-            path: of the file.
-            extra: what the table is of, such as "table" and "data".
-
-        Raises:
-            UserError: it cannot be read, is of something else, or a point in it was trained by another recipe.
+        UserError if it cannot be read, is of something else, or a point in it was trained by another recipe.
         """
         if path is None or not path.is_file():
             return Results(self.content["name"], "val/accuracy", "max", unit=True, extra=dict(extra))
-        results, wanted, remedy = Results.load(path), self.points(), "give another file, or remove it"
-        for key, value in extra.items():
-            if (there := results.extra.get(key)) != value:
-                difference = f"{key} is {there} there and {value} here"
-                raise UserError(f"--json {path}: it holds another measurement, {difference}: {remedy}")
-        for trial in results.trials:
-            if any(trial.params == each.params and trial.recipe != each.recipe for each in wanted):
-                point = f"{trial.layer} with {trial.params}"
-                raise UserError(f"--json {path}: {point} was trained by another recipe: {remedy}")
+        results, wanted = Results.load(path), self.points()
+        differing = [
+            f"it holds another measurement, {key} is {there} there and {value} here"
+            for key, value in extra.items()
+            if (there := results.extra.get(key)) != value
+        ]
+        differing += [
+            f"{trial.layer} with {trial.params} was trained by another recipe"
+            for trial in results.trials
+            if any(trial.params == each.params and trial.recipe != each.recipe for each in wanted)
+        ]
+        if differing:
+            raise UserError(f"--json {path}: {differing[0]}: give another file, or remove it")
         return results
 
     def wanted(self, results: Results) -> list[Trial]:

@@ -19,7 +19,7 @@ from fffexp.files import hold
 SMALL = ["--leaf_width", "4", "--in_features", "24", "--out_features", "20", "--seconds", "0.001"]
 OF_THREE = ["--layers", "FF", "NoisyTopKMoE", "FFF"]
 POINTS = ["--depths", "0", "3", "--batch_sizes", "1", "33"]
-SIZES = {"in_features": 24, "out_features": 20, "leaf_width": 4}
+SIZES: dict[str, Any] = {"in_features": 24, "out_features": 20, "leaf_width": 4}
 KEYS = {  # those that others rely on
     *("task", "layer", "backend", "in_features", "out_features", "training_width", "inference_width", "depth"),
     *("leaf_width", "num_experts", "top_k", "batch_size", "threads", "dtype", "device", "median_s", "p10_s", "p90_s"),

@@ -84,19 +84,19 @@ def test_stability() -> None:
     assert measures["std"] == pytest.approx(np.std(a, ddof=1))
     assert measures["mean - worst"] == pytest.approx(0.1)
     assert measures["epochs std"] == pytest.approx(np.std(range(6), ddof=1))
-    tests = {t["measure"]: t for t in comparisons.rivals(table(steady, wild))}
+    tests = {t.measure: t for t in comparisons.rivals(table(steady, wild))}
     # the late std differs the same way in all six, spikes and dead leaves in none
     ps = {"test accuracy": stats.ttest_rel(a, b).pvalue, "std of test accuracy": paired_spread(a, b)}
     ps |= {"late std": 2 / 2**6, "spikes": 1.0, "dead": 1.0}
     expected = dict(zip(ps, stats.false_discovery_control(list(ps.values())), strict=True))
-    assert {name: test["p"] for name, test in tests.items()} == pytest.approx(expected)
-    assert tests["test accuracy"]["means"][0] > tests["test accuracy"]["means"][1]
-    assert tests["std of test accuracy"]["means"][0] < tests["std of test accuracy"]["means"][1]
+    assert {name: test.p for name, test in tests.items()} == pytest.approx(expected)
+    assert tests["test accuracy"].means[0] > tests["test accuracy"].means[1]
+    assert tests["std of test accuracy"].means[0] < tests["std of test accuracy"].means[1]
 
 
 def test_runs_that_never_vary_do_not_differ_significantly() -> None:
     points = [trial(0, "FFF", [88.0] * 3, **TREE), trial(1, "MoE", [88.0] * 3, training_width=128, leaf_width=8)]
-    assert [t["p"] for t in comparisons.rivals(table(*points))] == [1] * 5
+    assert [t.p for t in comparisons.rivals(table(*points))] == [1] * 5
 
 
 def test_what_is_kept_in_a_vision_transformer() -> None:
