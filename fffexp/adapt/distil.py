@@ -36,11 +36,11 @@ def convert_feedforward(
 ) -> list[Replacement]:
     """Replace the MLPs of a trained model by layers that compute nearly the same.
 
-    A tree's nodes split the inputs in halves along the direction that explains most of the outputs. A leaf takes the
-    MLP's neurons that explain most of the outputs of its part, with output weights fitted to them. Then the layer is
-    trained to reproduce the MLP's outputs, annealed to hard routing. A dense layer takes neurons in the same way. For a
-    gated MLP (another kind of neuron) the hidden weights stay as initialised and the output weights are fitted. Other
-    layers start from their own initialisation. A final error that is not below that of a constant gives a warning.
+    A tree's nodes split the inputs in halves along the direction that explains most of the outputs. A leaf, or a dense
+    layer, takes the MLP's neurons that explain most of its outputs, with output weights fitted to them; for a gated MLP
+    (another kind of neuron) the hidden weights stay as initialised. Other layers start from their own initialisation.
+    Then the layer is trained to reproduce the MLP's outputs, annealed to hard routing. A final error that is not below
+    that of a constant gives a warning.
 
     Of a batch the model is called with: a tensor; of a tuple or list the first items, as many as `forward` requires, so
     that the labels of (x, y) are left out; of a mapping the entries that `forward` names, all if it takes `**kwargs`.
@@ -52,15 +52,14 @@ def convert_feedforward(
     Args:
         model: in the state to be kept; its layers are replaced when all are ready.
         batches: sample data: a DataLoader or a list of batches.
-        layer_factory: (in_features, out_features) -> layer, of the model's activation: its neurons do not fit another
-            one. If the model's is one of torch's common ones, another gives a warning.
+        layer_factory: (in_features, out_features) -> layer, of the model's activation; another gives a warning.
         select: as in `replace_feedforward`.
         steps: of distillation, for each layer; 0 leaves the layers as initialised.
         lr: peak learning rate of AdamW, one cycle.
 
     Raises:
-        ValueError: no MLP, none selected, too little data, data that is not finite, one batch instead of a list, or a
-            layer that cannot be trained so (sparse gradients, a gate without gradients).
+        ValueError: as `replace_feedforward`; too little data, data that is not finite, one batch instead of a list, or
+            a layer that cannot be trained so (sparse gradients, a gate without gradients).
     """
     _refuse_one_batch(model, batches)
     mlps = find_mlps(model, select)
@@ -70,7 +69,7 @@ def convert_feedforward(
         layer = build(mlp, layer_factory)
         if layer.sparse_gradients:
             raise ValueError(
-                f"a {type(layer).__name__} with sparse gradients cannot be distilled: train all of its leaves"
+                f"a {type(layer).__name__} with sparse gradients cannot be distilled: train all its leaves"
             )
         layer.check_trainable()
         mode, dtype = layer.training, next(layer.parameters()).dtype
@@ -83,11 +82,8 @@ def convert_feedforward(
         _distil(layer, *train, steps, lr)
         final = _error(layer, *held_out)
         if steps and not final < 1:  # or not a number
-            warnings.warn(
-                f"the layer that replaces {mlp.name or 'the MLP'} has an error of {final:.3g}, a constant has 1: use "
-                "more steps, or another layer",
-                stacklevel=2,
-            )
+            found = f"the layer that replaces {mlp.name or 'the MLP'} has an error of {final:.3g}, a constant has 1"
+            warnings.warn(f"{found}: use more steps, or another layer", stacklevel=2)
         ready.append((mlp, layer.to(dtype).train(mode), initial, final))
     return [put(mlp, layer, *errors) for mlp, layer, *errors in ready]
 
@@ -116,12 +112,7 @@ def _arguments(model: nn.Module, batch: Any, device: torch.device) -> tuple[list
 
 @torch.no_grad()
 def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[tuple[Rows, Rows]]:
-    names = {part for name, _ in model.named_modules() for part in name.split(".")}
-    decoders = [
-        isinstance(mlp.module, nn.TransformerDecoderLayer)
-        or (names >= {"encoder", "decoder"} and "decoder" in mlp.name.split("."))
-        for mlp in mlps
-    ]
+    paired = {"encoder", "decoder"} <= {part for name, _ in model.named_modules() for part in name.split(".")}
     sequence_first = any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules())
     seen: list[list[Rows]] = [[] for _ in mlps]
     with watched(model, {linear.module for mlp in mlps for linear in (mlp.linears[0], mlp.linears[-1])}) as events:
@@ -130,11 +121,13 @@ def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[tu
             events.clear()
             args, kwargs = _arguments(model, batch, mlps[0].linears[0].weight.device)
             model(*args, **kwargs)
-            for mlp, decoder, rows in zip(mlps, decoders, seen, strict=True):
+            for mlp, rows in zip(mlps, seen, strict=True):
+                decoder = isinstance(mlp.module, nn.TransformerDecoderLayer)
+                decoder |= paired and "decoder" in mlp.name.split(".")
                 first, last = mlp.linears[0].module, mlp.linears[-1].module
                 # an MLP that is called twice sees both
-                x = [_rows(event.given, kwargs, decoder, sequence_first) for event in events if event.module is first]
-                y = [_rows(event.made, kwargs, decoder, sequence_first) for event in events if event.module is last]
+                x = [_rows(given, kwargs, decoder, sequence_first) for part, given, _ in events if part is first]
+                y = [_rows(made, kwargs, decoder, sequence_first) for part, _, made in events if part is last]
                 rows += [(torch.cat(x), torch.cat(y))] if x else []
     return [_split(mlp.name or "the MLP", rows) for mlp, rows in zip(mlps, seen, strict=True)]
 

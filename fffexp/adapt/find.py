@@ -14,15 +14,10 @@ from torch.func import functional_call
 from fffexp.layers import FeedforwardLayer
 
 Select = Callable[[str, nn.Module], bool]
-# By what names a block of OPT, BART and the like holds a linear layer, an activation and a linear layer, and the
-# probability at which a function, no module, drops the hidden values
+Event = tuple[nn.Module, Tensor, Tensor]  # a module that ran, what it took and what it gave, as they were then
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # 2e-2 of others
+# A block of OPT, BART and the like holds linear layer, activation, linear layer; a function drops at that probability
 HELD, DROPPED = ("fc1", "activation_fn", "fc2"), "activation_dropout"
-
-
-class _Event(NamedTuple):
-    module: nn.Module  # that ran
-    given: Tensor  # as they were then
-    made: Tensor
 
 
 class _Linear(NamedTuple):
@@ -121,7 +116,7 @@ def _in_bert(name: str, block: nn.Module) -> list[MLP]:
     residual, hidden = (_probe_rows(size, down.weight) for size in down.weight.shape)
     # Swin V2 adds the residual elsewhere
     events = [event for inputs in ((hidden, residual), (hidden,)) for event in _run(output, *inputs)[1]]
-    given = next((event.given for event in events if event.module is down.module), None)
+    given = next((given for part, given, _ in events if part is down.module), None)
     places = [(block, "intermediate", None), (output, "dense", nn.Identity())]
     mlps = _checked(name, nn.Sequential(intermediate, down.module), block) if _same(hidden, given) else []
     return [mlp._replace(module=block, places=places) for mlp in mlps if not mlp.gated]
@@ -142,9 +137,10 @@ def _in_block(name: str, block: nn.Module) -> list[MLP]:
     for training in (False, True):
         masks = [None] * (required(block) - 1)  # most encoders want one
         _, events = _run(undropping, _probe_rows(weight.shape[1], weight), *masks, training=training)
-        at = [index for index, event in enumerate(events) if event.module in parts]
+        at = [index for index, (part, _, _) in enumerate(events) if part in parts]
         row = events[at[0] : at[0] + len(parts)] if len(at) == len(parts) else []
-        if [event.module for event in row] != parts or not all(_same(a.made, b.given) for a, b in pairwise(row)):
+        passed = all(_same(made, given) for (_, _, made), (_, given, _) in pairwise(row))
+        if [part for part, _, _ in row] != parts or not passed:
             return []
     return mlps
 
@@ -159,20 +155,22 @@ def _checked(name: str, module: nn.Module, model: nn.Module) -> list[MLP]:
         output, events = _run(module, x)
         if output is not None:
             break
-    ran = [event for event in events if event.module in linears]
-    if len(ran) != len(linears) or {event.module for event in ran} != linears.keys():
+    ran = [part for part, _, _ in events if part in linears]
+    if len(ran) != len(linears) or {*ran} != linears.keys():
         return []
-    *ups, last = ran
-    *up, down = (linears[event.module] for event in ran)
-    behind = [event.module for event in takewhile(lambda event: event is not last, reversed(events))]
+    *up, down = (linears[part] for part in ran)
+    *inputs, entered = (given for part, given, _ in events if part in linears)
+    behind = [part for part, _, _ in takewhile(lambda event: event[0] is not down.module, reversed(events))]
+    left = next(made for part, _, made in events if part is down.module)
     widths, hidden = [len(u.weight) for u in up], down.weight.shape[1]
     known = (
         widths in ([hidden] * len(up), [2 * hidden])
-        and all(_same(x, event.given) for event in ups)
-        and _same(last.made, output)
-        and _bent(last.given)
+        and all(_same(x, given) for given in inputs)
+        and _same(left, output)
+        and _bent(entered)
         and all(isinstance(m, nn.Dropout | nn.Identity) for m in behind)
-        and _same(last.made, _run(module, x, training=True)[0])
+        and _same(left, _run(module, x, training=True)[0])
+        and output.shape[:-1] == x.shape[:-1]
         and _by_row(module, x, output)
     )
     # it may have several parents, and names
@@ -182,14 +180,14 @@ def _checked(name: str, module: nn.Module, model: nn.Module) -> list[MLP]:
 
 
 @contextmanager
-def watched(module: nn.Module, parts: Iterable[nn.Module]) -> Iterator[list[_Event]]:
+def watched(module: nn.Module, parts: Iterable[nn.Module]) -> Iterator[list[Event]]:
     """What these parts of a module do; its modes and the random numbers (of CPU and CUDA) are put back on exit."""
-    events: list[_Event] = []
+    events: list[Event] = []
 
     def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if given is not None and isinstance(output, Tensor):
-            events.append(_Event(part, given.clone(), output.clone()))
+            events.append((part, given.clone(), output.clone()))
 
     mha = torch.backends.mha
     with ExitStack() as stack:
@@ -204,7 +202,7 @@ def watched(module: nn.Module, parts: Iterable[nn.Module]) -> Iterator[list[_Eve
 
 
 @torch.no_grad()
-def _run(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> tuple[Any, list[_Event]]:
+def _run(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> tuple[Any, list[Event]]:
     # the output, None if it does not take such inputs, and what the innermost modules did; it is left as it was
     innermost = [m for m in module.modules() if not list(m.children())]
     with watched(module, innermost) as events:
@@ -243,12 +241,8 @@ def _probe_rows(features: int, like: Tensor) -> Tensor:
     return x
 
 
-def _tolerance(x: Tensor) -> float:
-    return 1e-3 if x.dtype in (torch.float32, torch.float64) else 2e-2
-
-
 def _same(a: Tensor, b: Any) -> bool:
-    rtol = _tolerance(a)
+    rtol = TOLERANCE.get(a.dtype, 2e-2)
     return isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=rtol / 100)
 
 
@@ -256,13 +250,11 @@ def _bent(hidden: Tensor) -> bool:
     # whether what came of _probe_rows is no affine function of them
     difference = hidden[0, 0] + hidden[0, 1] - hidden[0, 2] - hidden[1, 0]
     # of the largest: where a sum is next to nothing, its rounding is not
-    return bool(difference.abs().max() > _tolerance(hidden) * hidden.abs().max())
+    return bool(difference.abs().max() > TOLERANCE.get(hidden.dtype, 2e-2) * hidden.abs().max())
 
 
 def _by_row(module: nn.Module, x: Tensor, output: Tensor) -> bool:
     # whether each row of the output (2, 3, out) comes from that row of x (2, 3, in) alone
-    if output.shape[:-1] != x.shape[:-1]:
-        return False
     for kept in ((0, 0), (1, 2)):
         other = x + 0.5
         other[kept] = x[kept]

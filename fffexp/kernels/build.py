@@ -14,10 +14,8 @@ import torch
 
 _SOURCES, _TORCH = Path(__file__).with_name("csrc"), Path(torch.__file__).parent
 _FLAGS = ["-O3", "-fPIC", "-std=c++20", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
-_X86 = {
-    "avx2": "-mavx2 -mfma",
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512",
-}
+_AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512"
+_X86 = {"avx2": "-mavx2 -mfma", "avx512": _AVX512}
 # kernel.cpp is compiled once per instruction set; which one runs is decided when it is loaded
 _INSTRUCTION_SETS = {"plain": "", **(_X86 if platform.machine().lower() in ("x86_64", "amd64") else {})}
 
@@ -27,15 +25,11 @@ class BuildError(RuntimeError):
 
 
 def build() -> Path:
-    """Path of the compiled operators; they are compiled unless this torch and compiler have done so before.
-
-    Raises:
-        BuildError: no C++ compiler is found, or it refuses the source.
-    """
+    """Path of the operators, compiled unless this torch and compiler have done so before; raises BuildError."""
     if not (compiler := _compiler()):
         raise BuildError("no C++ compiler is found: install g++, or name one in CXX")
-    parts = [torch.__version__, compiler, str(compiler_version()), str(_FLAGS)]
-    parts += [source.read_text() for source in sorted(_SOURCES.iterdir())]
+    sources = (source.read_text() for source in sorted(_SOURCES.iterdir()))
+    parts = [torch.__version__, compiler, str(compiler_version()), str(_FLAGS), *sources]
     key = hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fffexp"
     library = cache / f"operators-{key[:16]}.so"

@@ -1,7 +1,6 @@
 """The backend in plain torch operators: any device, any dtype, differentiable.
 
-Shape suffixes: B samples, R rows (samples or copies of them), G blocks (leaves or experts),
-H hidden neurons of a block, I inputs, O outputs.
+Shape suffixes: B samples, R rows (samples or copies of them), G blocks, H hidden neurons, I inputs, O outputs.
 """
 
 import torch

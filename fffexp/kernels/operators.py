@@ -1,7 +1,7 @@
 """Operators of inference and soft training that compiled kernels implement: C++ on a CPU, Triton on CUDA.
 
 `fffexp::fff`, `fffexp::selected` and `fffexp::route` take rows (B, I) in float32 or bfloat16. torch.compile,
-torch.export and autograd see them; gradients come from the grouped products of `grouped`.
+torch.export and autograd see them; gradients come from the products in grouped.py.
 """
 
 import functools

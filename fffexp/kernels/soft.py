@@ -51,11 +51,5 @@ class _SoftTree(torch.autograd.Function):
 def soft_tree(
     x_BI: Tensor, node_weight: Tensor, node_bias: Tensor, scale: Tensor, blocks: Blocks, activation: str, detached: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, O) mixture of all leaves, (B, N) logits of the nodes, (B, leaves) weights; in float32.
-
-    `detached`: x gets no gradient through the logits.
-
-    Raises:
-        RuntimeError: a second derivative is asked for.
-    """
+    """(B, O) mixture of all leaves, (B, N) logits, (B, leaves) weights; `detached`: the logits give x no gradient."""
     return _SoftTree.apply(x_BI, node_weight, node_bias, scale, *blocks, activation, detached)

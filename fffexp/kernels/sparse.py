@@ -1,7 +1,4 @@
-"""Training of the chosen blocks alone: gradients that hold rows for the blocks in use and nothing for the others.
-
-Shape suffixes as in eager.py; U blocks in use.
-"""
+"""Training of the chosen blocks, with gradients of their rows alone. Shape suffixes as in eager.py; U blocks in use."""
 
 from typing import Any
 

@@ -4,7 +4,7 @@ Shape suffixes: E entries (row times choice), T tiles of entries of one block, G
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,8 +81,7 @@ def _evaluate_kernel(
         live = e < stop
         entry = tl.load(order + e, mask=live, other=0)
         sample = entry // choices
-        one = tl.full([ROWS], 1.0, tl.float32)
-        gate = tl.load(gates + entry, mask=live, other=0.0).to(tl.float32) if GATED else one
+        gate = tl.load(gates + entry, mask=live, other=0.0).to(tl.float32) if GATED else tl.full([ROWS], 1, tl.float32)
         for hidden in range(0, width, HIDDEN):
             j = hidden + tl.arange(0, HIDDEN)
             inside = j < width
@@ -142,9 +141,7 @@ def _row_kernel(
                 tl.debug_barrier()  # read again for the next neurons, perhaps by another thread
 
 
-def _by_row(
-    x: Tensor, nodes: Sequence[Tensor], block: Tensor | None, weights: Tensor | None, blocks: Sequence[Any]
-) -> Tensor:
+def _by_row(x: Tensor, nodes: Any, block: Tensor | None, weights: Tensor | None, blocks: tuple[Any, ...]) -> Tensor:
     # one launch, and a row reads all of its own weights: for batches that gain nothing by grouping
     *tensors, activation = blocks
     (groups, width, inputs), outputs = tensors[0].shape, tensors[2].shape[2]
