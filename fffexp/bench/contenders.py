@@ -74,7 +74,7 @@ def layer_class(name: str) -> type[FeedforwardLayer]:
         raise UserError(f"--layers: {name!r} is not one of {', '.join(known)}, nor a class path such as own.MyLayer")
     try:
         found = known.get(name) or resolve_name(name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--layers: {name} cannot be imported ({one_line(str(error))})") from error
     if not _is_layer(found):
         raise UserError(f"--layers: {name} is no class derived from fffexp.FeedforwardLayer")
@@ -122,12 +122,13 @@ def _peer(setting: Setting, tree: Any) -> Contender:
         raise UserError(f"--peers needs the package {package}: pip install 'fffexp[peers]'") from error
     if setting.dtype != "float32":
         raise UserError(f"--peers: {package} computes in float32 alone, not in {setting.dtype}")
-    peer = kind(tree.in_features, tree.leaf_width, tree.out_features, tree.depth, activation=nn.ReLU())
+    sizes = tree.in_features, tree.leaf_width, tree.out_features, tree.depth
+    peer = kind(*sizes, activation=nn.ReLU()).to(setting.device)
     copies = {"node_weights": tree.node_weight, "node_biases": tree.node_bias.unsqueeze(1), "b1s": leaves.hidden_bias}
     copies |= {"w1s": leaves.hidden_weight.mT, "w2s": leaves.output_weight, "b2s": leaves.output_bias}
     with torch.no_grad():
         for name, value in copies.items():
-            getattr(peer.to(setting.device), name).copy_(value)
+            getattr(peer, name).copy_(value)
 
     def truth(x: Tensor) -> Tensor:  # it leaves the output bias out at inference
         return tree.forward_reference(x) - leaves.output_bias[tree.route(x)[:, 0]].double()
