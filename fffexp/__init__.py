@@ -1,5 +1,6 @@
 """Which feedforward layer: dense FF, noisy top-k MoE or FFF? Measured, with the layers to use."""
 
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,58 +16,33 @@ if TYPE_CHECKING:
     from fffexp.training.task import Task
 
 __all__ = [
-    "FF",
-    "FFF",
-    "IDX",
-    "Adaptive",
-    "ClassificationTask",
-    "Constant",
-    "Digits",
-    "Exponential",
-    "FashionMNIST",
-    "FeedforwardLayer",
-    "Forest",
-    "Hub",
-    "LayerFactory",
-    "LazyAdamW",
-    "Linear",
-    "NoisyTopKMoE",
-    "Schedule",
-    "Step",
-    "SwitchMoE",
-    "Task",
-    "anneal",
-    "auxiliary_loss",
-    "convert_feedforward",
-    "feedforward_layers",
+    "FF", "FFF", "IDX", "Adaptive", "ClassificationTask", "Constant", "Digits", "Exponential", "FashionMNIST",
+    "FeedforwardLayer", "Forest", "Hub", "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE", "Schedule", "Step",
+    "SwitchMoE", "Task", "anneal", "auxiliary_loss", "convert_feedforward", "feedforward_layers",
     "replace_feedforward",
-]
+]  # fmt: skip
 
+# imported when first asked for: torch and lightning take seconds, which --help and reports should not pay
 _HOMES = {
-    "fffexp.adapt.distil": ("convert_feedforward",),
-    "fffexp.data": ("Digits", "FashionMNIST", "Hub", "IDX"),
-    "fffexp.layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "feedforward_layers"),
-    "fffexp.models.mlp": ("LayerFactory",),
-    "fffexp.training.optim": ("LazyAdamW",),
-    "fffexp.training.losses": ("anneal", "auxiliary_loss"),
-    "fffexp.adapt.replace": ("replace_feedforward",),
-    "fffexp.training.classification": ("ClassificationTask",),
-    "fffexp.training.schedules": ("Adaptive", "Constant", "Exponential", "Linear", "Schedule", "Step"),
-    "fffexp.training.task": ("Task",),
+    "adapt.distil": ("convert_feedforward",),
+    "adapt.replace": ("replace_feedforward",),
+    "data": ("Digits", "FashionMNIST", "Hub", "IDX"),
+    "layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "feedforward_layers"),
+    "models.mlp": ("LayerFactory",),
+    "training.classification": ("ClassificationTask",),
+    "training.losses": ("anneal", "auxiliary_loss"),
+    "training.optim": ("LazyAdamW",),
+    "training.schedules": ("Adaptive", "Constant", "Exponential", "Linear", "Schedule", "Step"),
+    "training.task": ("Task",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    # importing torch and lightning takes seconds, which --help and reports should not pay
-    from importlib import import_module
-
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("fffexp")
+        return metadata.version("fffexp")
     for home, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(home), name)
+            return getattr(import_module(f"fffexp.{home}"), name)
     raise AttributeError(f"module 'fffexp' has no attribute {name!r}")
 
 

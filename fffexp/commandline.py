@@ -40,9 +40,10 @@ def run_command(function: Callable[..., object], args: Sequence[str], name: str 
         values = parser.parse_args(list(args)).as_dict()
     except ArgumentError as error:
         raise UserError(f"{one_line(str(error))} (see {parser.prog} --help)") from error
-    for parameter in inspect.signature(function).parameters.values():
-        if is_dataclass(group := parameter.default):
-            values[parameter.name] = type(group)(**{each.name: values.pop(each.name) for each in fields(group)})
+    groups = {name: each.default for name, each in inspect.signature(function).parameters.items()}
+    for name, group in groups.items():
+        if is_dataclass(group) and not isinstance(group, type):
+            values[name] = type(group)(**{each.name: values.pop(each.name) for each in fields(group)})
     function(**values)
 
 

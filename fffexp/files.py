@@ -1,4 +1,4 @@
-"""Files that a command writes whole or not at all, and that two commands never write at once."""
+"""Files and stores that one process at a time writes, whole or not at all."""
 
 import hashlib
 import json
@@ -10,7 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from fffexp.errors import UserError
+from filelock import FileLock, Timeout
+
+from fffexp.errors import UserError, hide_password
+
+LOCK_S = 30.0  # creating a store takes a few seconds
+# any number that nobody else is likely to lock in the same PostgreSQL database
+ADVISORY_KEY = 230814711
 
 
 def strict_json(value: Any) -> Any:
@@ -33,10 +39,9 @@ def replace(path: Path, content: bytes) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
-        temporary.replace(path)
+        return temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def hold(path: Path | None) -> AbstractContextManager[object]:
@@ -45,8 +50,6 @@ def hold(path: Path | None) -> AbstractContextManager[object]:
     Raises:
         UserError: another command has it.
     """
-    from filelock import FileLock, Timeout
-
     if path is None:
         return nullcontext()
     # not the file itself, which is replaced at each writing
@@ -55,3 +58,43 @@ def hold(path: Path | None) -> AbstractContextManager[object]:
         return FileLock(Path(tempfile.gettempdir()) / f"fffexp-{name}.lock").acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"{path}: another command writes it: wait for that, or give another file") from error
+
+
+def store_lock(uri: str) -> AbstractContextManager[object]:
+    """Only one process at a time creates a store's tables or decides what is left to do.
+
+    Two processes that create a SQLite store at once can break it for good. A tracking server by http has
+    locks of its own.
+
+    Raises:
+        UserError: the store cannot be created or reached, or is of a kind that cannot be locked.
+    """
+    problem = "is of a kind that is not known here"
+    fix = "give sqlite:///FILE, postgresql+psycopg://... or, for tracking, http(s)://..."
+    try:
+        if uri.startswith(("http://", "https://")):
+            return nullcontext()
+        if uri.startswith("sqlite:///"):
+            path = Path(uri.removeprefix("sqlite:///"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return FileLock(f"{path}.lock", timeout=LOCK_S).acquire()
+        if uri.startswith("postgresql"):
+            import sqlalchemy
+
+            connection = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect()
+            # held by the connection, so it goes with it
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({ADVISORY_KEY})"))
+            return connection
+    except OSError as error:  # filelock's Timeout is one
+        problem, fix = f"cannot be created ({error})", "give a path that can be written"
+    except ImportError as error:
+        problem = f"needs a driver ({first_line(error)})"
+        fix = "pip install 'fffexp[postgres]' and write postgresql+psycopg://..."
+    except Exception as error:  # every driver has errors of its own
+        problem, fix = f"cannot be reached ({first_line(error)})", "start it, or give another"
+    raise UserError(f"the store {hide_password(uri)} {problem}: {fix}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a database or server says first, without a password."""
+    return hide_password((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]

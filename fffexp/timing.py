@@ -11,15 +11,15 @@ import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
+from filelock import FileLock
 
 # wait_for_timing looks at the lock this often: less than a warm-up, which therefore outlasts batches still under way.
 LOOK_S = 0.01
 WARM_UP_S = 0.05
 
-T = TypeVar("T")
 _holder: int | None = None  # the thread of this process that holds the lock
 _looked = 0.0
 
@@ -54,16 +54,12 @@ def wait_for_timing() -> None:
 
 @contextmanager
 def _lock(exclusive: bool) -> Iterator[None]:
-    """Wait for the lock and hold it; the only place that waits."""
     path = lock_path()
     if sys.platform == "win32":  # no shared locks: those who train take turns for a moment
-        from filelock import FileLock
-
         with FileLock(path):
             yield
         return
-    # not filelock's: it has no shared locks, and no two users may have one of its in a folder such as /tmp
-    import fcntl
+    import fcntl  # filelock has no locks that are shared, or that several users may have in /tmp
 
     if not path.exists():
         path.touch(mode=0o644)
@@ -90,31 +86,28 @@ def interleaved(
     rounds: tuple[int, int] = (5, 101),
     block_s: float = 0.01,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round, with the machine to itself; drift of its speed meets all calls alike.
+    """Seconds of each call, by its name, in each round; drift of the machine's speed meets all calls alike.
 
-    After a warm-up all calls run in turn, round after round, until `seconds` have passed.
+    With the machine to itself, after a warm-up, all calls run in turn, round after round, until the seconds have
+    passed: at least `rounds[0]` of them and at most `rounds[1]`.
 
     Args:
-        calls: what is timed, by name.
-        seconds: of all rounds together.
         device: where the calls work; its work belongs to the time.
         threads: of torch during the timing; None leaves them.
-        rounds: the fewest and the most.
         block_s: in a round a call is repeated for about so long, and the mean counts; 0: one call a round.
     """
     timers = {name: timeit.Timer(_synchronized(call, device)) for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [] for name in calls}
-    once: dict[str, float] = {}
     before = torch.get_num_threads()
     with exclusive_timing():
         torch.set_num_threads(threads or before)
         try:
             for _ in _rounds(2, sys.maxsize, WARM_UP_S):
                 once = {name: timer.timeit(1) for name, timer in timers.items()}
-            repeats = {name: max(1, round(block_s / max(each, 1e-9))) for name, each in once.items()}
             for _ in _rounds(*rounds, seconds):
                 for name, timer in timers.items():
-                    spent[name].append(timer.timeit(repeats[name]) / repeats[name])
+                    repeats = max(1, round(block_s / max(once[name], 1e-9)))
+                    spent[name].append(timer.timeit(repeats) / repeats)
         finally:
             torch.set_num_threads(before)
     return spent
@@ -127,12 +120,14 @@ def _rounds(fewest: int, most: int, seconds: float) -> Iterator[int]:
 
 
 def _synchronized(call: Callable[[], object], device: str | torch.device) -> Callable[[], object]:
-    if torch.device(device).type == "cpu":
-        return call
-    return lambda: (call(), synchronize(device))
+    def run() -> None:
+        call()
+        synchronize(device)
+
+    return call if torch.device(device).type == "cpu" else run
 
 
-def rotating(call: Callable[[T], object], inputs: Iterable[T]) -> Callable[[], object]:
+def rotating(call: Callable[[Any], object], inputs: Iterable[Any]) -> Callable[[], object]:
     """The call on the next of the inputs, again and again, so that no cache holds what only one of them needs."""
     following = itertools.cycle(inputs).__next__
     return lambda: call(following())

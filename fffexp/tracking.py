@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import psutil
 import torch
@@ -17,7 +17,7 @@ from typing_extensions import override
 from fffexp import paths
 from fffexp.environment import git_commit
 from fffexp.errors import UserError, handling, hide_password
-from fffexp.stores import first_line, store_lock
+from fffexp.files import first_line, store_lock
 
 # an unreachable server is reported at the start, not after minutes of retries
 os.environ.update(
@@ -97,13 +97,8 @@ class Run(Logger):
     MLFlowLogger: that one writes every epoch, which costs as much as a short epoch, and calls a run FINISHED after
     fit, before it is tested.
 
-    Args:
-        client: of the store.
-        experiment_id: where a new run goes to.
-        name: of a new run.
-        tags: of a new run, beside those of its environment.
-        parent: id of the run that a new run belongs to.
-        run_id: a run to go on with, which has ended or whose process is gone; the other arguments are then its own.
+    A new run is of the experiment and below the parent, with these tags beside those of its environment. With `run_id`
+    an earlier one goes on as it is, which has ended or whose process is gone.
     """
 
     # for Lightning, whose callbacks put their files below save_dir/name/version
@@ -137,19 +132,16 @@ class Run(Logger):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if pruned := kind is not None and kind.__name__ == "TrialPruned":
-            self.tag("pruned", "true")
-        self.end("KILLED" if pruned else "FAILED" if kind else "FINISHED")
+        with uninterrupted():
+            self.save()
+            if pruned := kind is not None and kind.__name__ == "TrialPruned":
+                self.client.set_tag(self.id, "pruned", "true")
+            self.client.set_terminated(self.id, "KILLED" if pruned else "FAILED" if kind else "FINISHED")
 
     @uninterrupted()
     def params(self, params: Mapping[str, Any]) -> None:
         """Log params; they cannot change."""
         self.client.log_batch(self.id, params=[Param(name, str(value)) for name, value in params.items()])
-
-    @uninterrupted()
-    def tag(self, name: str, value: str) -> None:
-        """Set a tag."""
-        self.client.set_tag(self.id, name, value)
 
     @uninterrupted()
     def text(self, text: str, file: str) -> None:
@@ -165,12 +157,6 @@ class Run(Logger):
         """Log metrics at a step, at once."""
         self.log_metrics(metrics, step)
         self.save()
-
-    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Set the final status."""
-        self.save()
-        with uninterrupted():
-            self.client.set_terminated(self.id, status)
 
     @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

@@ -24,8 +24,8 @@ EVALUATION_ROWS = 2048
 class ClassificationData(LightningDataModule, ABC):
     """A classification data set, whole in memory, with `train_data`, `val_data`, `test_data` after `setup`.
 
-    Each of them is (inputs, labels): float32 (rows, *in_shape) and int64 (rows,), on the CPU. `in_shape` and
-    `num_classes` are known from construction on.
+    Each is (inputs, labels): float32 (rows, *in_shape) and int64 (rows,), on the CPU. A subclass gives `load`, and
+    `in_shape` and `num_classes` from construction on.
 
     Args:
         batch_size: Rows a training batch.
@@ -74,20 +74,17 @@ class ClassificationData(LightningDataModule, ABC):
             return
         inputs, labels = self._checked("train")
         train, val = self.split(labels)
-        if not len(train) or not len(val):
-            raise UserError(
-                f"{self.source('train', 'images')}: {len(labels)} rows split into {len(train)} for training"
-                f" and {len(val)} for validation: use a data set with more rows"
-            )
+        sizes = f"{len(labels)} rows split into {len(train)} for training and {len(val)} for validation"
+        name, same = (
+            self.source("train", "images"),
+            "all pixels of a channel are the same, which cannot be standardised",
+        )
+        refuse((not len(train) or not len(val), f"{name}: {sizes}: use a data set with more rows"))
         parts = [(inputs[train], labels[train]), (inputs[val], labels[val]), self._checked("test")]
         if self.normalize == "standard":
             dims = [0, *range(2, inputs.ndim)]  # all but the channel
             std, mean = torch.std_mean(parts[0][0], dim=dims, correction=0, keepdim=True)
-            if (std == 0).any():
-                raise UserError(
-                    f"{self.source('train', 'images')}: all pixels of a channel are the same,"
-                    " which cannot be standardised: give --data.normalize unit or other data"
-                )
+            refuse(((std == 0).any(), f"{name}: {same}: give --data.normalize unit or other data"))
             parts = [((x - mean) / std, y) for x, y in parts]
         self.train_data, self.val_data, self.test_data = parts
         self._loaded = True
@@ -135,27 +132,18 @@ class ClassificationData(LightningDataModule, ABC):
 
     def _checked(self, part: Part) -> Rows:
         inputs, labels = self.load(part)
-        images_name, labels_name = self.source(part, "images"), self.source(part, "labels")
+        images, classes = self.source(part, "images"), self.source(part, "labels")
+        counts, shape = f"{len(inputs)} images, but {classes} has {len(labels)} labels", tuple(inputs.shape[1:])
         infinite = next(iter((~inputs.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()), None)
         row, label = next(((r, y) for r, y in enumerate(labels.tolist()) if not 0 <= y < self.num_classes), (None, 0))
+        allowed = f"0 to {self.num_classes - 1}: fix the labels, or give the right number of classes"
+        same = "files from the same data set"
         refuse(
-            (
-                len(inputs) != len(labels),
-                f"{images_name} has {len(inputs)} images, but {labels_name} has {len(labels)} labels:"
-                " take both files from the same data set",
-            ),
-            (not inputs.numel(), f"{images_name} is empty: use a data set with rows in it"),
-            (
-                tuple(inputs.shape[1:]) != self.in_shape,
-                f"{images_name} has images of shape {tuple(inputs.shape[1:])}, not {self.in_shape}:"
-                " take all files from the same data set",
-            ),
-            (infinite is not None, f"{images_name} has a NaN or inf in row {infinite}: fix or remove that row"),
-            (
-                row is not None,
-                f"{labels_name} has the label {label} in row {row}, outside 0 to {self.num_classes - 1}:"
-                " fix the labels, or give the right number of classes",
-            ),
+            (len(inputs) != len(labels), f"{images} has {counts}: take both {same}"),
+            (not inputs.numel(), f"{images} is empty: use a data set with rows in it"),
+            (shape != self.in_shape, f"{images} has images of shape {shape}, not {self.in_shape}: take all {same}"),
+            (infinite is not None, f"{images} has a NaN or inf in row {infinite}: fix or remove that row"),
+            (row is not None, f"{classes} has the label {label} in row {row}, outside {allowed}"),
         )
         return inputs, labels
 

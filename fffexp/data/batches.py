@@ -1,6 +1,6 @@
 """Batches of a data set that is held in memory as whole tensors."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Batches:
         return -(-len(self.rows[0]) // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
+        batches: Iterable[tuple[Tensor, ...]]
         if self.seed is None:
             batches = zip(*(torch.split(each, self.batch_size) for each in self.rows), strict=True)
         else:

@@ -75,12 +75,8 @@ def read_idx(path: Path, kind: Kind) -> np.ndarray[Any, Any]:
     dtype, shape, body = _read(path, kind)
     expected = math.prod(shape) * dtype.itemsize
     problem = "is truncated" if len(body) < expected else "is too long"
-    refuse(
-        (
-            len(body) != expected,
-            f"{path} {problem}, it holds {len(body)} bytes of data instead of {expected}: {FETCH}",
-        )
-    )
+    counts = f"it holds {len(body)} bytes of data instead of {expected}"
+    refuse((len(body) != expected, f"{path} {problem}, {counts}: {FETCH}"))
     return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
@@ -100,14 +96,11 @@ def _read(path: Path, kind: Kind, header_alone: bool = False) -> tuple[np.dtype[
         raise UserError(f"{path} cannot be read ({error.strerror}): fix its permissions, or {FETCH}") from error
     zeros, code, dimensions = struct.unpack(">HBB", magic.ljust(4, b"\0"))
     other = next((k for k, n in DIMENSIONS.items() if n == dimensions), "neither images nor labels")
+    counts = f"should hold {kind} ({wanted} dimensions) but has {dimensions} (as for {other})"
     refuse(
         (len(magic) < 4, f"{path} is truncated, it holds {len(magic)} bytes in all: {FETCH}"),
         (zeros or code not in DTYPES, f"{path} is not an IDX file, it begins with 0x{magic.hex()}: {FETCH}"),
-        (
-            dimensions != wanted,
-            f"{path} should hold {kind} ({wanted} dimensions) but has {dimensions} (as for {other}): the file has the"
-            f" wrong name; rename it, or {FETCH}",
-        ),
+        (dimensions != wanted, f"{path} {counts}: the file has the wrong name; rename it, or {FETCH}"),
         (len(sizes) < 4 * wanted, f"{path} is truncated, its header ends early: {FETCH}"),
     )
     return np.dtype(DTYPES[code]), struct.unpack(f">{dimensions}I", sizes), body

@@ -12,7 +12,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from fffexp.errors import UserError
-from fffexp.stores import first_line, store_lock
+from fffexp.files import first_line, store_lock
 
 # heartbeats, their retries and constraints are used knowingly, and pinned
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
