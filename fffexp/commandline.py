@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fffexp.errors import UserError, one_line
+from fffexp.errors import UserError, one_line, refuse
 
 if TYPE_CHECKING:  # to a type checker they are what they hold
     NonNegativeInt: TypeAlias = int
@@ -30,11 +30,7 @@ __all__ = ["NonNegativeInt", "PositiveFloat", "PositiveInt", "check_file", "run_
 
 
 def run_command(function: Callable[..., object], args: Sequence[str], name: str = "") -> None:
-    """Call a function with what a command line says after the command's name, such as "study run".
-
-    Raises:
-        UserError: a mistake in the arguments, in one line.
-    """
+    """Call a function with what a command line says after the command's name; a mistake in it is a UserError."""
     parser = command_parser(function, name)
     try:
         values = parser.parse_args(list(args)).as_dict()
@@ -63,7 +59,7 @@ def command_parser(function: Callable[..., object], name: str = "") -> ArgumentP
 
 
 def _parameters(function: Callable[..., object], group: object = None) -> Iterator[tuple[str, Any, Any, str]]:
-    """Name, type, default and help of each; of a dataclass those of its fields, whose defaults the group has."""
+    # name, type, default and help of each; of a dataclass those of its fields, whose defaults the group has
     texts = {param.arg_name: param.description for param in parse_docstring(inspect.getdoc(function) or "").params}
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
@@ -75,15 +71,10 @@ def _parameters(function: Callable[..., object], group: object = None) -> Iterat
 
 
 def check_file(option: str, path: Path | None, suffix: str = "") -> None:
-    """Refuse a file that cannot be written, before minutes are spent on its content.
-
-    Raises:
-        UserError: its folder cannot be made or written, or it has another ending.
-    """
+    """Refuse a file that cannot be written, or has another ending, before minutes are spent on its content."""
     if path is None:
         return
-    if not path.name.endswith(suffix):
-        raise UserError(f"{option} {path}: name a file that ends in {suffix}")
+    refuse((not path.name.endswith(suffix), f"{option} {path}: name a file that ends in {suffix}"))
     existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fffexp.errors import UserError
+from fffexp.errors import UserError, refuse
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -29,29 +29,20 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds.
-
-    Raises:
-        UserError: it holds no mapping, a key twice, or an alias that contains itself.
-    """
+    """The mapping that a YAML text holds; a UserError if it holds none, a key twice, or an alias of itself."""
     try:
         content = yaml.load(text, _StrictLoader)  # a SafeLoader
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        line = f", line {mark.line + 1}" if mark else ""
+        line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        problem = getattr(error, "problem", None) or str(error)
         problem = problem.replace("found unconstructable recursive node", "an alias contains itself")
         raise UserError(f"{source}{line}: {problem}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{source} is not a mapping of keys to values")
+    refuse((not isinstance(content, dict), f"{source} is not a mapping of keys to values"))
     return content
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: the file cannot be read, or see `parse_yaml`.
-    """
+    """The mapping in a YAML file; a UserError if the file cannot be read, or see `parse_yaml`."""
     try:
         return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -63,32 +54,27 @@ def load_config(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings of a YAML file, on top of those of the files that its key `configs` lists, relative to it.
 
     Later files win, and the file itself over them. Mappings are merged key by key, but for one that names another
-    class than the one below it.
-
-    Raises:
-        UserError: a file cannot be read, or includes itself, or see `parse_yaml`.
+    class than the one below it. A file that includes itself, or cannot be read, is a UserError.
     """
     path = path.resolve()
-    if path in within:
-        raise UserError(f"{path}: configs: the file includes itself")
+    refuse((path in within, f"{path}: configs: the file includes itself"))
     content = read_yaml(path)
     pieces = content.pop("configs", [])
-    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
-        raise UserError(f"{path}: configs must be a list of paths")
+    paths = isinstance(pieces, list) and all(isinstance(piece, str) for piece in pieces)
+    refuse((not paths, f"{path}: configs must be a list of paths"))
     parts = (load_config(path.parent / piece, (*within, path)) for piece in pieces)
     return reduce(_merged, (*parts, content), {})
 
 
 def _merged(below: Any, above: Any) -> Any:
-    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
-        return above
-    if above.get("class_path", below.get("class_path")) != below.get("class_path"):
+    mappings = isinstance(below, Mapping) and isinstance(above, Mapping)
+    if not mappings or above.get("class_path", below.get("class_path")) != below.get("class_path"):
         return above
     return {**below, **above, **{key: _merged(below[key], above[key]) for key in below.keys() & above}}
 
 
 def _options(args: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """Position of the value, name and value of each `--name=value` and `--name value`."""
+    # position of the value, name and value of each `--name=value` and `--name value`
     for at, (option, following) in enumerate(pairwise([*args, ""])):
         name, equals, value = option.partition("=")
         if option.startswith("-"):
@@ -96,11 +82,7 @@ def _options(args: Sequence[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def expand(args: Sequence[str]) -> list[str]:
-    """The command line with the settings of each --config file that lists `configs` in its place.
-
-    Raises:
-        UserError: see `load_config`.
-    """
+    """The command line with the settings of each --config file that lists `configs` in its place."""
     expanded = list(args)
     for at, name, value in _options(args):
         if name in ("--config", "-c") and Path(value).is_file() and "configs" in read_yaml(Path(value)):
@@ -111,9 +93,7 @@ def expand(args: Sequence[str]) -> list[str]:
 def given(args: Sequence[str]) -> dict[str, Any]:
     """What a command line of `fffexp fit` sets, its --config files included, by dotted keys without `init_args`.
 
-    Raises:
-        UserError: a --config file cannot be read, or see `parse_yaml`; or more than one process would train, which is
-            refused before torch is imported.
+    A UserError if a --config file cannot be read, or if more than one process would train: before torch is imported.
     """
     settings: dict[str, Any] = {}
     value: Any
@@ -126,11 +106,11 @@ def given(args: Sequence[str]) -> dict[str, Any]:
             settings[name.lstrip("-").replace(".init_args", "")] = value
     for key in ("trainer.devices", "trainer.num_nodes"):
         count = settings.get(key)
-        if len(count) != 1 if isinstance(count, list) else count not in (None, 0, 1, "auto"):
-            raise UserError(f"{key} is {count}: a run trains on one device for now: give 1")
+        several = len(count) != 1 if isinstance(count, list) else count not in (None, 0, 1, "auto")
+        refuse((several, f"{key} is {count}: a run trains on one device for now: give 1"))
     strategy = settings.get("trainer.strategy", settings.get("trainer.strategy.class_path"))
-    if strategy not in (None, "auto", "single_device"):
-        raise UserError(f"trainer.strategy is {strategy}: a run trains on one device for now: leave it out")
+    single = strategy in (None, "auto", "single_device")
+    refuse((not single, f"trainer.strategy is {strategy}: a run trains on one device for now: leave it out"))
     return settings
 
 

@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 
-# Packages whose release may change a result.
-PACKAGES = ("fffexp", "numpy", "lightning", "optuna")
-
 
 def training_device() -> str:
     """What Lightning trains on where the config says "auto"."""
@@ -26,7 +23,8 @@ def environment(threads: list[int], device: str) -> dict[str, Any]:
     """Where the numbers come from, for a results file."""
     from fffexp.kernels import build, operators
 
-    versions = {name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES}
+    packages = ("fffexp", "numpy", "lightning", "optuna")  # whose release may change a result
+    versions = {name: next((found.version for found in distributions(name=name)), None) for name in packages}
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),

@@ -72,8 +72,4 @@ def handling(handler: Callable[[int, object], None], *numbers: signal.Signals) -
 
 def terminated_by_signal() -> AbstractContextManager[None]:
     """Turn SIGTERM into SystemExit, so that runs are marked and the exit status is not 0."""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    return handling(stop, signal.SIGTERM)
+    return handling(lambda number, frame: sys.exit(128 + number), signal.SIGTERM)

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import math
 import os
 import tempfile
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,13 @@ ADVISORY_KEY = 230814711
 
 
 def strict_json(value: Any) -> Any:
-    """The same with null for numbers that are not finite, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: strict_json(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """As JSON has it, with None for numbers that are not finite, which it does not know."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def save_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    replace(path, (json.dumps(strict_json(content), indent=1, allow_nan=False) + "\n").encode())
+    replace(path, (json.dumps(strict_json(content), indent=1) + "\n").encode())
 
 
 def replace(path: Path, content: bytes) -> Path:
@@ -45,11 +39,7 @@ def replace(path: Path, content: bytes) -> Path:
 
 
 def hold(path: Path | None) -> AbstractContextManager[object]:
-    """Keep other commands from the file, each of which would write what it found there at its start.
-
-    Raises:
-        UserError: another command has it.
-    """
+    """Keep other commands from a file, which would write what they found there at their start; UserError if one has it."""
     if path is None:
         return nullcontext()
     # not the file itself, which is replaced at each writing
@@ -61,13 +51,9 @@ def hold(path: Path | None) -> AbstractContextManager[object]:
 
 
 def store_lock(uri: str) -> AbstractContextManager[object]:
-    """Only one process at a time creates a store's tables or decides what is left to do.
+    """Only one process at a time creates a store's tables, which two can break for good, or decides what is left to do.
 
-    Two processes that create a SQLite store at once can break it for good. A tracking server by http has
-    locks of its own.
-
-    Raises:
-        UserError: the store cannot be created or reached, or is of a kind that cannot be locked.
+    A tracking server by http has locks of its own. A store that cannot be created, reached or locked is a UserError.
     """
     problem = "is of a kind that is not known here"
     fix = "give sqlite:///FILE, postgresql+psycopg://... or, for tracking, http(s)://..."

@@ -19,15 +19,10 @@ _ROUNDING = 1e-12
 
 
 def mean_interval(values: Sequence[float], unit: bool = False) -> tuple[float, Interval | None]:
-    """Arithmetic mean and its t interval, which is None where no spread was seen.
+    """Arithmetic mean of one value a seed and its t interval, which is None where no spread was seen.
 
-    Args:
-        values: one a seed.
-        unit: they are shares in [0, 1]: the interval is that of the mean logit, transformed back, and lies within
-            (0, 1). Where a value is 0 or 1 exactly, it is the plain one, cut at 0 and 1.
-
-    Raises:
-        ValueError: no values.
+    Of `unit` values, shares in [0, 1], it is the interval of the mean logit, transformed back, and lies within (0, 1);
+    where a value is 0 or 1 exactly, the plain one, cut at 0 and 1. No values are a ValueError.
     """
     if not values:
         raise ValueError("no values to take a mean of")
@@ -58,10 +53,7 @@ class Paired(NamedTuple):
 def paired_tests(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]]) -> list[Paired]:
     """Paired t-tests of values by seed, for each pair (a, b) of a minus b over the seeds in common.
 
-    Each interval is of one difference alone.
-
-    Raises:
-        ValueError: a pair without a seed in common.
+    Each interval is of one difference alone. A pair without a seed in common is a ValueError.
     """
     tests = []
     for a, b in pairs:

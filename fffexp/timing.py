@@ -9,7 +9,8 @@ import threading
 import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,27 @@ def lock_path() -> Path:
 
 
 @contextmanager
-def exclusive_timing() -> Iterator[None]:
-    """Hold the machine for timing: others wait to time, and training pauses at its next batch."""
+def exclusive_timing(shared: bool = False) -> Iterator[None]:
+    """Hold the machine for timing: others wait to time, and training pauses at its next batch.
+
+    Shared with all who train, it only waits for those who time. Within itself it does nothing.
+    """
     global _holder
     if _holder == threading.get_ident():
         yield
         return
-    with _lock(exclusive=True):
-        _holder = threading.get_ident()
+    path = lock_path()
+    with ExitStack() as stack:
+        if sys.platform == "win32":  # no shared locks: those who train take turns for a moment
+            stack.enter_context(FileLock(path))
+        else:
+            import fcntl  # filelock has no locks that are shared, or that several users may have in /tmp
+
+            if not path.exists():
+                path.touch(mode=0o644)
+            # reading is enough for a lock, and all that is allowed on another user's file
+            fcntl.flock(stack.enter_context(path.open()), fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        _holder = None if shared else threading.get_ident()
         try:
             yield
         finally:
@@ -47,25 +61,9 @@ def exclusive_timing() -> Iterator[None]:
 def wait_for_timing() -> None:
     """Return once nobody else on this machine is timing; meant to be called at every batch."""
     global _looked
-    if time.monotonic() - _looked >= LOOK_S and _holder != threading.get_ident():
-        with _lock(exclusive=False):
+    if time.monotonic() - _looked >= LOOK_S:
+        with exclusive_timing(shared=True):
             _looked = time.monotonic()
-
-
-@contextmanager
-def _lock(exclusive: bool) -> Iterator[None]:
-    path = lock_path()
-    if sys.platform == "win32":  # no shared locks: those who train take turns for a moment
-        with FileLock(path):
-            yield
-        return
-    import fcntl  # filelock has no locks that are shared, or that several users may have in /tmp
-
-    if not path.exists():
-        path.touch(mode=0o644)
-    with path.open() as file:  # reading is enough for a lock, and all that is allowed on another user's file
-        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield
 
 
 def synchronize(device: str | torch.device) -> None:
@@ -96,35 +94,29 @@ def interleaved(
         threads: of torch during the timing; None leaves them.
         block_s: in a round a call is repeated for about so long, and the mean counts; 0: one call a round.
     """
-    timers = {name: timeit.Timer(_synchronized(call, device)) for name, call in calls.items()}
+    wait = torch.device(device).type != "cpu"
+    timers = {name: timeit.Timer(partial(_and_wait, call, device) if wait else call) for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [] for name in calls}
-    before = torch.get_num_threads()
-    with exclusive_timing():
-        torch.set_num_threads(threads or before)
-        try:
-            for _ in _rounds(2, sys.maxsize, WARM_UP_S):
-                once = {name: timer.timeit(1) for name, timer in timers.items()}
-            for _ in _rounds(*rounds, seconds):
-                for name, timer in timers.items():
-                    repeats = max(1, round(block_s / max(once[name], 1e-9)))
-                    spent[name].append(timer.timeit(repeats) / repeats)
-        finally:
-            torch.set_num_threads(before)
+    with exclusive_timing(), ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads or torch.get_num_threads())
+        for _ in _rounds(2, sys.maxsize, WARM_UP_S):
+            once = {name: timer.timeit(1) for name, timer in timers.items()}
+        for _ in _rounds(*rounds, seconds):
+            for name, timer in timers.items():
+                repeats = max(1, round(block_s / max(once[name], 1e-9)))
+                spent[name].append(timer.timeit(repeats) / repeats)
     return spent
 
 
 def _rounds(fewest: int, most: int, seconds: float) -> Iterator[int]:
-    """Count until the seconds have passed."""
     end = time.perf_counter() + seconds
     return itertools.takewhile(lambda done: done < fewest or time.perf_counter() <= end, range(most))
 
 
-def _synchronized(call: Callable[[], object], device: str | torch.device) -> Callable[[], object]:
-    def run() -> None:
-        call()
-        synchronize(device)
-
-    return call if torch.device(device).type == "cpu" else run
+def _and_wait(call: Callable[[], object], device: str | torch.device) -> None:
+    call()
+    synchronize(device)
 
 
 def rotating(call: Callable[[Any], object], inputs: Iterable[Any]) -> Callable[[], object]:

@@ -29,14 +29,11 @@ from lightning.pytorch.loggers import Logger
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
-FLUSH_S = 2.0
-
 
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """Client, and id of the experiment, which is created if need be; runs of processes that were killed are failed.
+    """Client, and id of the experiment, which is created if need be; a UserError if the store cannot be reached.
 
-    Raises:
-        UserError: the store cannot be reached.
+    Runs of processes that were killed are failed.
     """
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)  # creating tables is not news
@@ -49,17 +46,17 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
                 client.restore_experiment(found.experiment_id)
             location = None if uri.startswith("http") else str(paths.outputs("artifacts", experiment).absolute())
             kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs, not chats
-            experiment_id = found.experiment_id if found else client.create_experiment(experiment, location, kind)
+            number = found.experiment_id if found else client.create_experiment(experiment, location, kind)
         except Exception as error:  # every store and driver has errors of its own
             raise UserError(
                 f"the tracking store {hide_password(uri)} cannot be used ({first_line(error)}): "
                 "start it, or give another by --tracking_uri"
             ) from error
-    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
+    for run in client.search_runs([number], "attributes.status = 'RUNNING'", max_results=1000):
         tag = run.data.tags.get("process", "")
         if tag.endswith(f" {_machine()}") and tag != _process(int(tag.split()[0])):
             client.set_terminated(run.info.run_id, "FAILED")
-    return client, experiment_id
+    return client, number
 
 
 def _process(number: int | None = None) -> str:
@@ -116,9 +113,8 @@ class Run(Logger):
         run_id: str | None = None,
     ) -> None:
         super().__init__()
-        self.client, self.save_dir = client, str(paths.outputs())
+        self.client, self.save_dir, self._flushed = client, str(paths.outputs()), time.monotonic()
         self._pending: list[Metric] = []
-        self._flushed = time.monotonic()
         if run_id is None:
             known = {"git_commit": git_commit() or "unknown", "host": platform.node(), "torch": torch.__version__}
             known |= {**(tags or {}), "process": _process(), **({"mlflow.parentRunId": parent} if parent else {})}
@@ -166,7 +162,7 @@ class Run(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         now = int(time.time() * 1000)
         self._pending += [Metric(k, float(v), now, step or 0) for k, v in metrics.items() if k != "epoch"]
-        if time.monotonic() - self._flushed > FLUSH_S:
+        if time.monotonic() - self._flushed > 2:
             self.save()
 
     @override

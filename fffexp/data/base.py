@@ -11,14 +11,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from fffexp.data.batches import Batches
-from fffexp.errors import UserError, refuse
+from fffexp.errors import refuse
 
 Rows = tuple[Tensor, Tensor]
 Part = Literal["train", "test"]
 Kind = Literal["images", "labels"]
-
-# nothing is differentiated in evaluation, so larger batches cost no memory that matters
-EVALUATION_ROWS = 2048
 
 
 class ClassificationData(LightningDataModule, ABC):
@@ -51,7 +48,6 @@ class ClassificationData(LightningDataModule, ABC):
             (normalize not in ("unit", "standard"), f"normalize is {normalize!r}: give unit or standard"),
         )
         self.batch_size, self.seed, self.normalize = batch_size, seed, normalize
-        self._loaded = False
 
     @abstractmethod
     def load(self, part: Part) -> Rows:
@@ -70,28 +66,24 @@ class ClassificationData(LightningDataModule, ABC):
     @override
     def setup(self, stage: str | None = None) -> None:
         """Load, check, split and normalise, once; every stage needs the training part for the statistics."""
-        if self._loaded:
+        if hasattr(self, "train_data"):
             return
         inputs, labels = self._checked("train")
         train, val = self.split(labels)
         sizes = f"{len(labels)} rows split into {len(train)} for training and {len(val)} for validation"
-        name, same = (
-            self.source("train", "images"),
-            "all pixels of a channel are the same, which cannot be standardised",
-        )
+        name = self.source("train", "images")
         refuse((not len(train) or not len(val), f"{name}: {sizes}: use a data set with more rows"))
         parts = [(inputs[train], labels[train]), (inputs[val], labels[val]), self._checked("test")]
         if self.normalize == "standard":
             dims = [0, *range(2, inputs.ndim)]  # all but the channel
             std, mean = torch.std_mean(parts[0][0], dim=dims, correction=0, keepdim=True)
-            refuse(((std == 0).any(), f"{name}: {same}: give --data.normalize unit or other data"))
+            same = f"{name}: all pixels of a channel are the same, which cannot be standardised"
+            refuse(((std == 0).any(), f"{same}: give --data.normalize unit or other data"))
             parts = [((x - mean) / std, y) for x, y in parts]
         self.train_data, self.val_data, self.test_data = parts
-        self._loaded = True
 
     @override
     def train_dataloader(self) -> Batches:
-        """Shuffled by (seed, epoch)."""
         return self._batches(self.train_data, self.seed)
 
     @override
@@ -104,8 +96,7 @@ class ClassificationData(LightningDataModule, ABC):
 
     @override
     def predict_dataloader(self) -> Batches:
-        """The test inputs in order, without labels."""
-        return self._batches(self.test_data[:1])
+        return self._batches(self.test_data[:1])  # without labels
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -113,15 +104,13 @@ class ClassificationData(LightningDataModule, ABC):
         return batch
 
     def _batches(self, rows: Sequence[Tensor], seed: int | None = None) -> Batches:
-        trainer = self.trainer
-        if trainer is not None and trainer.world_size > 1:
-            # Lightning shards a DataLoader alone: each process would see all rows, and nothing would tell
-            raise UserError(
-                f"{type(self).__name__} is not divided between {trainer.world_size} processes:"
-                " give --trainer.devices 1 --trainer.num_nodes 1"
-            )
-        device = "cpu" if trainer is None else trainer.strategy.root_device
-        batch_size = self.batch_size if seed is not None else max(self.batch_size, EVALUATION_ROWS)
+        processes = self.trainer.world_size if self.trainer else 1
+        fix = f"not divided between {processes} processes: give --trainer.devices 1 --trainer.num_nodes 1"
+        # Lightning shards a DataLoader alone: each process would see all rows, and nothing would tell
+        refuse((processes > 1, f"{type(self).__name__} is {fix}"))
+        device = self.trainer.strategy.root_device if self.trainer else "cpu"
+        # nothing is differentiated in evaluation, so larger batches cost no memory that matters
+        batch_size = self.batch_size if seed is not None else max(self.batch_size, 2048)
         return Batches(rows, batch_size, seed=seed, progress=self._progress, device=device)
 
     def _progress(self) -> tuple[int, int]:

@@ -7,8 +7,6 @@ from typing_extensions import override
 
 from fffexp.data.base import ClassificationData, Part, Rows, pixels
 
-FOLDS = 5
-
 
 class Digits(ClassificationData):
     """1797 handwritten digits of 8 x 8 pixels (UCI repository, the copy inside scikit-learn).
@@ -35,7 +33,7 @@ class Digits(ClassificationData):
     def split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         from sklearn.model_selection import StratifiedKFold
 
-        deal, fold = divmod(self.seed, FOLDS)
-        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=deal).split(labels, labels)
+        deal, fold = divmod(self.seed, 5)
+        folds = StratifiedKFold(5, shuffle=True, random_state=deal).split(labels, labels)
         train, val = map(torch.from_numpy, list(folds)[fold])
         return train, val

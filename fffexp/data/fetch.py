@@ -39,8 +39,7 @@ def fetch(folder: Path) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*-ubyte*"):
             old.unlink()
-        for file in Path(made).glob("*-ubyte.gz"):
-            shutil.move(file, folder)
+        shutil.copytree(made, folder, dirs_exist_ok=True)
     return source
 
 
