@@ -1,7 +1,5 @@
 """`python -m fffexp` is the same program as `fffexp`."""
 
-import sys
-
 from fffexp.cli import main
 
-sys.exit(main())
+raise SystemExit(main())

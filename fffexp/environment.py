@@ -71,8 +71,6 @@ def peak_memory_mb() -> float | None:
 
 @cache
 def _cpu() -> str:
-    try:
-        named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return platform.processor()
-    return named[1].strip() if named else platform.machine()
+    about = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", about.read_text() if about.exists() else "", re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()

@@ -12,10 +12,6 @@ from filelock import FileLock, Timeout
 
 from fffexp.errors import UserError, hide_password
 
-LOCK_S = 30.0  # creating a store takes a few seconds
-# any number that nobody else is likely to lock in the same PostgreSQL database
-ADVISORY_KEY = 230814711
-
 
 def strict_json(value: Any) -> Any:
     """As JSON has it, with None for numbers that are not finite, which it does not know."""
@@ -39,7 +35,7 @@ def replace(path: Path, content: bytes) -> Path:
 
 
 def hold(path: Path | None) -> AbstractContextManager[object]:
-    """Keep other commands from a file, which would write what they found there at their start; UserError if one has it."""
+    """Keep other commands from a file, which would write what they found there at first; a UserError if one has it."""
     if path is None:
         return nullcontext()
     # not the file itself, which is replaced at each writing
@@ -63,13 +59,13 @@ def store_lock(uri: str) -> AbstractContextManager[object]:
         if uri.startswith("sqlite:///"):
             path = Path(uri.removeprefix("sqlite:///"))
             path.parent.mkdir(parents=True, exist_ok=True)
-            return FileLock(f"{path}.lock", timeout=LOCK_S).acquire()
+            return FileLock(f"{path}.lock", timeout=30).acquire()  # creating takes a few seconds
         if uri.startswith("postgresql"):
             import sqlalchemy
 
             connection = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect()
-            # held by the connection, so it goes with it
-            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({ADVISORY_KEY})"))
+            # any number that nobody else is likely to lock; held by the connection, so it goes with it
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(230814711)"))
             return connection
     except OSError as error:  # filelock's Timeout is one
         problem, fix = f"cannot be created ({error})", "give a path that can be written"

@@ -14,8 +14,6 @@ from scipy import special, stats
 Interval = tuple[float, float]
 
 LEVEL = 0.05
-# values that differ by less are equal but for rounding
-_ROUNDING = 1e-12
 
 
 def mean_interval(values: Sequence[float], unit: bool = False) -> tuple[float, Interval | None]:
@@ -117,4 +115,4 @@ def format_difference(test: Paired, scale: float = 1.0, digits: int = 2) -> str:
 
 
 def _varies(values: Sequence[float]) -> bool:
-    return len(values) > 1 and max(values) - min(values) >= _ROUNDING
+    return len(values) > 1 and max(values) - min(values) >= 1e-12  # less is rounding
