@@ -18,8 +18,7 @@ EXPERIMENT = {
 }
 STUDY = ("run", "resume", "show", "trials", "best", "delete", "clean")
 TABLES = ("table1", "table2", "table3", "figure3", "figure5", "figure6", "conversion")
-# "module:function" of each other command; how a typed function becomes one, see commandline.py. Modules named here
-# import quickly, and their functions torch and the like only when called.
+# else "module:function", of modules that import quickly; how a typed function becomes a command: see commandline.py
 COMMANDS: Mapping[str, Any] = {
     **EXPERIMENT,
     "study": {name: f"fffexp.study.commands:{name}" for name in STUDY},
@@ -37,12 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminated_by_signal():
             _dispatch(COMMANDS, sys.argv[1:] if argv is None else argv)
-    except (UserError, NonFiniteLossError) as error:
-        report(error)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        report("interrupted")
-        return 130
+    except (UserError, NonFiniteLossError, KeyboardInterrupt) as error:
+        report(str(error) or "interrupted")
+        return 2 if isinstance(error, UserError) else 1 if isinstance(error, NonFiniteLossError) else 130
     return 0
 
 

@@ -50,10 +50,8 @@ def command_parser(function: Callable[..., object], name: str = "") -> ArgumentP
     for each, kind, default, about in _parameters(function):
         options: dict[str, Any] = {"help": about} | ({} if default is inspect.Parameter.empty else {"default": default})
         lists = [member for member in (kind, *typing.get_args(kind)) if typing.get_origin(member) is list]
-        if kind is bool:
-            options["action"] = "store_true"
-        else:
-            options |= {"type": typing.get_args(lists[0])[0], "nargs": "+"} if lists else {"type": kind}
+        several = {"type": typing.get_args(lists[0])[0], "nargs": "+"} if lists else {"type": kind}
+        options |= {"action": "store_true"} if kind is bool else several
         parser.add_argument(f"--{each}" if "default" in options else each, **options)
     return parser
 

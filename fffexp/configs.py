@@ -34,7 +34,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
         content = yaml.load(text, _StrictLoader)  # a SafeLoader
     except yaml.YAMLError as error:
         line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
-        problem = getattr(error, "problem", None) or str(error)
+        problem = " ".join((getattr(error, "problem", None) or str(error)).split())
         problem = problem.replace("found unconstructable recursive node", "an alias contains itself")
         raise UserError(f"{source}{line}: {problem}") from error
     refuse((not isinstance(content, dict), f"{source} is not a mapping of keys to values"))
@@ -96,7 +96,6 @@ def given(args: Sequence[str]) -> dict[str, Any]:
     A UserError if a --config file cannot be read, or if more than one process would train: before torch is imported.
     """
     settings: dict[str, Any] = {}
-    value: Any
     for _, name, value in _options(args):
         if name in ("--config", "-c"):
             settings |= flat(load_config(Path(value)))

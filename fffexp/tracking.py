@@ -31,10 +31,7 @@ from mlflow.tracking import MlflowClient
 
 
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """Client, and id of the experiment, which is created if need be; a UserError if the store cannot be reached.
-
-    Runs of processes that were killed are failed.
-    """
+    """Client, and id of the experiment, created if need be, whose runs of dead processes are failed; or UserError."""
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)  # creating tables is not news
     # for a database that cannot be reached the lock fails at once, where MLflow would try again for minutes
@@ -59,16 +56,16 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     return client, number
 
 
+# of this process by default; the start tells a process from a later one with the same number
 def _process(number: int | None = None) -> str:
-    """A process of this machine, by default this one; its start tells it from a later one with the same number."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(number)
         return f"{process.pid} {process.create_time():.2f} {_machine()}"
     return ""
 
 
+# what process numbers belong to: containers may share the name of their host, but not these two
 def _machine() -> str:
-    """What process numbers belong to: containers may share the name of their host, but not these two."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not on Linux
@@ -148,11 +145,6 @@ class Run(Logger):
     def file(self, path: Path, folder: str | None = None) -> None:
         """Store a file as an artifact."""
         self.client.log_artifact(self.id, str(path), folder)
-
-    def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics at a step, at once."""
-        self.log_metrics(metrics, step)
-        self.save()
 
     @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

@@ -108,7 +108,8 @@ def test_a_signal_in_the_middle_of_a_write_fails_the_run(
             timer.start()
             end = time.monotonic() + 5
             while time.monotonic() < end:
-                run.metrics(dict.fromkeys("abcdefgh", 1.0))
+                run.log_metrics(dict.fromkeys("abcdefgh", 1.0))
+                run.save()
             raise AssertionError("the signal was lost")
 
     random.seed(0)

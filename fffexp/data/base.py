@@ -59,11 +59,9 @@ class Batches:
             yield batch if len(batch) > 1 else batch[0]
 
     def state_dict(self) -> dict[str, int]:
-        """Nothing: Lightning's progress is the position. That there is a state tells it that a pass can be resumed.
-
-        It would be of no use either: where the task asks for the number of steps, as for a one-cycle schedule, the
-        loader is set up before the checkpoint is read, and Lightning then leaves the loader's state out.
-        """
+        """Nothing: Lightning's progress is the position. That there is a state tells it that a pass can be resumed."""
+        # nor would it be of use: where the task asks for the number of steps, as for a one-cycle schedule, the loader
+        # is set up before the checkpoint is read, and Lightning then leaves its state out
         return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -124,8 +122,7 @@ class ClassificationData(LightningDataModule, ABC):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Load, check, split and normalise, once; every stage needs the training part for the statistics."""
-        if hasattr(self, "train_data"):
+        if hasattr(self, "train_data"):  # every stage needs the training part, for the statistics
             return
         inputs, labels = self._checked("train")
         train, val = self.split(labels)
@@ -159,8 +156,7 @@ class ClassificationData(LightningDataModule, ABC):
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Nothing to do: the whole data is there already, and walking each batch to find out takes time."""
-        return batch
+        return batch  # all data is there already, and walking each batch to find out takes time
 
     def _batches(self, rows: Sequence[Tensor], seed: int | None = None) -> Batches:
         processes = self.trainer.world_size if self.trainer else 1

@@ -20,18 +20,17 @@ PACKAGE = "dataset-fashion-mnist"
 def main() -> int:
     """Fetch, unless it is there."""
     try:
-        source = fetch(TARGET)
+        print(f"{TARGET} is {fetch(TARGET)}")
     except UserError as error:
         print(f"make data: {error}", file=sys.stderr)
         return 2
-    print(f"{TARGET}: from {source}" if source else f"{TARGET} is complete")
     return 0
 
 
-def fetch(folder: Path) -> str | None:
-    """Bring the four files into a folder, in place of damaged ones; the source, or None if all were there."""
+def fetch(folder: Path) -> str:
+    """Bring the four files into a folder, in place of damaged ones; "complete" if all were there, or from where."""
     if _is_whole(folder):
-        return None
+        return "complete"
     with tempfile.TemporaryDirectory() as made:
         source = "Debian's package" if _from_debian(Path(made)) else _from_hub(Path(made))
         if not _is_whole(Path(made)):
@@ -40,7 +39,7 @@ def fetch(folder: Path) -> str | None:
         for old in folder.glob("*-ubyte*"):
             old.unlink()
         shutil.copytree(made, folder, dirs_exist_ok=True)
-    return source
+    return f"from {source}"
 
 
 def _is_whole(folder: Path) -> bool:

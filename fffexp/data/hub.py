@@ -27,16 +27,12 @@ class Hub(ClassificationData):
 
     Args:
         name: Which one.
-
-    Raises:
-        UserError: `datasets` is not installed, or the hub cannot be reached.
     """
 
     def __init__(self, name: Name, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if name not in REPOSITORIES:
             raise UserError(f"the hub data set {name!r} is unknown: give one of {', '.join(REPOSITORIES)}")
-        self.name = name
         self.path, self.config, self.in_shape, self.num_classes = REPOSITORIES[name]
 
     @override

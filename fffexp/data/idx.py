@@ -36,9 +36,6 @@ class IDX(ClassificationData):
     Args:
         root: The folder; left out, `data/` below the current one.
         num_classes: Labels are 0 to num_classes - 1.
-
-    Raises:
-        UserError: a file is missing, cannot be read or does not fit the others.
     """
 
     folders: ClassVar[tuple[str, ...]] = ("data",)
@@ -80,8 +77,8 @@ def read_idx(path: Path, kind: Kind) -> np.ndarray[Any, Any]:
     return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
+# type and shape of the array in an IDX file, and its bytes unless they are not wanted
 def _read(path: Path, kind: Kind, header_alone: bool = False) -> tuple[np.dtype[Any], tuple[int, ...], bytes]:
-    """Type and shape of the array in an IDX file, and its bytes unless they are not wanted."""
     wanted = DIMENSIONS[kind]
     try:
         # by content, not by name: browsers and tools unpack a file and keep its .gz, or the other way round
@@ -106,8 +103,8 @@ def _read(path: Path, kind: Kind, header_alone: bool = False) -> tuple[np.dtype[
     return np.dtype(DTYPES[code]), struct.unpack(f">{dimensions}I", sizes), body
 
 
+# the four files, all in the first folder that has any of them
 def _find(folders: tuple[str, ...]) -> dict[tuple[Part, Kind], Path]:
-    """The four files, all in the first folder that has any of them."""
     for folder in map(Path, folders):
         paths = {}
         for key, name in FILES.items():

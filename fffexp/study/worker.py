@@ -199,7 +199,7 @@ class Worker:
                 records[seed] = {"seed": seed, **own_run, **result.metrics}
                 trial.set_user_attr(RUN + str(seed), records[seed])
             if group is not None:
-                group.metrics(_means([*records.values()]))
+                group.log_metrics(_means([*records.values()]))
         return [*records.values()]
 
 

@@ -245,7 +245,7 @@ class ExperimentCLI(LightningCLI):
                 metrics |= {key: float(value) for key, value in tested.items()}
             named = {model.monitor: model.monitor.replace("/", "/best_", 1)}
             finals = {named.get(n, n): v for n, v in metrics.items() if n in named or n not in self.best.metrics}
-            run.metrics(finals, trainer.global_step)
+            run.log_metrics(finals, trainer.global_step)
             if self.context.parent is not None:  # a study keeps its checkpoints with the runs alone
                 shutil.rmtree(folder, ignore_errors=True)
         self.result.run_id, self.result.metrics = run.id, metrics
