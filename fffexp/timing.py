@@ -100,12 +100,11 @@ def interleaved(
     with exclusive_timing(), ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads or torch.get_num_threads())
-        for _ in _rounds(2, sys.maxsize, WARM_UP_S):
-            once = {name: timer.timeit(1) for name, timer in timers.items()}
+        warm = [[timer.timeit(1) for timer in timers.values()] for _ in _rounds(2, sys.maxsize, WARM_UP_S)]
+        repeats = [max(1, round(block_s / max(each, 1e-9))) for each in map(min, zip(*warm, strict=True))]
         for _ in _rounds(*rounds, seconds):
-            for name, timer in timers.items():
-                repeats = max(1, round(block_s / max(once[name], 1e-9)))
-                spent[name].append(timer.timeit(repeats) / repeats)
+            for (name, timer), times in zip(timers.items(), repeats, strict=True):
+                spent[name].append(timer.timeit(times) / times)
     return spent
 
 
