@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
-from typing_extensions import override
 
 from fffexp.models.mlp import MLP, LayerFactory
 from fffexp.training.task import Task
@@ -47,17 +46,14 @@ class ClassificationTask(Task):
         self.network = (network or MLP)(layer, in_shape, num_classes)
         self.check()
 
-    @override
     def make_metrics(self) -> dict[str, Metric]:
         return {"accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)}
 
-    @override
     def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         x, y = batch
         logits = self(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing if self.training else 0.0)
         return loss, logits.detach().argmax(1), y
 
-    @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().predict_step(batch, batch_idx).argmax(1)

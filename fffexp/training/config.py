@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import fffexp
 from fffexp.configs import flat, parse_yaml
-from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError, one_line
+from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError, one_line, refuse
 from fffexp.layers.base import SIZES
 from fffexp.training.task import Task
 
@@ -73,39 +73,35 @@ def short(value: Any) -> Any:
 
 
 def check_config(config: Namespace) -> None:
-    """Refuse what neither jsonargparse nor Lightning refuses, or not in one line.
-
-    Raises:
-        UserError: a value out of its range.
-    """
-    unlike = init_args(config.data).get("seed", 0) not in (0, config.seed_everything)
-    problems = {
-        f"name is {config.name[:40]!r}: give up to 100 letters, digits, spaces, or . _ - + =": (
-            not re.fullmatch(r"\w[\w .+=-]{0,99}", config.name)
-        ),
-        f"seed_everything is {config.seed_everything}: give 0 to {MAX_SEED}": (
-            not 0 <= config.seed_everything <= MAX_SEED
-        ),
-        "init_from starts a new training and ckpt_path resumes one: give one of the two": (
-            config.get("init_from") and config.ckpt_path
-        ),
-        # not by link_arguments, which would override a value of the user's without a word
-        "data.init_args.seed is linked to seed_everything and cannot be given: leave it out": unlike,
-    }
+    """Raise UserError for what neither jsonargparse nor Lightning refuses, or not in one line."""
+    limits = []
     for name, least, unlimited in LIMITS:
         value, unless = config.trainer[name], "" if unlimited is None else f", or {unlimited} for no limit"
         wrong = value not in (None, unlimited) and not value >= least
-        problems[f"trainer.{name} is {value}: give at least {least}{unless}"] = wrong
-    if problem := next(filter(problems.get, problems), None):
-        raise UserError(problem)
+        limits.append((wrong, f"trainer.{name} is {value}: give at least {least}{unless}"))
+    refuse(
+        (
+            not re.fullmatch(r"\w[\w .+=-]{0,99}", config.name),
+            f"name is {config.name[:40]!r}: give up to 100 letters, digits, spaces, or . _ - + =",
+        ),
+        (
+            not 0 <= config.seed_everything <= MAX_SEED,
+            f"seed_everything is {config.seed_everything}: give 0 to {MAX_SEED}",
+        ),
+        *limits,
+        (
+            config.get("init_from") and config.ckpt_path,
+            "init_from starts a new training and ckpt_path resumes one: give one of the two",
+        ),
+        (  # not by link_arguments, which would override a value of the user's without a word
+            init_args(config.data).get("seed", 0) not in (0, config.seed_everything),
+            "data.init_args.seed is linked to seed_everything and cannot be given: leave it out",
+        ),
+    )
 
 
 def read_checkpoint(key: str, path: str) -> dict[str, Any]:
-    """A checkpoint of Lightning's.
-
-    Raises:
-        UserError: it is not there, or damaged, or something else.
-    """
+    """A checkpoint of Lightning's; UserError if it is not there, or damaged, or something else."""
     if not Path(path).is_file():
         raise UserError(f"{key}: {path} is not there; give the path of a checkpoint")
     try:
@@ -121,12 +117,9 @@ def read_checkpoint(key: str, path: str) -> dict[str, Any]:
 
 
 def check_checkpoint(config: Namespace, resolved: str, subcommand: str) -> None:
-    """Refuse a checkpoint that is missing or damaged, and to resume what would not be trained as the config says.
+    """Raise UserError for a checkpoint that is missing or damaged, or cannot be resumed as the config says.
 
-    That is a training which is complete, or which had another optimizer, for Lightning restores that.
-
-    Raises:
-        UserError: see above.
+    That is one of a training which is complete, or which had another optimizer, for Lightning restores that.
     """
     if config.ckpt_path is None and subcommand != "fit":
         raise UserError(f"ckpt_path is missing: give the checkpoint to {subcommand} by --ckpt_path")

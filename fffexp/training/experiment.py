@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from typing_extensions import override
 
 import fffexp.data
 import fffexp.layers
@@ -123,7 +122,6 @@ class ExperimentCLI(LightningCLI):
             args=configs.expand(args),
         )
 
-    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"model": {"class_path": f"{ClassificationTask.__module__}.{ClassificationTask.__name__}"}})
         for name in LINKED:  # left out where task or data have no such thing
@@ -146,12 +144,10 @@ class ExperimentCLI(LightningCLI):
         ):
             parser.add_argument(f"--{option}", type=kind, default=default, help=text)
 
-    @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # called on the instance
         # the wanted one alone: building a parser takes a second
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name == self._wanted}
 
-    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # without the warning about arguments given from Python
         self.config = parser.parse_args(args)
@@ -160,7 +156,6 @@ class ExperimentCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         pass  # a checkpoint gives weights; the config stays what --config says
 
-    @override
     def before_instantiate_classes(self) -> None:
         config = self.resolved = self.config[self._wanted]
         # all that a rerun needs, without what it has anew: where it is tracked, which may hold a password
@@ -171,7 +166,6 @@ class ExperimentCLI(LightningCLI):
         if "seed" in checks.init_args(config.data) and not isinstance(config.seed_everything, bool):
             config.data.init_args.seed = config.seed_everything
 
-    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if wrong := [name for name in LINKED if f"model.{name}" in self._given and hasattr(self.datamodule, name)]:
             raise UserError(f"model.{wrong[0]} is linked to data.{wrong[0]} and cannot be given: leave it out")

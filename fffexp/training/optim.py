@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
-from typing_extensions import override
 
 
 class LazyAdamW(torch.optim.Optimizer):
@@ -41,7 +40,6 @@ class LazyAdamW(torch.optim.Optimizer):
             raise ValueError(f"betas are {betas}; they must be in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()

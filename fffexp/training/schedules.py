@@ -4,8 +4,6 @@ import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from typing_extensions import override
-
 
 class Schedule(ABC):
     """A coefficient that changes during training."""
@@ -26,7 +24,6 @@ class Constant(Schedule):
     def __init__(self, value: float) -> None:
         self.value = value
 
-    @override
     def __call__(self, progress: float) -> float:
         return self.value
 
@@ -37,7 +34,6 @@ class Linear(Schedule):
     def __init__(self, start: float, end: float) -> None:
         self.start, self.end = start, end
 
-    @override
     def __call__(self, progress: float) -> float:
         return self.start + (self.end - self.start) * progress
 
@@ -54,7 +50,6 @@ class Exponential(Schedule):
             raise ValueError(f"an exponential schedule from {start} to {end}: both must be above 0")
         self.start, self.end = start, end
 
-    @override
     def __call__(self, progress: float) -> float:
         return float(self.start * (self.end / self.start) ** progress)
 
@@ -75,11 +70,9 @@ class Step(Schedule):
             raise ValueError(f"milestones {list(milestones)} must rise within 0 and 1, both excluded")
         self.values, self.milestones = values, milestones
 
-    @override
     def __call__(self, progress: float) -> float:
         return self.values[bisect.bisect_right(self.milestones, progress)]
 
-    @override
     def bounds(self) -> tuple[float, float]:
         return min(self.values), max(self.values)
 
@@ -105,11 +98,9 @@ class Adaptive(Schedule):
             raise ValueError(f"maximum {maximum} is below start {start}: the value would fall where it should rise")
         self.value, self.factor, self.maximum, self.target = start, factor, maximum, target
 
-    @override
     def __call__(self, progress: float) -> float:
         return self.value
 
-    @override
     def bounds(self) -> tuple[float, float]:
         return self.value, self.maximum
 

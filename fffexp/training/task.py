@@ -11,9 +11,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torchmetrics import Metric
-from typing_extensions import override
 
-from fffexp.errors import UserError
+from fffexp.errors import UserError, refuse
 from fffexp.layers import FeedforwardLayer, feedforward_layers
 from fffexp.layers.random import normal_like
 from fffexp.training.callbacks.routing import RoutingMonitor
@@ -27,8 +26,8 @@ from fffexp.training.schedules import Adaptive, Constant, Schedule
 class Task(LightningModule, ABC):
     """A loss to minimise with a network, whose feedforward layers add their weighted auxiliary losses in training.
 
-    Your own task gives its arguments and `**kwargs` to the base, sets `network`, and says what the `loss` of a
-    batch is; `monitor`, `mode` and `make_metrics` if it is not the validation loss that counts:
+    Your own task sets `network` and says what the `loss` of a batch is; and `monitor`, `mode` and `make_metrics`, if
+    it is not the validation loss that counts:
 
         class Regression(Task):
             def __init__(self, layer: LayerFactory, in_shape: Sequence[int], **kwargs: Any) -> None:
@@ -44,8 +43,7 @@ class Task(LightningModule, ABC):
     `val/soft_NAME` where a layer has one; `val/hardening_gap` is soft minus hard of what is monitored.
 
     Args:
-        optimizer: which optimizer, with all but the parameters; AdamW unless given (and not as the default value,
-            whose weight decay jsonargparse would hand on to an optimizer that a config names instead).
+        optimizer: which optimizer, with all but the parameters; AdamW unless given.
         lr_scheduler: which scheduler, with all but the optimizer. One that takes `total_steps` and is not given
             it gets the length of the training and is stepped every batch; others are stepped every epoch.
         aux_weights: weight of each auxiliary loss of the layers by its name (`layer.aux_losses`), and values of what
@@ -53,14 +51,10 @@ class Task(LightningModule, ABC):
         input_noise_std: standard deviation of the normal noise that is added to the network's input in training.
 
     Attributes:
-        monitor: the logged metric that selects checkpoints and compares trials.
-        mode: whether it is to be minimised or maximised.
+        monitor: the logged metric that selects checkpoints and compares trials, by its `mode`.
         network: set by the subclass.
         aux_weights: the weights of the next training step; set by the schedules.
         lr: replaces the learning rate of the optimizer; for Lightning's LearningRateFinder.
-
-    Raises:
-        ValueError: input_noise_std is negative.
     """
 
     monitor: ClassVar[str] = "val/loss"
@@ -82,6 +76,7 @@ class Task(LightningModule, ABC):
         if not input_noise_std >= 0:
             raise ValueError(f"input_noise_std is {input_noise_std}; it must not be negative")
         self.input_noise_std, self.lr_scheduler = input_noise_std, lr_scheduler
+        # no default value, whose weight decay jsonargparse would hand on to an optimizer that a config names instead
         self.optimizer: OptimizerCallable = optimizer or torch.optim.AdamW
         given = (aux_weights or {}).items()
         self.schedules = {name: each if isinstance(each, Schedule) else Constant(each) for name, each in given}
@@ -128,27 +123,22 @@ class Task(LightningModule, ABC):
         return feedforward_layers(self.network) if self.kept_layers is None else self.kept_layers
 
     def check(self) -> None:
-        """Refuse settings that do not fit the network; at the start of a fit, and earlier for an early message.
-
-        Raises:
-            ValueError: an unknown auxiliary loss, a layer that cannot be trained, an optimizer that does not suit it.
-        """
+        """Raise ValueError for settings that do not fit the network; at the start of a fit, or earlier."""
         layers = self.layers.values()
         for layer in layers:
             layer.check_trainable()
-        known = sorted({name for layer in layers for name in (*layer.aux_losses, *layer.annealed_buffers)})
+        names = sorted({name for layer in layers for name in (*layer.aux_losses, *layer.annealed_buffers)})
         kind = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "the network"
         adapts = any("entropy" in layer.metrics for layer in layers)
         for name, schedule in self.schedules.items():
-            wrong = next((value for value in schedule.bounds() if not 0 <= value < float("inf")), None)
-            problems = {
-                f": {kind} has no choice entropy for an Adaptive schedule": isinstance(schedule, Adaptive)
-                and not adapts,
-                f" is {wrong}; it must be finite and not negative": wrong is not None,
-                f": {kind} has no such auxiliary loss; it has {', '.join(known) or 'none'}": name not in known,
-            }
-            if problem := next(filter(problems.get, problems), None):
-                raise UserError(f"aux_weights.{name}{problem}")
+            key, wrong = f"aux_weights.{name}", [bound for bound in schedule.bounds() if not 0 <= bound < float("inf")]
+            known = f"{kind} has no such auxiliary loss; it has {', '.join(names) or 'none'}"
+            adaptive = isinstance(schedule, Adaptive) and not adapts
+            refuse(
+                (adaptive, f"{key}: {kind} has no choice entropy for an Adaptive schedule"),
+                (wrong, f"{key} is {wrong[0] if wrong else ''}; it must be finite and not negative"),
+                (name not in names, f"{key}: {known}"),
+            )
         parameter = nn.Parameter(torch.zeros(1))
         optimizer: torch.optim.Optimizer = self.make_optimizer([parameter])["optimizer"]
         if any(layer.sparse_gradients for layer in layers):
@@ -161,23 +151,16 @@ class Task(LightningModule, ABC):
                     "give fffexp.LazyAdamW or torch.optim.SGD without momentum"
                 ) from error
 
-    @override
     def configure_callbacks(self) -> Sequence[Callback]:
         return [Schedules(), RoutingMonitor(), Stability(self), TrainingSpeed()]
 
-    @override
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self.parameters(), self.trainer)
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter], trainer: Trainer | None = None) -> dict[str, Any]:
         """The optimizer of these parameters, and a scheduler if there is one, as Lightning takes them.
 
-        Args:
-            parameters: what is trained.
-            trainer: of the training whose length the scheduler may need; None to try them out.
-
-        Raises:
-            UserError: the scheduler needs the length, and the training has none.
+        A scheduler that needs the length of the training has it from the trainer; without one both are tried out.
         """
         optimizer = self.optimizer(parameters)
         if self.lr is not None:
@@ -199,7 +182,6 @@ class Task(LightningModule, ABC):
         how = {"scheduler": scheduler, "interval": interval, "monitor": getattr(scheduler, "monitor", None)}
         return {"optimizer": optimizer, "lr_scheduler": how}
 
-    @override
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
@@ -211,23 +193,19 @@ class Task(LightningModule, ABC):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    @override
     def setup(self, stage: str) -> None:
         self.kept_layers = None
         if stage == "fit":
             self.check()
 
-    @override
     def on_fit_start(self) -> None:
         self.kept_layers = self.layers
         if any(isinstance(each, (BatchSizeFinder, LearningRateFinder)) for each in self.trainer.callbacks):  # type: ignore[attr-defined] # set by a connector
             self.trainer.strategy.setup_optimizers(self.trainer)  # by what was found
 
-    @override
     def on_fit_end(self) -> None:
         self.kept_layers = None
 
-    @override
     def on_train_start(self) -> None:
         steps = self.trainer.estimated_stepping_batches
         for config in self.trainer.lr_scheduler_configs:  # which a resumed training restored
@@ -235,7 +213,6 @@ class Task(LightningModule, ABC):
             if planned is not None and config.interval == "step" and planned < steps:
                 raise UserError(f"{name} was begun for {planned} steps, not {steps}: resume with the epochs of before")
 
-    @override
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.input_noise_std:
             x = x + self.input_noise_std * normal_like(x)
@@ -246,14 +223,12 @@ class Task(LightningModule, ABC):
         loss, outputs, targets = self.loss(batch)
         return loss + weighted_aux_losses(self.layers.values(), self.aux_weights), outputs.detach(), targets
 
-    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         total, *found = self.training_loss(batch)
         # metrics wait for the end of the epoch: updating them every step would cost as much as the step
         self._passes.setdefault("train/", []).append((total.detach()[None], *found))
         return total
 
-    @override
     def on_after_backward(self) -> None:
         for layer in self.layers.values():
             layer.routing = None  # lets go of the graph of this step
@@ -262,7 +237,6 @@ class Task(LightningModule, ABC):
         loss, *found = self.loss(batch)
         self._passes.setdefault(prefix, []).append((loss.expand(self.samples(batch)), *found))
 
-    @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val/", batch)
         modes = {layer: layer.routing_mode for layer in self.layers.values() if layer.has_soft_mode}
@@ -275,11 +249,9 @@ class Task(LightningModule, ABC):
             for layer, mode in modes.items():
                 layer.routing_mode = mode
 
-    @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("test/", batch)
 
-    @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(self.inputs(batch))
 
@@ -292,21 +264,17 @@ class Task(LightningModule, ABC):
         passes = self._passes.pop(prefix, None)
         return self.measure(prefix, *map(torch.cat, zip(*passes, strict=True))) if passes else {}
 
-    @override
     def on_train_epoch_start(self) -> None:
         self._passes.clear()  # what a finder trained
 
-    @override
     def on_validation_epoch_start(self) -> None:
         self._passes = {"train/": self._passes.get("train/", [])}  # without what an aborted pass left
 
     on_test_epoch_start = on_validation_epoch_start
 
-    @override
     def on_train_epoch_end(self) -> None:
         self.log_dict(self._results("train/"))
 
-    @override
     def on_validation_epoch_end(self) -> None:
         values, soft = self._results("val/"), self._results("val/soft_")
         if (softly := soft.get(self.monitor.replace("/", "/soft_", 1))) is not None:
@@ -314,7 +282,6 @@ class Task(LightningModule, ABC):
         self.log_dict(values, prog_bar=True)
         self.log_dict(soft)
 
-    @override
     def on_test_epoch_end(self) -> None:
         self.log_dict(self._results("test/"))
 

@@ -10,7 +10,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from typing_extensions import override
 
 from fffexp.errors import UserError
 from fffexp.training.config import CONFIG
@@ -29,17 +28,14 @@ class BestCheckpoint(ModelCheckpoint):
         self.metrics: dict[str, float] = {}
         self._measured = ""  # path of the checkpoint that the metrics are of
 
-    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.best_model_path != self._measured:
             self._measured, logged = self.best_model_path, trainer.callback_metrics.items()
             self.metrics = {name: float(value) for name, value in logged if name.startswith(VALIDATED)}
 
-    @override
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "metrics": self.metrics}
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: str) -> str:
             return str(Path(self.dirpath or "", Path(path).name)) if path else path
@@ -66,7 +62,6 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: Path, config: str) -> None:
         self.folder, self.config = folder, config
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +70,11 @@ class LastCheckpoint(Checkpoint):
                 f"{self.folder} cannot be made ({error.strerror}): set FFFEXP_OUTPUTS to a folder that can be written"
             ) from error
 
-    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         unfinished = self.folder / "last.ckpt.part"
         trainer.save_checkpoint(unfinished, weights_only=False)
         os.replace(unfinished, self.folder / "last.ckpt")
 
-    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG] = self.config
 
@@ -92,7 +85,6 @@ class RandomState(Callback):
     def __init__(self) -> None:
         self._restored: dict[str, Any] = {}
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # as late as this, for setting up draws too
         if not self._restored:
@@ -106,7 +98,6 @@ class RandomState(Callback):
         np.random.set_state((kind, keys.numpy().astype(np.uint32), *position))
         random.setstate(state["python"])
 
-    @override
     def state_dict(self) -> dict[str, Any]:
         # in types that torch.load(weights_only=True) takes
         kind, keys, *position = np.random.get_state(legacy=True)
@@ -117,6 +108,5 @@ class RandomState(Callback):
             "python": random.getstate(),
         }
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from typing_extensions import override
 
 from fffexp.layers import FeedforwardLayer
 from fffexp.routing.blocks import block_counts
@@ -27,7 +26,6 @@ class RoutingMonitor(Callback):
         self._readings: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         self._counter = BlockCounter({})
 
-    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # before the task clears the routing of the step
         if trainer.fit_loop.epoch_loop.batch_idx % reading_interval(trainer) == 0:
@@ -36,21 +34,17 @@ class RoutingMonitor(Callback):
                     for name, metric in layer.metrics.items() if layer.routing is not None else ():
                         self._readings[name][path].append(metric(layer.routing))
 
-    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, readings in self._readings.items():
             _log(pl_module, name, {path: torch.stack(values).mean() for path, values in readings.items()})
         self._readings.clear()
 
-    @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._counter = BlockCounter(pl_module.layers)
 
-    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._counter.finish()
 
-    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         counts, rows = self._counter.finish(), self._counter.rows
         usage = {path: block_usage(counts[path], rows[path]) for path in counts}

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor
-from typing_extensions import override
 
 from fffexp.training.schedules import Adaptive, Constant
 
@@ -27,7 +26,6 @@ class Schedules(Callback):
         self._values: dict[str, float] = {}  # of adaptive schedules
         self._progress = 0.0
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         schedules = pl_module.schedules.items()
         self._adaptive = {name: schedule for name, schedule in schedules if isinstance(schedule, Adaptive)}
@@ -44,7 +42,6 @@ class Schedules(Callback):
                 stacklevel=2,
             )
 
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         shares = [trainer.global_step / self._steps]
         if self._steps == ENDLESS and (trainer.max_epochs or -1) > 0:
@@ -60,7 +57,6 @@ class Schedules(Callback):
                     if name in layer.annealed_buffers:
                         layer.anneal(name, value)
 
-    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._adaptive:
             self._entropies += [
@@ -69,7 +65,6 @@ class Schedules(Callback):
                 if "entropy" in layer.metrics and layer.routing is not None
             ]
 
-    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._entropies:
             entropy = float(torch.stack(self._entropies).mean())
@@ -79,7 +74,6 @@ class Schedules(Callback):
                 self._values[name] = schedule.value
         pl_module.log_dict({f"schedule/{name}": value for name, value in pl_module.aux_weights.items()})
 
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._moving and trainer.global_step < self._steps < ENDLESS and self._progress < 0.9:
             warnings.warn(
@@ -88,11 +82,9 @@ class Schedules(Callback):
                 stacklevel=2,
             )
 
-    @override
     def state_dict(self) -> dict[str, Any]:
         return {"values": dict(self._values), "entropies": [float(entropy) for entropy in self._entropies]}
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._values = dict(state_dict["values"])
         self._entropies = [torch.tensor(entropy) for entropy in state_dict["entropies"]]

@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from typing_extensions import override
 
 from fffexp.timing import synchronize, wait_for_timing
 
@@ -16,11 +15,9 @@ class TrainingSpeed(Callback):
         self._samples, self._seconds = 0, 0.0
         self._start: float | None = None
 
-    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.perf_counter()
 
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # the clock stands while another process times, and after a validation within the epoch
         before = time.perf_counter()
@@ -41,12 +38,10 @@ class TrainingSpeed(Callback):
         """Final metrics."""
         return {"speed/train_samples_per_s": self._samples / self._seconds} if self._seconds > 0 else {}
 
-    @override
     def state_dict(self) -> dict[str, Any]:
         running = 0.0 if self._start is None else time.perf_counter() - self._start
         return {"samples": self._samples, "seconds": self._seconds + running}
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._samples, self._seconds = state_dict["samples"], state_dict["seconds"]
 
@@ -54,7 +49,6 @@ class TrainingSpeed(Callback):
 class EpochLines(Callback):
     """Prints the loss, what is monitored and the time left after each epoch; cheaper and calmer in logs than a bar."""
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start, self._first = time.monotonic(), trainer.current_epoch
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from typing_extensions import override
 
 from fffexp.errors import NonFiniteLossError
 
@@ -58,7 +57,6 @@ class Stability(Course, Callback):
         self._unread: list[tuple[int, int, Tensor]] = []  # step, epoch, loss
         self._norms: list[Tensor] = []
 
-    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._unread.append((trainer.global_step, trainer.current_epoch, loss.detach()))
         if loss.device.type == "cpu" or len(self._unread) >= UNREAD:
@@ -77,7 +75,6 @@ class Stability(Course, Callback):
             self.spikes += count_spikes(self.losses)
             self.losses = self.losses[-WINDOW:]
 
-    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         # the norm of the whole gradient, at some steps: each reading costs as much as a small layer
         self._optimizer_steps += 1
@@ -86,14 +83,12 @@ class Stability(Course, Callback):
             gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
             self._norms.append(torch.nn.utils.get_total_norm(gradients))
 
-    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read()  # before a checkpoint is written
         value = trainer.callback_metrics.get(self._task.monitor)
         if value is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
             self.validated.append((trainer.current_epoch + 1, float(value)))
 
-    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read()
         self.epochs = trainer.current_epoch + 1  # that ended
@@ -112,13 +107,11 @@ class Stability(Course, Callback):
 
     on_train_epoch_start = on_train_end = _follow_training
 
-    @override
     def state_dict(self) -> dict[str, Any]:
         self._read()
         self._follow_training()
         return {name: getattr(self, name) for name in self.KEPT}
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
 
