@@ -125,4 +125,4 @@ class PaperStudy:
         from fffexp.study.runner import StudyRunner
 
         stores = paths.storage(), paths.tracking_uri()
-        return StudyRunner(self.spec, *stores, jobs, results_path=path, extra=results.extra).run()
+        return StudyRunner(self.spec, *stores, jobs, path=path, extra=results.extra).run()

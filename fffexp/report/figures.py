@@ -33,13 +33,13 @@ def pareto(results: Results) -> Figure:
         _scatter(axes, [(ms, y) for t, ms, y in trials if t.layer == layer], colour, marker, "" if own else layer)
         for i, (t, ms, y) in enumerate(own):
             low, high = (results.scale * end for end in t.ci95) if t.ci95 else (y, y)
-            bars, name = [[y - low], [high - y]], "" if i else layer
-            axes.errorbar(ms, y, bars, fmt=marker, color=colour, markersize=8, capsize=3, zorder=4, label=name)
+            axes.plot(ms, y, marker, color=colour, markersize=8, zorder=4, label="" if i else layer)
+            axes.errorbar(ms, y, [[y - low], [high - y]], color=colour, capsize=3, zorder=4)
             axes.annotate(label(t), (ms, y), (7, (6, -13)[i % 2]), textcoords="offset points", fontsize=8, color=colour)
     if finalists:
-        right = 1.1 * max(ms for _, ms, _ in (*trials, *finalists))
-        front = sorted((ms, y) for _, ms, y in finalists)
-        _best_so_far(axes, results, front, right, color="0.35", label="best finalist up to this latency")
+        end = 1.1 * max(ms for _, ms, _ in (*trials, *finalists))
+        points = sorted((ms, y) for _, ms, y in finalists)
+        _best_so_far(axes, results, points, end, color="0.35", label="best finalist up to this latency")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
@@ -101,9 +101,8 @@ def _end(figure: Figure, axes: Axes, note: str, empty: bool = False) -> Figure:
 
 
 def _styles(results: Results) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each layer, in the order of the study."""
-    layers = dict.fromkeys(trial.layer for trial in results.trials)
-    return dict(zip(layers, itertools.cycle(zip(COLOURS, "o^sDPX", strict=True)), strict=False))
+    styles = itertools.cycle(zip(COLOURS, "o^sDPX", strict=True))
+    return dict(zip(dict.fromkeys(trial.layer for trial in results.trials), styles, strict=False))
 
 
 def _best_so_far(
@@ -130,8 +129,8 @@ def _scatter(axes: Axes, points: Sequence[tuple[float, float]], colour: str, mar
     """Marks, and at the edge the value of each point that is beyond the limits."""
     low, high = axes.get_ylim()
     inside = [(x, y) for x, y in points if low <= y <= high]
-    style: dict[str, Any] = {"marker": marker, "alpha": 0.4, "linewidth": 0, "label": name if points else ""}
-    axes.scatter([x for x, _ in inside], [y for _, y in inside], s=26, color=colour, **style)
+    xs, ys = [x for x, _ in inside], [y for _, y in inside]
+    axes.scatter(xs, ys, 26, colour, marker=marker, alpha=0.4, linewidth=0, label=name if points else "")
     for x, y in points:
         number = axes.yaxis.get_major_formatter()(float(f"{y:.3g}"))
         if not low <= y <= high:

@@ -19,12 +19,15 @@ def write(results: Results, folder: Path) -> list[Path]:
 
     A reader never sees half a file.
     """
-    summary = folder / "summary.json"
-    results.save(summary)
-    images = {"pareto.png": figures.png(figures.pareto(results)), "history.png": figures.png(figures.history(results))}
+    results.save(folder / "summary.json")
+    contents = {
+        "pareto.png": figures.png(figures.pareto(results)),
+        "history.png": figures.png(figures.history(results)),
+    }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    filters = text.latency, text.settings, text.title, text.value, count, shlex.quote
-    environment.filters |= {filter.__name__: filter for filter in filters}
+    environment.filters |= {f.__name__: f for f in (text.latency, text.settings, text.title, text.value, shlex.quote)}
+    # 812, 12.3k, 1.23M
+    environment.filters["count"] = lambda n: "-" if n is None else EngFormatter(sep="")(float(f"{n:.3g}"))
     template = environment.from_string(resources.files("fffexp.report").joinpath("page.html.jinja").read_text("utf-8"))
     try:
         found, missing = answer(results), ""
@@ -38,12 +41,7 @@ def write(results: Results, folder: Path) -> list[Path]:
         verdict="" if found is None else text.verdict(results, found),
         differences=text.to_best(results, results.finalist_trials()),
         how_measured=text.how_measured(results),
-        **{name.replace(".", "_"): base64.b64encode(image).decode() for name, image in images.items()},
+        **{name.replace(".", "_"): base64.b64encode(image).decode() for name, image in contents.items()},
     )
-    contents = {**images, "report.html": page.encode()}
-    return [summary, *(replace(folder / name, content) for name, content in contents.items())]
-
-
-def count(number: float | None) -> str:
-    """`812`, `12.3k`, `1.23M`."""
-    return "-" if number is None else str(EngFormatter(sep="")(float(f"{number:.3g}")))
+    contents["report.html"] = page.encode()
+    return [folder / "summary.json", *(replace(folder / name, content) for name, content in contents.items())]

@@ -41,4 +41,4 @@ def table(
 
 def _cell(value: Any, spec: str) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return format(value, spec) if number else "" if value is None else str(value)
+    return format("" if value is None else value, spec if number else "")

@@ -28,9 +28,9 @@ def summary(results: Results) -> str:
         }
         for trial in finalists or results.trials
     ]
+    note = ["", textwrap.fill(how_measured(results), COLUMNS), "*: on the Pareto front of the search."]
     text = table(rows, width=COLUMNS, wrap=("hyperparameters", "difference to the best", "error"))
-    notes = [how_measured(results), "*: on the Pareto front of the search."] if finalists else []
-    return "\n".join([text, *([""] if notes else []), *(textwrap.fill(note, COLUMNS) for note in notes)])
+    return "\n".join([text, *(note if finalists else [])])
 
 
 def to_best(results: Results, trials: Sequence[Trial]) -> dict[int, str]:
@@ -44,7 +44,6 @@ def to_best(results: Results, trials: Sequence[Trial]) -> dict[int, str]:
 
 
 def _differences(values: Mapping[int, tuple[dict[int, float], dict[int, float]]], scale: float) -> dict[int, str]:
-    """Of two with a seed in common each, by their keys."""
     shared = {number: (a, b) for number, (a, b) in values.items() if a.keys() & b.keys()}
     tests = paired_tests([*shared.values()])
     return {number: format_difference(test, scale) for number, test in zip(shared, tests, strict=True)}
@@ -56,9 +55,9 @@ def how_measured(results: Results) -> str:
     if not counts:
         return "No finalist has been trained on fresh seeds yet."
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " fresh seed" + "s" * (counts != [1])
-    scale = " on the logit scale" * results.unit
     return (
-        f"Brackets: 95% t interval{scale} of the mean over {seeds}, unseen by the search (none for one seed). "
+        f"Brackets: 95% t interval{' on the logit scale' * results.unit} of the mean over {seeds}, unseen by the "
+        "search (none for one seed). "
         "Differences: paired by seed, p of a t-test adjusted for all lines (Benjamini and Hochberg). "
         "The test set was read once a training, after selection on validation."
         + f" Latencies come from {results.machines} machines, and compare only within one."
@@ -67,11 +66,7 @@ def how_measured(results: Results) -> str:
 
 
 def show(results: Results, max_latency_ms: float | None = None) -> str:
-    """Which layer to use within a latency budget, in a few lines.
-
-    Raises:
-        UserError: no finalist was retrained, or none fits the budget.
-    """
+    """Which layer to use within a latency budget, in a few lines; UserError if no retrained finalist fits it."""
     found = answer(results, max_latency_ms)
     best, rival = found.best, found.rival
     within = "with any latency" if max_latency_ms is None else f"within {max_latency_ms:g} ms"
@@ -87,8 +82,7 @@ def show(results: Results, max_latency_ms: float | None = None) -> str:
         "",
     ]
     if rival is None:
-        why = "was retrained" if max_latency_ms is None else f"fits {max_latency_ms:g} ms"
-        lines.append(f"No {other} among the finalists {why}.")
+        lines.append(f"No {other} is among the finalists {within}.")
     else:
         lines += _measured(results, rival, f"best {other} {within}: ")
         lines += ["", verdict(results, found), "", how_measured(results)]
@@ -119,16 +113,10 @@ def verdict(results: Results, found: Answer) -> str:
 
 
 def trials(results: Results, baseline: int | None = None) -> str:
-    """Every trial, the best first: its monitored metric, and the difference to the best of its layer.
+    """Every trial, the best first: its monitored metric, and the difference to the best of its layer or to a baseline.
 
     What all trials of a layer have in common is said once; with a baseline, trials of its layer say what differs.
-
-    Args:
-        results: of a study.
-        baseline: number of the trial, of whatever layer, that the others are compared with instead.
-
-    Raises:
-        UserError: no such trial with values by seed.
+    UserError if no trial has the number of the baseline and values by seed.
     """
     means = {t.number: mean for t in results.trials if (mean := results.selected_by(t)) is not None}
     done = sorted((t for t in results.trials if t.number in means), key=lambda t: -results.sign * means[t.number])
@@ -160,7 +148,6 @@ def trials(results: Results, baseline: int | None = None) -> str:
         for t in done
     ]
     shared = {f"every {n}" if baseline is None else f"trial {baseline}": settings(p) for n, p in sorted(common.items())}
-    failed = [t for t in results.trials if t.number not in means]
     note = (
         f"{'In percent, m' if results.unit else 'M'}ean over seeds {', '.join(map(str, results.seeds))}. "
         "Differences are paired by seed, brackets are 95% t intervals of one difference each; "
@@ -173,7 +160,8 @@ def trials(results: Results, baseline: int | None = None) -> str:
         *(
             f"trial {t.number} {t.layer} {settings(t.params)}: {t.error or t.state.lower()}, "
             f"started {t.attempts} time{'s' * (t.attempts != 1)}"
-            for t in failed
+            for t in results.trials
+            if t.number not in means
         ),
         "",
         textwrap.fill(note, COLUMNS),
@@ -183,8 +171,8 @@ def trials(results: Results, baseline: int | None = None) -> str:
 
 def label(trial: Trial) -> str:
     """Sizes of a trial's layer in a few characters: `d4 lw8`; without whole numbers, `#12`."""
-    sizes = [("".join(word[:1] for word in n.split("_")), v) for n, v in trial.params.items() if type(v) is int]
-    return " ".join(f"{initials}{size}" for initials, size in sizes) or f"#{trial.number}"
+    sizes = {name: size for name, size in trial.params.items() if type(size) is int}
+    return " ".join("".join(w[:1] for w in n.split("_")) + str(v) for n, v in sizes.items()) or f"#{trial.number}"
 
 
 def title(metric: str) -> str:
@@ -195,9 +183,9 @@ def title(metric: str) -> str:
 def settings(params: Mapping[str, Any], common: Mapping[str, Any] | None = None) -> str:
     """Hyperparameters, as `depth=4 lr=0.0123`, but for those in common; `-` for what only the others have."""
     others = common or {}
-    own = {n: params.get(n, "-") for n in {**others, **params} if n != "layer"}
-    own = {n: v for n, v in own.items() if n not in params or (n, v) not in others.items()}
-    return " ".join(f"{n}={v:.3g}" if isinstance(v, float) else f"{n}={v}" for n, v in own.items())
+    names = [n for n in {**others, **params} if n not in params or (n, params[n]) not in others.items()]
+    own = [(n, params.get(n, "-")) for n in names if n != "layer"]
+    return " ".join(f"{n}={v:.3g}" if isinstance(v, float) else f"{n}={v}" for n, v in own)
 
 
 def value(mean: float | None, interval: Interval | None = None, unit: bool = True) -> str:

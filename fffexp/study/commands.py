@@ -63,12 +63,10 @@ def show(name: str, max_latency_ms: PositiveFloat | None = None, format: Literal
         print(text.show(results, max_latency_ms))
         return
     found = answer(results, max_latency_ms)
-    fitting = {trial.number for trial in found.fitting}
-    test = None if found.test is None else found.test._asdict() | {"significant": found.test.significant}
-    content = results.to_json()
-    content["trials"] = [trial for trial in content["trials"] if trial["number"] in fitting]
-    content |= {"best": found.best.number, "rival": found.rival and found.rival.number, "difference": test}
-    print(json.dumps(strict_json(content), indent=1))
+    test = found.test and found.test._asdict() | {"significant": found.test.significant}
+    content = results.to_json() | {"best": found.best.number, "rival": found.rival and found.rival.number}
+    content["trials"] = [t for t in content["trials"] if t["number"] in {trial.number for trial in found.fitting}]
+    print(json.dumps(strict_json(content | {"difference": test}), indent=1))
 
 
 def trials(name: str, baseline: NonNegativeInt | None = None) -> None:
@@ -90,8 +88,7 @@ def best(name: str, tracking_uri: str | None = None) -> None:
         name: of the study, or a results file such as summary.json.
         tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/).
     """
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
+    import mlflow
 
     from fffexp.report.text import settings, title, value
     from fffexp.study.results import answer
@@ -99,23 +96,24 @@ def best(name: str, tracking_uri: str | None = None) -> None:
     results = _results(name)
     if results.best is None:
         raise UserError(f"study {results.study} has no completed trial yet")
-    evaluated = any(trial.evaluation for trial in results.trials)
-    trial = answer(results).best if evaluated else results.trial(results.best)
+    trial = answer(results).best if any(t.evaluation for t in results.trials) else results.trial(results.best)
     runs = trial.evaluation or trial.runs
     chosen = max(runs, key=lambda run: results.sign * float(run[results.monitor]))
     run_id: str = chosen.get("run_id") or str(trial.run_id)
-    print(f"{trial.layer} (trial {trial.number}): {settings(trial.params)}")
-    print(f"{title(results.monitor)}: {value(trial.mean, trial.ci95, results.unit)}, the best of {len(runs)} runs:")
-    print(f"run: {run_id}")
     try:
-        client = MlflowClient(paths.tracking_uri(tracking_uri))
+        client = mlflow.MlflowClient(paths.tracking_uri(tracking_uri))
         folder = client.get_run(run_id).info.artifact_uri.removeprefix("file://")
         checkpoints = [file.path for file in client.list_artifacts(run_id, "checkpoint")]
-    except MlflowException as error:
+    except mlflow.exceptions.MlflowException as error:
         raise UserError(f"run {run_id} is not in this tracking store: give its --tracking_uri") from error
-    print(f"config: {folder}/config.yaml")
-    for path in checkpoints:
-        print(f"checkpoint: {folder}/{path}")
+    lines = [
+        f"{trial.layer} (trial {trial.number}): {settings(trial.params)}",
+        f"{title(results.monitor)}: {value(trial.mean, trial.ci95, results.unit)}, the best of {len(runs)} runs:",
+        f"run: {run_id}",
+        f"config: {folder}/config.yaml",
+        *(f"checkpoint: {folder}/{path}" for path in checkpoints),
+    ]
+    print("\n".join(lines))
 
 
 def delete(name: str, storage: str | None = None) -> None:
@@ -146,8 +144,7 @@ def clean(storage: str | None = None, tracking_uri: str | None = None) -> None:
         storage: Optuna storage (default: FFFEXP_STORAGE, else optuna.db in outputs/).
         tracking_uri: MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/).
     """
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
+    import mlflow
 
     from fffexp import tracking
     from fffexp.study import store
@@ -157,11 +154,11 @@ def clean(storage: str | None = None, tracking_uri: str | None = None) -> None:
     freed = sum(store.free(opened, study) for study in studies.values())
     for name in {name.partition("/")[0] for name in studies}:
         tracking.open_store(uri, name)  # which marks the runs of dead processes
-    client, removed = MlflowClient(uri), 0
+    client, removed = mlflow.MlflowClient(uri), 0
     for folder in paths.outputs("checkpoints").glob("*"):
         try:
             run = client.get_run(folder.name)
-        except MlflowException:
+        except mlflow.exceptions.MlflowException:
             continue  # of another store
         if run.info.status != "RUNNING" and "study" in run.data.tags:
             shutil.rmtree(folder)
@@ -180,8 +177,7 @@ def report(name: str) -> None:
     results = _results(name)
     folder = paths.outputs("studies", results.study)
     page.write(results, folder)
-    print(text.summary(results))
-    print(f"\nwritten to {folder}: report.html, pareto.png, history.png")
+    print(f"{text.summary(results)}\n\nwritten to {folder}: report.html, pareto.png, history.png")
 
 
 def _results(name: str) -> "Results":
@@ -197,13 +193,13 @@ def _run(spec: "StudySpec", jobs: int, url: str, tracking_uri: str | None) -> No
     from fffexp.report.text import summary
     from fffexp.study.runner import StudyRunner
 
-    name = spec.name
     runner = StudyRunner(spec, url, paths.tracking_uri(tracking_uri), jobs)
-    resume = f"Ctrl-C stops, `fffexp study resume {name}` goes on"
-    print(f"study {name}: {len(spec.points())} trials, {jobs} jobs; {resume}", flush=True)
+    print(
+        f"{len(spec.points())} trials, {jobs} jobs; Ctrl-C stops, `fffexp study resume {spec.name}` goes on", flush=True
+    )
     results = runner.run()
+    folder = paths.outputs("studies", spec.name)
     print(f"\n{summary(results)}\n")
-    folder = paths.outputs("studies", name)
     print(f"took {results.wall_s:.0f} s; written to {folder}: report.html, pareto.png, history.png")
-    following = f"study show {name} --max_latency_ms 0.5" if results.finalists else f"study trials {name}"
-    print(f"next: make ui, or fffexp {following}")
+    following = f"show {spec.name} --max_latency_ms 0.5" if results.finalists else f"trials {spec.name}"
+    print(f"next: make ui, or fffexp study {following}")

@@ -46,8 +46,9 @@ class Trial:
 
     def by_seed(self, metric: str, runs: Iterable[Record] | None = None) -> dict[int, float]:
         """Finite values of a metric by seed, of the runs given, else of `evaluation` or, without one, of `runs`."""
-        found = {run["seed"]: run.get(metric) for run in (runs if runs is not None else self.evaluation or self.runs)}
-        return {seed: value for seed, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
+        runs = (self.evaluation or self.runs) if runs is None else runs
+        numbers = {run["seed"]: run[metric] for run in runs if isinstance(run.get(metric), int | float)}
+        return {seed: number for seed, number in numbers.items() if math.isfinite(number)}
 
     @property
     def latency_ms(self) -> float | None:
@@ -127,9 +128,8 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """What the file says; numbers that are not finite are null."""
-        content = asdict(self)
-        extra: dict[str, Any] = content.pop("extra")
-        return dict(strict_json(content | extra))
+        own = {key: value for key, value in asdict(self).items() if key != "extra"}
+        return dict(strict_json(own | self.extra))
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -138,20 +138,14 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read a file; statistics are computed anew.
-
-        Raises:
-            UserError: it cannot be read, or holds something else.
-        """
+        """Read a file, with statistics computed anew; UserError if it cannot be read, or holds something else."""
         try:
             extra = dict(json.loads(path.read_text()))
             own = {each.name: extra.pop(each.name) for each in fields(cls) if each.name in extra}
             results = cls(own.pop("study"), own.pop("monitor"), **own, extra=extra)
             results.trials = [Trial(**trial) for trial in own["trials"]]
             results.update()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): give the JSON file of a study") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} holds no results of a study ({error}): give the summary.json of one") from error
         return results
 
@@ -170,22 +164,17 @@ class Answer(NamedTuple):
 
 
 def answer(results: Results, max_latency_ms: float | None = None) -> Answer:
-    """The best finalist within a latency budget, by the mean of the monitored metric over fresh seeds.
-
-    Raises:
-        UserError: no finalist was retrained, or none fits the budget.
-    """
-    name = results.study
+    """The best finalist within a latency budget, by the mean over fresh seeds; UserError if there is none."""
     trained = [t for t in results.finalist_trials() if t.mean is not None and (t.latency_ms or max_latency_ms is None)]
     if not trained:
-        raise UserError(f"study {name} has no retrained finalist yet: go on with `fffexp study resume {name}`")
+        raise UserError(f"no finalist is retrained yet: go on with `fffexp study resume {results.study}`")
     # from the fastest on, so that max takes the faster of two that are equal
     fitting = [t for t in trained if max_latency_ms is None or (t.latency_ms or 0.0) <= max_latency_ms]
     if not fitting:
         fastest_ms = trained[0].latency_ms or 0.0
         step = 10.0 ** (math.floor(math.log10(fastest_ms)) - 2)  # three digits, rounded up, are enough
         raise UserError(
-            f"nothing in study {name} fits {max_latency_ms:g} ms: its fastest finalist takes "
+            f"nothing in study {results.study} fits {max_latency_ms:g} ms: its fastest finalist takes "
             f"{math.ceil(fastest_ms / step) * step:.3g} ms; raise --max_latency_ms to at least that"
         )
     best = results.best_of(fitting)

@@ -3,14 +3,13 @@
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna
 from mlflow.exceptions import MlflowException
-from optuna.trial import FrozenTrial
 
 from fffexp import paths, tracking
 from fffexp.errors import UserError
@@ -18,51 +17,36 @@ from fffexp.report import page
 from fffexp.report.text import settings, value
 from fffexp.study import store, worker
 from fffexp.study.results import LATENCY, Record, Results, Trial
-from fffexp.study.spec import StudySpec
+from fffexp.study.spec import StudySpec, Values
 from fffexp.study.worker import StoredStudy
 from fffexp.training.experiment import build
-
-STOP_S = 60  # for a worker to mark its trial when it is stopped
-STORED = ("run_id", "sizes", "error")  # of a trial, as its worker stores them
 
 
 class StudyRunner:
     """One command's share in a study.
 
     Args:
-        spec: of the study.
-        url: of the Optuna storage.
-        uri: of the MLflow store.
-        jobs: worker processes.
-        results_path: file that is completed: runs that it has are not trained again, and new ones are written as
-            soon as they end. Points are recognised by their recipe. The study's folder is left alone then.
+        url, uri: of the Optuna storage and the MLflow store.
+        path: file that is completed: runs that it has are not trained again, and new ones are written as soon as they
+            end. Points are recognised by their recipe. The study's folder is left alone then.
         extra: further keys of that file; one that holds other values is of another measurement.
     """
 
     def __init__(
-        self,
-        spec: StudySpec,
-        url: str,
-        uri: str,
-        jobs: int,
-        results_path: Path | None = None,
-        extra: Mapping[str, Any] | None = None,
+        self, spec: StudySpec, url: str, uri: str, jobs: int, path: Path | None = None, extra: Values | None = None
     ) -> None:
-        self.spec, self.url, self.uri, self.jobs = spec, url, uri, jobs
-        self.path, self.extra = results_path, dict(extra or {})
+        self.spec, self.url, self.uri, self.jobs, self.path, self.extra = spec, url, uri, jobs, path, {**(extra or {})}
         mark = spec.digest()
         # one file may be completed by many definitions
-        self.name = spec.name if results_path is None else f"{spec.name}-{mark[:8]}"
-        listed = [point for point in spec.points() if point.label not in spec.searched]
-        self.recipes = {point.number: spec.recipe(point.label, point.values) for point in listed}
-        self.file = Results.load(results_path) if results_path is not None and results_path.exists() else None
+        self.name = spec.name if path is None else f"{spec.name}-{mark[:8]}"
+        self.recipes = {n: spec.recipe(label, of) for n, label, of in spec.points() if label not in spec.searched}
+        self.file = Results.load(path) if path is not None and path.exists() else None
         if other := [key for key, of in self.extra.items() if self.file and self.file.extra.get(key) != of]:
-            raise UserError(f"{results_path} holds another {other[0]}: give another file, or remove it")
+            raise UserError(f"{path} holds another {other[0]}: give another file, or remove it")
         self.storage = store.open_storage(url)
         self.client, self.experiment = tracking.open_store(uri, spec.name)
-        attrs: dict[str, Any] = {}
-        if f"{self.name}/runs" in optuna.get_all_study_names(self.storage):
-            attrs = optuna.load_study(study_name=f"{self.name}/runs", storage=self.storage).user_attrs
+        runs = store.studies(self.storage).get(f"{self.name}/runs")
+        attrs = runs.user_attrs if runs else {}
         if attrs.get("digest", mark) != mark:
             raise UserError(
                 f"study {spec.name} was begun with another definition: restore its file and configs, "
@@ -88,9 +72,7 @@ class StudyRunner:
         task, known = built.task, built.measurable
         objectives = self.spec.default_objectives(task.monitor, task.mode)
         if unknown := [name for name in (*objectives, *self.spec.constraints) if name not in known]:
-            raise UserError(
-                f"study {self.spec.name}: metric {unknown[0]} is not measured; there are {', '.join(known)}"
-            )
+            raise UserError(f"metric {unknown[0]} is not measured; there are {', '.join(known)}")
         monitored = {"monitor": task.monitor, "mode": task.mode, "unit": task.unit_monitor}
         return monitored | {"classes": classes, "objectives": objectives}
 
@@ -102,9 +84,8 @@ class StudyRunner:
             runs.set_user_attr("known", {str(number): have.get(recipe, []) for number, recipe in self.recipes.items()})
         if not self.begun_here:
             return
-        directions = list(described["objectives"].values())
-        for label in self.spec.searched:
-            part = f"{self.name}/{label}"
+        for part in (f"{self.name}/{label}" for label in self.spec.searched):
+            directions = list(described["objectives"].values())
             optuna.create_study(study_name=part, storage=self.storage, directions=directions, load_if_exists=True)
         run = tracking.Run(self.client, self.experiment, self.spec.name, {"study": self.spec.name}, None)
         run.text(self.spec.text, "study.yaml")
@@ -126,9 +107,7 @@ class StudyRunner:
         try:
             run = tracking.Run(self.client, run_id=self.study.attrs["run_id"])
         except MlflowException as error:
-            raise UserError(
-                f"study {self.spec.name} is not tracked in {self.uri}: give the --tracking_uri that it was begun with"
-            ) from error
+            raise UserError(f"not tracked in {self.uri}: give the --tracking_uri that it was begun with") from error
         with run:
             for queue in self.study.queues:
                 queue.fill()
@@ -136,32 +115,32 @@ class StudyRunner:
                 self._work()
             if not self._complete():
                 raise RuntimeError(f"study {self.spec.name} is not finished; `fffexp study resume` goes on")
-            results = self.results()
+            results = self._results()
             if self.path is not None:
                 results.save(self.path)
-            else:
-                for path in page.write(results, paths.outputs("studies", self.spec.name)):
-                    run.file(path)
-                finals = [(t, t.mean, t.test_mean) for t in results.trials if t.run_id and t.evaluation]
-                for trial, *means in finals:
-                    for metric, mean in zip((results.monitor, results.test_monitor), means, strict=True):
-                        if mean is not None:
-                            self.client.log_metric(str(trial.run_id), f"final/{metric.replace('/', '_')}", mean)
-        return results
+                return results
+            for path in page.write(results, paths.outputs("studies", self.spec.name)):
+                run.file(path)
+            for trial in (trial for trial in results.trials if trial.run_id and trial.evaluation):
+                for metric, mean in ((results.monitor, trial.mean), (results.test_monitor, trial.test_mean)):
+                    if mean is not None:
+                        self.client.log_metric(str(trial.run_id), f"final/{metric.replace('/', '_')}", mean)
+            return results
 
     def _complete(self) -> bool:
         return all(queue.all_finished() for queue in self.study.queues)
 
     def _work(self) -> None:
-        begun, runs, threads = time.monotonic(), self.study.runs_study, str(self.study.attrs["threads"])
+        begun, runs, threads = time.monotonic(), self.study.runs_study, self.study.attrs["threads"]
         # libraries read these when they start, which is before a worker can set them
-        os.environ |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        shared = (self.spec.text, self.spec.folder, self.name, self.url, self.uri)
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        same = (self.spec.text, self.spec.folder, self.name, self.url, self.uri)
         # the first worker of whoever begins a study keeps to the sampler's seed; any other with it would draw the same
-        seeded = [self.begun_here and i == 0 for i in range(self.jobs)]
-        context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=worker.main, args=(*shared, keep, int(threads))) for keep in seeded]
-        progress = [Progress(self.study, self.study.queues[:-1]), Progress(self.study, self.study.queues[-1:])]
+        spawn = multiprocessing.get_context("spawn").Process
+        workers = [
+            spawn(target=worker.main, args=(*same, self.begun_here and i == 0, threads)) for i in range(self.jobs)
+        ]
+        progress = [_progress(self.study, queues) for queues in (self.study.queues[:-1], self.study.queues[-1:])]
         try:
             for process in workers:
                 process.start()
@@ -169,35 +148,30 @@ class StudyRunner:
             while alive:
                 time.sleep(worker.POLL_S)
                 alive = any(process.is_alive() for process in workers)  # before the rest, which then misses nothing
-                if sum(part.update() for part in progress) and self.path is not None:
-                    self.results().save(self.path)
+                if sum(map(next, progress)) and self.path is not None:
+                    self._results().save(self.path)
                 if any(process.exitcode == 2 for process in workers):
                     raise UserError("a worker met the mistake above; nothing that was finished is lost")
                 if status := next((process.exitcode for process in workers if process.exitcode), None):
-                    finished = "`fffexp study resume` goes on from what is finished"
-                    raise RuntimeError(f"a worker ended with status {status}; {finished}")
+                    raise RuntimeError(f"a worker ended with status {status}; `fffexp study resume` goes on")
         finally:
             left = [process for process in workers if process.is_alive()]
             for process in left:
                 process.terminate()
             for process in left:
-                process.join(STOP_S)
+                process.join(60)  # in which it marks its trial
             runs.set_user_attr("worked_s", runs.user_attrs["worked_s"] + time.monotonic() - begun)
 
-    def results(self) -> Results:
-        """What came out so far, and with a file what that holds."""
+    def _results(self) -> Results:
         attrs = self.study.runs_study.user_attrs
         results = Results(
-            study=self.spec.name,
-            monitor=attrs["monitor"],
-            mode=attrs["mode"],
-            unit=attrs["unit"],
+            self.spec.name,
+            **{key: attrs[key] for key in ("monitor", "mode", "unit", "environments")},
             directions=list(attrs["objectives"].values()),
             metrics=list(attrs["objectives"]),
             seeds=self.spec.seeds,
             finalists=[trial.user_attrs["number"] for trial in self.study.finalists()],
             machines=max(1, len({environment["host"] for environment in attrs["environments"]})),
-            environments=attrs["environments"],
             wall_s=attrs["worked_s"],
             extra=self.extra,
         )
@@ -207,9 +181,9 @@ class StudyRunner:
         results.update()
         complete = [t for t in results.trials if t.state == "COMPLETE" and t.values and self._feasible(results, t)]
         results.pareto = pareto(complete, results.directions)
-        seen = results.selected_by
-        ranks = {t.number: (results.sign * (seen(t) or 0.0), -(seen(t, LATENCY) or 0.0)) for t in complete}
-        results.best = max(ranks, key=lambda number: ranks[number]) if ranks else None
+        seen = [(results.selected_by(t) or 0.0, results.selected_by(t, LATENCY) or 0.0) for t in complete]
+        ranks = [(results.sign * monitored, -latency_ms) for monitored, latency_ms in seen]
+        results.best = complete[ranks.index(max(ranks))].number if complete else None
         return results
 
     def _feasible(self, results: Results, trial: Trial) -> bool:
@@ -217,18 +191,17 @@ class StudyRunner:
         return all(mean is not None and mean <= limit for mean, limit in means)
 
     def _trials(self, results: Results) -> list[Trial]:
-        jobs: dict[int, list[FrozenTrial]] = {}
+        jobs: dict[int, list[optuna.trial.FrozenTrial]] = {}
         for job in (job for queue in self.study.queues for job in queue.trials().values()):
             jobs.setdefault(job.user_attrs["number"], []).append(job)
         made = []
         for number, point in self.study.points.items():
             own = [job for job in jobs.get(number, []) if not job.user_attrs.get("fresh")]
-            values = own[0].params if own and point.label in self.study.searches else point.values
-            if not own or (point.label in self.study.searches and not values):
+            searched = point.label in self.study.searches
+            values = own[0].params if own and searched else point.values
+            if not own or (searched and not values):
                 continue  # nobody has begun it
-            stored: dict[str, Any] = {
-                key: next((job.user_attrs[key] for job in own if key in job.user_attrs), None) for key in STORED
-            }
+            stored: dict[str, Any] = {name: attr for job in reversed(own) for name, attr in job.user_attrs.items()}
             trial = Trial(
                 number=number,
                 state=next((job.state.name for job in own if job.state.name != "COMPLETE"), "COMPLETE"),
@@ -237,9 +210,9 @@ class StudyRunner:
                 evaluation=_records([job for job in jobs[number] if job not in own]),
                 attempts=max(map(store.attempts, own)),
                 recipe=self.recipes.get(number),
-                **stored,
+                **{key: stored[key] for key in ("run_id", "sizes", "error") if key in stored},
             )
-            if point.label in self.study.searches:
+            if searched:
                 trial.values = own[0].values
             elif trial.state == "COMPLETE":
                 means = [results.selected_by(trial, name) for name in results.metrics]
@@ -271,37 +244,30 @@ def pareto(trials: Sequence[Trial], directions: Sequence[Any]) -> list[int]:
     return sorted(best.user_attrs["number"] for best in study.best_trials)
 
 
-def _records(jobs: Sequence[FrozenTrial]) -> list[Record]:
-    """Of all seeds that are finished."""
+def _records(jobs: Sequence[optuna.trial.FrozenTrial]) -> list[Record]:
     found = {v["seed"]: v for job in jobs for name, v in job.user_attrs.items() if name.startswith(worker.RUN)}
     return [found[seed] for seed in sorted(found)]
 
 
-class Progress:
-    """Lines that say how far some queues of a study are, and how long the others take if they go on so."""
-
-    def __init__(self, study: StoredStudy, queues: Sequence[store.Queue]) -> None:
-        self.study, self.queues, self.begun = study, queues, time.monotonic()
-        self.seen = set(self._finished())
-        self.before = len(self.seen)
-
-    def _finished(self) -> dict[tuple[int, str], FrozenTrial]:
-        return {(i, key): job for i, queue in enumerate(self.queues) for key, job in queue.finished().items()}
-
-    def update(self) -> bool:
-        """Print what was finished since the last call; whether anything was."""
-        new = {key: job for key, job in self._finished().items() if key not in self.seen}
-        attrs, total = self.study.attrs, sum(len(queue.jobs()) for queue in self.queues)
-        for key, job in new.items():
-            self.seen.add(key)
-            count, number, fresh = len(self.seen), job.user_attrs["number"], job.user_attrs.get("fresh")
-            left_s = (time.monotonic() - self.begun) / (count - self.before) * (total - count)
-            label, values = self.study.points[number].label, {**job.params, **job.user_attrs.get("values", {})}
-            kind = "final" if fresh else "trial" if label in self.study.searches else "run"
+def _progress(study: StoredStudy, queues: Sequence[store.Queue]) -> Iterator[bool]:
+    """Print each time what was finished of some queues since, and how long the rest takes; whether anything was."""
+    begun, seen = time.monotonic(), {(queue, key) for queue in queues for key in queue.finished()}
+    before = len(seen)
+    while True:
+        finished = {(queue, key): job for queue in queues for key, job in queue.finished().items()}
+        new, total = [key for key in finished if key not in seen], sum(len(queue.jobs()) for queue in queues)
+        for key in new:
+            seen.add(key)
+            job, count = finished[key], len(seen)
+            left_s = (time.monotonic() - begun) / (count - before) * (total - count)
+            label = study.points[job.user_attrs["number"]].label
+            kind = "final" if job.user_attrs.get("fresh") else "trial" if label in study.searches else "run"
+            values = {**job.params, **job.user_attrs.get("values", {})}
             if kind != "trial":
                 values["seed"] = " ".join(map(str, job.user_attrs["seeds"]))
-            scores = [record[attrs["monitor"]] for record in _records([job])]
-            score = value(fmean(scores), unit=attrs["unit"]) if scores else job.user_attrs.get("error", job.state.name)
-            layer = attrs["classes"][label]
-            print(f"{kind} {count} of {total}, {left_s:.0f} s left: {layer} {settings(values)}  {score}", flush=True)
-        return bool(new)
+            scores = [record[study.attrs["monitor"]] for record in _records([job])]
+            outcome = job.user_attrs.get("error", job.state.name)
+            score = value(fmean(scores), unit=study.attrs["unit"]) if scores else outcome
+            where = f"{kind} {count} of {total}, {left_s:.0f} s left: {study.attrs['classes'][label]}"
+            print(f"{where} {settings(values)}  {score}", flush=True)
+        yield bool(new)

@@ -8,9 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import jsonargparse
 import optuna
-from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.typing import register_type
 
 from fffexp.configs import given, load_config, parse_yaml
 from fffexp.errors import UserError, one_line
@@ -28,11 +27,10 @@ else:
     class Verbatim:
         """A value for configs, as it stands: jsonargparse would make an object of what names a class."""
 
-    register_type(Verbatim, type_check=lambda value, kind: True)
+    jsonargparse.typing.register_type(Verbatim, type_check=lambda value, kind: True)
 
 
-def refuse(*checks: tuple[Any, str]) -> None:
-    """Raise UserError with the message of the first check that is true."""
+def _refuse(*checks: tuple[Any, str]) -> None:
     for wrong, message in checks:
         if wrong:
             raise UserError(message)
@@ -58,7 +56,7 @@ class Parameter:
         if listed and not ends and self.choices is None:
             return
         choices, wrong = self.choices, [end for end in ends if type(end) not in (int, float)]
-        refuse(
+        _refuse(
             (len(ends) != (2 if choices is None else 0), f"{where}: give either choices, or low and high"),
             (not (ends or choices), f"{where}.choices is {choices}: list at least one value, or give each a name"),
             (choices and not isinstance(choices, list | dict), f"{where}.choices is {choices}: give a list"),
@@ -66,7 +64,7 @@ class Parameter:
             (wrong, f"{where}: {wrong} as low or high must be a number, such as 4 or 1.0e-3"),
         )
         if ends:
-            refuse(
+            _refuse(
                 (self.low > self.high, f"{where}: low is {self.low} and high is {self.high}: swap them"),
                 (self.log and self.low <= 0, f"{where}: low is {self.low}, without a logarithm: raise it or drop log"),
             )
@@ -87,8 +85,8 @@ class Parameter:
         """Whether it can be chosen."""
         if self.choices is not None:
             return value in self.choices
-        kinds = {int, type(self.low), type(self.high)}
-        return self.low is None or (type(value) in kinds and bool(self.low <= value <= self.high))
+        known = {int, type(self.low), type(self.high)}
+        return self.low is None or (type(value) in known and bool(self.low <= value <= self.high))
 
 
 @dataclass
@@ -107,10 +105,11 @@ class LayerSpace:
         """All configs."""
         return [*([self.config] if self.config else []), *self.configs]
 
-    def fixed(self) -> list[Values]:
-        """The values of each trial that no sampler chooses, in their order."""
+    def trials(self, count: int = 0) -> list[Values]:
+        """The values that each trial is given; a search has as many trials as `count`, the last without any."""
         entries = self.initial_trials if self.points is None else self.points
-        return [entries[0] | entry for entry in entries]
+        given = [entries[0] | entry for entry in entries]
+        return given if self.points else given + [Values()] * (count - len(given))
 
 
 class Point(NamedTuple):
@@ -149,19 +148,20 @@ class StudySpec:
         """Labels of the layers that are searched."""
         return [label for label, part in self.layers.items() if part.points is None]
 
-    def check(self) -> None:
-        """Raise UserError at a contradiction, or if a config is missing."""
-        lists = {"seeds": self.seeds}
-        if self.searched or self.evaluation_seeds:
-            lists["evaluation_seeds"] = self.evaluation_seeds
-        seeds = [f"{key} is {s}" for key, s in lists.items() if not s or len(set(s)) < len(s) or min(s) < 0]
+    def _check(self) -> None:
+        fresh = [("evaluation_seeds", self.evaluation_seeds)] if self.searched or self.evaluation_seeds else []
+        seeds = [
+            f"{key} is {s}"
+            for key, s in [("seeds", self.seeds), *fresh]
+            if len({*s}) < len(s) or min(s, default=-1) < 0
+        ]
         shared = sorted(set(self.seeds) & set(self.evaluation_seeds))
         each, metrics = self.trials_per_layer, [*self.objectives, *self.constraints]
         several = len(self.objectives) != 1 and (self.pruner is not None or self.constraints)
         timed = self.pruner is not None or len(metrics) > 1 or any(m.startswith(("speed/", "memory/")) for m in metrics)
         alone = not self.vectorize_seeds and (self.patience is not None or self.fit != "ignored")
         named = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name)
-        refuse(
+        _refuse(
             (not named, f"name is {self.name!r}; it names a folder: up to 100 letters, digits, _, - and ."),
             (not isinstance(self.overrides, dict), "overrides is not a mapping of config keys to values"),
             (not self.layers, "layers is empty: name at least one layer and its space"),
@@ -174,20 +174,20 @@ class StudySpec:
             (several, "pruner and constraints go with a single objective: name one, and make others a constraint"),
             (
                 self.vectorize_seeds and timed,
-                "vectorize_seeds: nothing is timed or pruned then; leave out pruner and all but one metric of the task",
+                "vectorize_seeds: nothing is timed or pruned then; give one metric, no pruner",
             ),
         )
         for label, part in self.layers.items():
             self._check_layer(f"layers.{label}", label, part)
-        missing = [config for config in self.files() if not (self.folder / config).is_file()]
-        refuse((missing, f"config {', '.join(missing)} is not there; paths are relative to the study file"))
+        missing = [config for config in self._files() if not (self.folder / config).is_file()]
+        _refuse((missing, f"config {', '.join(missing)} is not there; paths are relative to the study file"))
         firsts = [given(self.arguments(label, self.corners(label)[0], None)) for label in self.layers]
         blind = any(first.get("trainer.limit_val_batches") == 0 for first in firsts)
-        refuse((blind, "trainer.limit_val_batches is 0: a study selects on validation; leave it out"))
+        _refuse((blind, "trainer.limit_val_batches is 0: a study selects on validation; leave it out"))
 
     def _check_layer(self, where: str, label: str, part: LayerSpace) -> None:
         listed, first, space = part.points is not None, len(part.initial_trials), part.space
-        refuse(
+        _refuse(
             ("/" in label or label == "runs", f"{where}: a label has no slash, and is not runs: name it differently"),
             (not part.files, f"{where}.config is missing: name the config of the layer"),
             (not listed and not space, f"{where}.space is empty: name at least one parameter, or list points"),
@@ -198,7 +198,7 @@ class StudySpec:
         keys = [key for parameter in space.values() for key in parameter.keys if key != CONFIG]
         keys += [*self.overrides, "name", "seed_everything", "test"]
         twice = sorted({key for key in keys if keys.count(key) > 1})
-        refuse(
+        _refuse(
             (twice, f"{where}.space: set twice, or by the study too: {', '.join(twice)}; leave one out"),
             (first > (self.trials_per_layer or 0), f"{where}.initial_trials has {first} entries: see trials_per_layer"),
         )
@@ -210,10 +210,9 @@ class StudySpec:
                 *(f"{name} is missing; the first entry gives all parameters" for name in missing if index == 0),
                 *(f"{value} is not among the choices or within low and high" for value in outside),
             ]
-            refuse((wrong, f"{where}.{'points' if listed else 'initial_trials'}[{index}]: {'; '.join(wrong)}"))
+            _refuse((wrong, f"{where}.{'points' if listed else 'initial_trials'}[{index}]: {'; '.join(wrong)}"))
 
-    def files(self) -> list[str]:
-        """All configs that trials may have."""
+    def _files(self) -> list[str]:
         corners = [(label, values) for label in self.layers for values in self.corners(label)]
         return list(dict.fromkeys(file for label, values in corners for file in self._configs(label, values)))
 
@@ -224,10 +223,7 @@ class StudySpec:
 
     def points(self) -> list[Point]:
         """All trials in the order of their numbers: the layers in turn, each until it has no more."""
-        columns = []
-        for part in self.layers.values():
-            chosen = [] if part.points else [Values()] * ((self.trials_per_layer or 0) - len(part.initial_trials))
-            columns.append([*part.fixed(), *chosen])
+        columns = [part.trials(self.trials_per_layer or 0) for part in self.layers.values()]
         turns = [values for turn in zip_longest(*columns) for values in zip(self.layers, turn, strict=True)]
         taken = [(label, values) for label, values in turns if values is not None]
         return [Point(number, label, values) for number, (label, values) in enumerate(taken)]
@@ -239,10 +235,10 @@ class StudySpec:
         all at their last. Of real numbers, which seldom contradict others, only the least is among them.
         """
         part = self.layers[label]
-        corners = part.fixed()
+        corners = part.trials()
         if part.points is None:
-            ranges = {name: [p.low, p.high] if isinstance(p.low, int) else [p.low] for name, p in part.space.items()}
-            values = {name: list(p.choices or ranges[name]) for name, p in part.space.items()}
+            ends = {n: [p.low, p.high] if isinstance(p.low, int) else [p.low] for n, p in part.space.items()}
+            values = {n: list(p.choices or ends[n]) for n, p in part.space.items()}
             firsts, lasts = ({name: some[index] for name, some in values.items()} for index in (0, -1))
             alone = [{**firsts, name: value} for name, some in values.items() for value in some[1:]]
             corners = [firsts, *alone, *corners, lasts]
@@ -254,9 +250,8 @@ class StudySpec:
         settings = {key: p.setting(values[name]) for name, p in space.items() for key in p.keys if key != CONFIG}
         settings = {**self.overrides, **settings, "name": self.name, "test": test}
         settings |= {} if seed is None else {"seed_everything": seed}
-        files = [f"--config={self.folder / config}" for config in self._configs(label, values)]
-        flags = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-        return ["fit", *files, *(f"--{key}={value}" for key, value in flags.items())]
+        flags = (f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in settings.items())
+        return ["fit", *(f"--config={self.folder / config}" for config in self._configs(label, values)), *flags]
 
     def recipe(self, label: str, values: Values) -> str:
         """Digest of all that decides the result of a point but its seed; comments and paths do not count."""
@@ -271,15 +266,11 @@ class StudySpec:
 
     def digest(self) -> str:
         """Changes when anything that decides a trial's result does; comments do not."""
-        return _digest([parse_yaml(self.text, self.name), *(load_config(self.folder / file) for file in self.files())])
+        return _digest([parse_yaml(self.text, self.name), *(load_config(self.folder / file) for file in self._files())])
 
 
 def load(path: Path) -> StudySpec:
-    """Read a study file.
-
-    Raises:
-        UserError: no such file, or what it says cannot be.
-    """
+    """Read a study file; UserError if it cannot be read, or what it says cannot be."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -288,20 +279,15 @@ def load(path: Path) -> StudySpec:
 
 
 def parse(text: str, folder: Path, source: str) -> StudySpec:
-    """The study that a text describes; its paths are relative to the folder.
-
-    Raises:
-        UserError: what it says cannot be.
-    """
-    parser = ArgumentParser(exit_on_error=False)
+    """The study that a text describes, with paths relative to the folder; UserError if what it says cannot be."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(StudySpec, None, skip={"folder", "text"})
     content = parse_yaml(text, f"study file {source}")
     try:
         spec = StudySpec(**parser.instantiate(parser.parse_object(content)).as_dict(), folder=folder, text=text)
-        spec.check()
-    except (ArgumentError, UserError) as error:
-        message = one_line(str(error)) if isinstance(error, ArgumentError) else error
-        raise UserError(f"study file {source}: {message}") from error
+        spec._check()
+    except (jsonargparse.ArgumentError, UserError) as error:
+        raise UserError(f"study file {source}: {one_line(str(error))}") from error
     return spec
 
 

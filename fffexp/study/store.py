@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from fffexp.errors import UserError
@@ -24,12 +23,11 @@ HEARTBEAT_S = 5
 GRACE_S = 20
 
 
-class Storage(RDBStorage):
+class Storage(optuna.storages.RDBStorage):
     """Optuna's, with states that change one at a time: SQLite would hand a waiting trial to two workers."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._threads, self._held = threading.RLock(), False
-        super().__init__(*args, **kwargs)
+    _threads = threading.RLock()
+    _held = False
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -50,36 +48,25 @@ class Storage(RDBStorage):
 
 
 def open_storage(url: str) -> Storage:
-    """The storage of studies; Optuna logs nothing but errors from then on.
-
-    Raises:
-        UserError: it cannot be reached.
-    """
+    """The storage of studies, UserError if out of reach; Optuna logs nothing but errors from then on."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    try:
-        with store_lock(url):
+    with store_lock(url):
+        try:
             return Storage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
-    except UserError:
-        raise
-    except Exception as error:  # every database and driver has errors of its own
-        raise UserError(
-            f"the storage {url} cannot be used ({first_line(error)}): start it, or give another by --storage"
-        ) from error
+        except Exception as error:  # every database and driver has errors of its own
+            raise UserError(
+                f"the storage {url} cannot be used ({first_line(error)}): start it, or give another by --storage"
+            ) from error
 
 
 def studies(storage: Storage) -> dict[str, optuna.Study]:
     """All Optuna studies by their names."""
-    names = optuna.get_all_study_names(storage)
-    return {name: optuna.load_study(study_name=name, storage=storage) for name in names}
+    return {n: optuna.load_study(study_name=n, storage=storage) for n in optuna.get_all_study_names(storage)}
 
 
 def find(name: str, url: str) -> tuple[Storage, dict[str, optuna.Study]]:
-    """The storage, and the Optuna studies of a study by their names.
-
-    Raises:
-        UserError: there is no such study.
-    """
+    """The storage, and the Optuna studies of a study by their names; UserError if there is no such study."""
     storage = open_storage(url)
     found = studies(storage)
     if f"{name}/runs" not in found:
@@ -112,27 +99,23 @@ class Surplus(Exception):  # no error
     """A trial that Optuna made because nothing waited any more."""
 
 
-def finished(trial: FrozenTrial) -> bool:
-    """Whether its job needs no other: it has a result, or failed for a reason of its own."""
-    done = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-    return done or (trial.state == TrialState.FAIL and "error" in trial.user_attrs)
+def _finished(trial: FrozenTrial) -> bool:
+    # its job needs no other: it has a result, or failed for a reason of its own
+    failed = trial.state == TrialState.FAIL and "error" in trial.user_attrs
+    return failed or trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def attempts(trial: FrozenTrial) -> int:
     """How often its job was started."""
-    return len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) + (trial.state != TrialState.WAITING)
+    retry = optuna.storages.RetryHeartbeatStaleTrialCallback
+    return len(retry.retry_history(trial)) + (trial.state != TrialState.WAITING)
 
 
 class Queue:
     """The jobs of an Optuna study.
 
     A job is enqueued as a waiting trial, which one worker gets, and enqueued again if that worker is interrupted or
-    dies, with all that the trial had drawn and stored.
-
-    Args:
-        storage: of the study.
-        study: whose trials are the jobs.
-        jobs: by their keys; may grow from call to call.
+    dies, with all that the trial had drawn and stored. `jobs`, by their keys, may grow from call to call.
     """
 
     def __init__(self, storage: Storage, study: optuna.Study, jobs: Callable[[], Mapping[str, Job]]) -> None:
@@ -143,7 +126,7 @@ class Queue:
         trials: dict[str, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
             job = trial.user_attrs.get("job")
-            if job is not None and not (job in trials and finished(trials[job])):
+            if job is not None and not (job in trials and _finished(trials[job])):
                 trials[job] = trial
         return trials
 
@@ -156,8 +139,8 @@ class Queue:
                 trial = trials.get(key)
                 if trial is None:
                     self.study.enqueue_trial(values, user_attrs={"job": key, **attrs})
-                elif trial.state == TrialState.FAIL and not finished(trial):
-                    RetryHeartbeatStaleTrialCallback()(self.study, trial)
+                elif trial.state == TrialState.FAIL and not _finished(trial):
+                    optuna.storages.RetryHeartbeatStaleTrialCallback()(self.study, trial)
 
     def run_one(self, objective: Callable[[optuna.Trial], Any], errors: tuple[type[Exception], ...] = ()) -> bool:
         """Do a job that waits, if there is one; whether there was.
@@ -197,7 +180,7 @@ class Queue:
     def finished(self) -> dict[str, FrozenTrial]:
         """The trials of the jobs that are."""
         trials = self.trials()
-        return {key: trials[key] for key in self.jobs() if key in trials and finished(trials[key])}
+        return {key: trials[key] for key in self.jobs() if key in trials and _finished(trials[key])}
 
     def all_finished(self) -> bool:
         """Whether every job is."""

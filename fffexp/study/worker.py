@@ -4,7 +4,6 @@ import copy
 import itertools
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import threading
@@ -17,7 +16,7 @@ from typing import Any
 
 import optuna
 import torch
-from optuna_integration import PyTorchLightningPruningCallback
+from optuna_integration import PyTorchLightningPruningCallback as Pruning
 
 from fffexp import tracking
 from fffexp.environment import environment, training_device
@@ -36,13 +35,7 @@ class StoredStudy:
     """A study in its storages: one Optuna study for each layer that is searched, and `NAME/runs` for the other jobs.
 
     The attributes of `NAME/runs` say what the study is. The other jobs are those of listed points, and the finalists
-    once the search has ended.
-
-    Args:
-        spec: of the study.
-        name: in the Optuna storage.
-        storage: of Optuna.
-        keep_seed: whether the sampler keeps its seed; any other worker with it would draw the same.
+    once the search has ended. With `keep_seed` the samplers keep their seed: any other worker would draw the same.
     """
 
     def __init__(self, spec: StudySpec, name: str, storage: store.Storage, keep_seed: bool = True) -> None:
@@ -55,10 +48,11 @@ class StoredStudy:
             sampler = copy.deepcopy(spec.sampler)
             if not keep_seed:
                 sampler.reseed_rng()
-            part = f"{name}/{label}"
-            study = optuna.load_study(study_name=part, storage=storage, sampler=sampler, pruner=spec.pruner)
+            study = optuna.load_study(
+                study_name=f"{name}/{label}", storage=storage, sampler=sampler, pruner=spec.pruner
+            )
             own = [point for point in self.points.values() if point.label == label]
-            jobs = {str(p.number): (p.values, {"number": p.number, "seeds": spec.seeds}) for p in own}
+            jobs = {str(n): (values, {"number": n, "seeds": spec.seeds}) for n, _, values in own}
             self.searches[label] = store.Queue(storage, study, jobs.copy)
         self.queues = [*self.searches.values(), store.Queue(storage, self.runs_study, self._other_jobs)]
         known: dict[str, list[int]] = self.attrs.get("known", {})  # seeds that the results file had at the start
@@ -92,8 +86,8 @@ def main(text: str, folder: Path, name: str, url: str, uri: str, keep_seed: bool
     torch.set_num_threads(threads)
     try:
         with terminated_by_signal():
-            spec = parse(text, folder, "in the storage")
-            Worker(StoredStudy(spec, name, store.open_storage(url), keep_seed), uri).work()
+            study = StoredStudy(parse(text, folder, "in the storage"), name, store.open_storage(url), keep_seed)
+            Worker(study, uri).work()
     except UserError as error:
         report(error)
         sys.exit(2)
@@ -135,16 +129,14 @@ class Worker:
                 time.sleep(POLL_S)
 
     def _objective(self, trial: optuna.Trial) -> float | tuple[float, ...]:
-        trial.set_user_attr("host", platform.node())
-        runs = self.study.runs_study
         with self.study.storage.exclusive():
-            known = runs.user_attrs["environments"]
+            known = self.study.runs_study.user_attrs["environments"]
             if self.environment not in known:
-                runs.set_user_attr("environments", [*known, self.environment])
+                self.study.runs_study.set_user_attr("environments", [*known, self.environment])
         attrs = trial.user_attrs
         searched, label = "values" not in attrs, self.study.points[attrs["number"]].label
-        space = self.spec.layers[label].space if searched else {}
-        values = {name: parameter.suggest(trial, name) for name, parameter in space.items()} | attrs.get("values", {})
+        space = self.spec.layers[label].space.items()
+        values = {name: parameter.suggest(trial, name) for name, parameter in space} if searched else attrs["values"]
         means = _means(self._train(trial, label, values, searched))
         wanted = [*self.study.attrs["objectives"]] if searched else [self.study.attrs["monitor"]]
         limits = self.spec.constraints if searched else {}
@@ -155,12 +147,13 @@ class Worker:
         return tuple(means[name] for name in wanted)
 
     def _train(self, trial: optuna.Trial, label: str, values: Values, searched: bool) -> list[Record]:
-        """Train the seeds that are not there yet, each of which is stored as soon as it is; the records of all."""
+        # the seeds that are not there yet, each of which is stored as soon as it is trained
         attrs = trial.user_attrs
         number, seeds, fresh = attrs["number"], attrs["seeds"], attrs.get("fresh", False)
         records: dict[int, Record] = {seed: attrs[RUN + str(seed)] for seed in seeds if RUN + str(seed) in attrs}
         left = [seed for seed in seeds if seed not in records]
-        layer, together = self.study.attrs["classes"][label], self.spec.vectorize_seeds and not fresh
+        layer, monitor = self.study.attrs["classes"][label], self.study.attrs["monitor"]
+        together = self.spec.vectorize_seeds and not fresh
         tags = {"study": self.spec.name, "trial": str(number), "layer": layer} | ({"finalist": "true"} if fresh else {})
         parent: str = attrs.get("parent", self.study.attrs["run_id"])
 
@@ -172,9 +165,8 @@ class Worker:
                 return
             for seed in left:
                 args = self.spec.arguments(label, values, seed, fresh or self.spec.test)
-                pruned = searched and self.spec.pruner is not None and seed == seeds[0]
-                pruning = [PyTorchLightningPruningCallback(trial, self.study.attrs["monitor"])] if pruned else []
-                result = run([*args, f"--tracking_uri={self.uri}"], Context(parent, tags, pruning, quiet=True))
+                watch = [Pruning(trial, monitor)] if searched and self.spec.pruner and seed == seeds[0] else []
+                result = run([*args, f"--tracking_uri={self.uri}"], Context(parent, tags, watch, quiet=True))
                 assert result is not None
                 yield result
 
@@ -192,11 +184,9 @@ class Worker:
                 trial.set_user_attr("sizes", result.sizes)
                 if together and searched and (steps := result.metrics.get("stability/nonfinite_steps")):
                     raise NonFiniteLossError(
-                        f"the loss of seed {seed} was not finite at {steps:.0f} steps: "
-                        "lower the learning rate or the aux_weights"
+                        f"seed {seed}: loss not finite at {steps:.0f} steps: lower the learning rate or the aux_weights"
                     )
-                own_run = {"run_id": result.run_id} if result.run_id else {}
-                records[seed] = {"seed": seed, **own_run, **result.metrics}
+                records[seed] = {"seed": seed, **({} if together else {"run_id": result.run_id}), **result.metrics}
                 trial.set_user_attr(RUN + str(seed), records[seed])
             if group is not None:
                 group.log_metrics(_means([*records.values()]))
@@ -204,5 +194,5 @@ class Worker:
 
 
 def _means(records: Sequence[Record]) -> dict[str, float]:
-    names = [name for name in records[0] if name not in ("seed", "run_id") and all(name in each for each in records)]
+    names = set.intersection(*map(set, records)) - {"seed", "run_id"}
     return {name: fmean(record[name] for record in records) for name in names}

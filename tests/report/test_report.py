@@ -174,7 +174,7 @@ def test_show_within_a_budget(tiny: Results) -> None:
 
 
 def test_show_when_the_best_is_of_the_first_layer(tiny: Results) -> None:
-    assert "No other layer among the finalists fits 0.25 ms." in show(tiny, 0.25)
+    assert "No other layer is among the finalists within 0.25 ms." in show(tiny, 0.25)
     tiny.trial(0).evaluation = [run | {"val/accuracy": 0.99} for run in tiny.trial(0).evaluation]
     tiny.update()
     flat = " ".join(show(tiny).split())
@@ -207,7 +207,7 @@ def test_show_when_no_baseline_fits(tiny: Results) -> None:
     tiny.trial(0).evaluation = [run | {LATENCY: 0.9} for run in tiny.trial(0).evaluation]
     text = show(tiny, 0.6)
     assert "own.MoE (trial 1)" in text
-    assert "No FF among the finalists fits 0.6 ms." in text
+    assert "No FF is among the finalists within 0.6 ms." in text
     assert "minus" not in text
 
 
