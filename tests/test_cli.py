@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mlflow.entities import Run
 from processes import CONFIGS, Process, client, digits, enter, history, runs, started, wait_until, with_store
 
@@ -95,6 +96,13 @@ def test_a_mistake_is_told_in_one_line(args: list[str], named: list[str], mistak
     for part in named:
         assert part in line
     assert not Path("outputs/checkpoints").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there(mistake: Callable[..., str]) -> None:
+    line = mistake(*digits(), "--trainer.accelerator=gpu")
+    assert "trainer.accelerator" in line
+    assert "cpu" in line
 
 
 def test_a_callback_that_waits_for_an_unknown_metric(mistake: Callable[..., str]) -> None:

@@ -5,8 +5,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from fffexp.report.text import label, title, value
@@ -28,14 +31,17 @@ def pareto(results: Results) -> Figure:
         return _end(figure, axes, f"no trial has both a {title(results.monitor)} and a latency yet", empty=True)
     _limit(axes, results, [y for *_, y in trials], [y for *_, y in finalists])
     axes.set_xscale("log")
+    labels, marks = list[Text](), list[Line2D]()
     for layer, (colour, marker) in _styles(results).items():
         own = [(t, ms, y) for t, ms, y in finalists if t.layer == layer]
         _scatter(axes, [(ms, y) for t, ms, y in trials if t.layer == layer], colour, marker, "" if own else layer)
-        for i, (t, ms, y) in enumerate(own):
+        for t, ms, y in own:
             low, high = (results.scale * end for end in t.ci95) if t.ci95 else (y, y)
-            axes.plot(ms, y, marker, color=colour, markersize=8, zorder=4, label="" if i else layer)
+            marks += axes.plot(ms, y, marker, color=colour, markersize=8, zorder=4)
             axes.errorbar(ms, y, [[y - low], [high - y]], color=colour, capsize=3, zorder=4)
-            axes.annotate(label(t), (ms, y), (7, (6, -13)[i % 2]), textcoords="offset points", fontsize=8, color=colour)
+            labels.append(axes.text(ms, y, label(t), fontsize=8, color=colour))
+        if own:
+            marks[-1].set_label(layer)
     if finalists:
         end = 1.1 * max(ms for _, ms, _ in (*trials, *finalists))
         points = sorted((ms, y) for _, ms, y in finalists)
@@ -44,6 +50,9 @@ def pareto(results: Results) -> Figure:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set_xlabel("latency of a batch of 256 in ms, log scale (further left is faster)")
+    figure.draw_without_rendering()
+    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5}
+    adjust_text(labels, ax=axes, objects=marks, expand=(1.1, 1.5), arrowprops=line, ensure_inside_axes=True)
     seeds = max((len(t.seeds) for t, *_ in finalists), default=0)
     large = f"large marks: finalists, 95% interval over {seeds} fresh seed{'s' * (seeds != 1)}; " * bool(finalists)
     return _end(figure, axes, f"{large}faint marks: all trials, by the search's own seeds")

@@ -256,6 +256,8 @@ def _progress(study: StoredStudy, queues: Sequence[store.Queue]) -> Iterator[boo
     while True:
         finished = {(queue, key): job for queue in queues for key, job in queue.finished().items()}
         new, total = [key for key in finished if key not in seen], sum(len(queue.jobs()) for queue in queues)
+        if not total:  # finalists come when the search has ended
+            begun = time.monotonic()
         for key in new:
             seen.add(key)
             job, count = finished[key], len(seen)

@@ -152,7 +152,8 @@ def user_errors() -> Iterator[None]:
     except Exception as error:
         message = " ".join(str(error).split())
         if isinstance(error, MisconfigurationException):
-            raise InvalidConfigError(message) from error
+            missing = "backend found" in message or "accelerator is not available" in message
+            raise InvalidConfigError("trainer.accelerator: give auto or cpu: " * missing + message) from error
         if "loading state_dict" in message:
             raise UserError(f"the checkpoint does not fit the config: {str(error).splitlines()[1].strip()}") from error
         if message.startswith("Early stopping conditioned on metric"):

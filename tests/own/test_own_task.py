@@ -101,16 +101,18 @@ class Wide(FeedforwardLayer):
 
 
 def test_a_study_minimises_what_a_task_of_ones_own_monitors(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "own.py").write_text(OWN + LAYER)
+    enter(with_store(tmp_path), monkeypatch)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine.py").write_text(OWN + LAYER)  # not own.py, which this process has imported
     lr = {"keys": ["model.optimizer.init_args.lr"]}
     write_yaml(tmp_path / "base.yaml", {
-        "model": {"class_path": "own.MyTask", "init_args": {"optimizer": {"class_path": "torch.optim.Adam"}}},
-        "data": {"class_path": "own.MyData"},
+        "model": {"class_path": "mine.MyTask", "init_args": {"optimizer": {"class_path": "torch.optim.Adam"}}},
+        "data": {"class_path": "mine.MyData"},
         "trainer": {"max_epochs": 3},
     })  # fmt: skip
-    write_yaml(tmp_path / "wide.yaml", {"model": {"layer": {"class_path": "own.Wide"}}})
+    write_yaml(tmp_path / "wide.yaml", {"model": {"layer": {"class_path": "mine.Wide"}}})
     write_yaml(tmp_path / "study.yaml", {
         "name": "mine",
         "configs": ["base.yaml"],
@@ -122,8 +124,8 @@ def test_a_study_minimises_what_a_task_of_ones_own_monitors(
     summary = json.loads((tmp_path / "outputs" / "studies" / "mine" / "summary.json").read_text())
     assert (summary["mode"], summary["monitor"]) == ("min", "val/loss")
     bad, good = summary["trials"]
-    assert good["params"]["layer"] == "own.Wide"
+    assert good["params"]["layer"] == "mine.Wide"
     assert good["values"][0] < bad["values"][0]
     assert summary["best"] == good["number"]
     assert main(["report", "mine"]) == 0
-    assert "own.Wide" in capsys.readouterr().out
+    assert "mine.Wide" in capsys.readouterr().out

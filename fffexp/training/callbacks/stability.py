@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fffexp.errors import NonFiniteLossError
@@ -121,11 +122,11 @@ def reading_interval(trainer: Trainer, batches: int = 1) -> int:
     return max(1, int(min(trainer.num_training_batches, READINGS * 1000)) // batches // READINGS)
 
 
-def count_spikes(losses: Sequence[float]) -> int:
+def count_spikes(losses: ArrayLike) -> int:
     """Steps whose loss exceeds the median of the WINDOW steps before by DEVIATIONS median absolute deviations."""
-    if len(losses) <= WINDOW:
+    if len(losses := np.asarray(losses)) <= WINDOW:
         return 0
     windows = np.lib.stride_tricks.sliding_window_view(losses[:-1], WINDOW)
     median = np.median(windows, axis=1)
     deviation = np.median(np.abs(windows - median[:, None]), axis=1)
-    return int((np.asarray(losses[WINDOW:]) > median + DEVIATIONS * deviation).sum())
+    return int((losses[WINDOW:] > median + DEVIATIONS * deviation).sum())
