@@ -23,10 +23,8 @@ CONFIG = "fffexp_config"  # key of the config in a checkpoint
 OURS = ("fffexp", "torch", "lightning")  # packages whose classes are known by their bare names
 # options of the trainer, their least values, and the one that means no limit
 LIMITS = (
-    ("max_epochs", 1, -1),
-    ("max_steps", 1, -1),
-    ("accumulate_grad_batches", 1, None),
-    ("gradient_clip_val", 0, None),
+    *(("max_epochs", 1, -1), ("max_steps", 1, -1)),
+    *(("accumulate_grad_batches", 1, None), ("gradient_clip_val", 0, None)),
 )
 MAX_SEED = 2**32 - 1
 
@@ -45,18 +43,13 @@ def flat_params(config: Namespace, task: Task) -> dict[str, Any]:
     return {
         **params,
         "network": type(task.network).__name__,
-        **total_sizes(task),
+        **{name: sum(layer.sizes()[name] for layer in task.layers.values()) for name in SIZES},
         "data": short(config.data),
         "data.batch_size": init_args(config.data).get("batch_size"),
         "max_epochs": config.trainer.max_epochs,
         "precision": config.trainer.precision or "32-true",
         "threads": torch.get_num_threads(),
     }
-
-
-def total_sizes(task: Task) -> dict[str, int]:
-    """Sizes of all its feedforward layers together."""
-    return {name: sum(layer.sizes()[name] for layer in task.layers.values()) for name in SIZES}
 
 
 def init_args(value: Any) -> dict[str, Any]:
@@ -74,29 +67,23 @@ def short(value: Any) -> Any:
 
 def check_config(config: Namespace) -> None:
     """Raise UserError for what neither jsonargparse nor Lightning refuses, or not in one line."""
-    limits = []
-    for name, least, unlimited in LIMITS:
-        value, unless = config.trainer[name], "" if unlimited is None else f", or {unlimited} for no limit"
-        wrong = value not in (None, unlimited) and not value >= least
-        limits.append((wrong, f"trainer.{name} is {value}: give at least {least}{unless}"))
+    name, seed, both = config.name, config.seed_everything, config.get("init_from") and config.ckpt_path
+    known = re.fullmatch(r"\w[\w .+=-]{0,99}", name)
+    # not by link_arguments, which would override a value of the user's without a word
+    other = init_args(config.data).get("seed", 0) not in (0, seed)
+    trainer = [(f"trainer.{key} is {config.trainer[key]}", config.trainer[key], *limits) for key, *limits in LIMITS]
     refuse(
-        (
-            not re.fullmatch(r"\w[\w .+=-]{0,99}", config.name),
-            f"name is {config.name[:40]!r}: give up to 100 letters, digits, spaces, or . _ - + =",
+        (not known, f"name is {name[:40]!r}: give up to 100 letters, digits, spaces, or . _ - + ="),
+        (not 0 <= seed <= MAX_SEED, f"seed_everything is {seed}: give 0 to {MAX_SEED}"),
+        *(
+            (
+                value not in (None, unlimited) and not value >= least,
+                f"{text}: give at least {least}{'' if unlimited is None else f', or {unlimited} for no limit'}",
+            )
+            for text, value, least, unlimited in trainer
         ),
-        (
-            not 0 <= config.seed_everything <= MAX_SEED,
-            f"seed_everything is {config.seed_everything}: give 0 to {MAX_SEED}",
-        ),
-        *limits,
-        (
-            config.get("init_from") and config.ckpt_path,
-            "init_from starts a new training and ckpt_path resumes one: give one of the two",
-        ),
-        (  # not by link_arguments, which would override a value of the user's without a word
-            init_args(config.data).get("seed", 0) not in (0, config.seed_everything),
-            "data.init_args.seed is linked to seed_everything and cannot be given: leave it out",
-        ),
+        (both, "init_from starts a new training and ckpt_path resumes one: give one of the two"),
+        (other, "data.init_args.seed is linked to seed_everything and cannot be given: leave it out"),
     )
 
 

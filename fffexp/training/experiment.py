@@ -5,7 +5,6 @@ import logging
 import shutil
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,8 @@ import fffexp.layers
 import fffexp.training.schedules  # noqa: F401, with these imported their class names need no module path
 from fffexp import configs, paths, tracking
 from fffexp.environment import peak_memory_mb
-from fffexp.errors import UserError
+from fffexp.errors import UserError, handling
+from fffexp.layers.base import SIZES
 from fffexp.training import config as checks
 from fffexp.training.callbacks.checkpoint import BestCheckpoint, LastCheckpoint, RandomState
 from fffexp.training.callbacks.routing import dead_leaves
@@ -83,8 +83,7 @@ class Result:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes of all feedforward layers together."""
-        return checks.total_sizes(self.task)
+        return {name: self.params[name] for name in SIZES}
 
     @property
     def measurable(self) -> list[str]:
@@ -159,8 +158,8 @@ class ExperimentCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.resolved = self.config[self._wanted]
         # all that a rerun needs, without what it has anew: where it is tracked, which may hold a password
-        rerun = Namespace({**config, "tracking_uri": None})
-        self.resolved_yaml: str = self._parser(self._wanted).dump(rerun, skip_none=True)
+        parser, rerun = self._parser(self._wanted), Namespace({**config, "tracking_uri": None})
+        self.resolved_yaml: str = parser.dump(rerun, skip_none=True)
         config.weights_only = True  # whatever a checkpoint from elsewhere may hold
         checks.check_checkpoint(config, self.resolved_yaml, self._wanted)
         if "seed" in checks.init_args(config.data) and not isinstance(config.seed_everything, bool):
@@ -194,7 +193,6 @@ class ExperimentCLI(LightningCLI):
         return found and self.config_init[self._wanted].trainer[f"limit_{stage}_batches"] != 0
 
     def fit(self, model: Task, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """Train, select on validation, measure, test once."""
         config, params, trainer = self.resolved, checks.flat_params(self.resolved, model), self.trainer
         self.result = Result(model, datamodule, trainer, self.resolved_yaml, params)
         if self.context.dry and not self.has_batches("val"):
@@ -203,11 +201,11 @@ class ExperimentCLI(LightningCLI):
             return
         if config.init_from:
             model.load_state_dict(checks.read_checkpoint("init_from", config.init_from)["state_dict"])
-        client, experiment = tracking.open_store(paths.tracking_uri(config.tracking_uri), config.name)
+        store = tracking.open_store(paths.tracking_uri(config.tracking_uri), config.name)
         backends = ",".join(sorted({layer.inference_backend() for layer in model.layers.values()}))
         tags = {"layer": params["layer"], "data": params["data"], "backend": backends, **self.context.tags}
         name = f"{params['layer']} {params['training_width']} seed {params['seed']}"
-        with tracking.Run(client, experiment, name, tags, self.context.parent) as run:
+        with tracking.Run(*store, name, tags, self.context.parent) as run:
             run.params(params)
             run.text(self.resolved_yaml, "config.yaml")
             loggers = trainer.loggers
@@ -270,16 +268,13 @@ class ExperimentCLI(LightningCLI):
 
 def interruptible(trainer: Trainer, model: LightningModule, data: LightningDataModule | None, kwargs: Any) -> None:
     """Fit; Ctrl-C raises KeyboardInterrupt, where Lightning raises SystemExit(1) and ignores further ones."""
-    before = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(model, datamodule=data, **kwargs)
+        with handling(signal.getsignal(signal.SIGINT), signal.SIGINT):  # type: ignore[arg-type] # a handler
+            trainer.fit(model, datamodule=data, **kwargs)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -287,11 +282,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def run(args: Sequence[str], context: Context | None = None) -> Result | None:
-    """Run a subcommand of LightningCLI, args[0]; a result if it was fit.
-
-    Raises:
-        UserError: a mistake in the arguments, the configs or the data, in one line.
-    """
+    """Run a subcommand of LightningCLI, args[0]; a result if it was fit. UserError: a mistake in what was given."""
     for module in ("fabric.utilities.rank_zero", "fabric.utilities.seed", "pytorch.utilities.rank_zero"):
         logging.getLogger(f"lightning.{module}").addFilter(_is_news)
     for message, category in NO_WARNINGS:
@@ -301,11 +292,7 @@ def run(args: Sequence[str], context: Context | None = None) -> Result | None:
 
 
 def build(args: Sequence[str]) -> Result:
-    """What the arguments of `fffexp fit` make, without training.
-
-    Raises:
-        UserError: a mistake in them, in one line, or nothing is validated.
-    """
+    """What the arguments of `fffexp fit` make, without training. UserError: a mistake, or nothing is validated."""
     result = run(args, Context(quiet=True, dry=True))
     assert result is not None
     return result

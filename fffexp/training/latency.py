@@ -27,8 +27,7 @@ def measure(network: nn.Module, inputs: Tensor) -> dict[str, float]:
         if inputs.is_floating_point() and isinstance(outputs, Tensor):
             hidden = nn.Linear(inputs[0].numel(), REFERENCE_WIDTH)
             reference = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(REFERENCE_WIDTH, outputs[0].numel()))
-            like = next(network.parameters(), outputs)
-            modules["reference_"] = reference.eval().to(like.device, like.dtype)
+            modules["reference_"] = reference.eval().to(next(network.parameters(), outputs))
         for size in BATCH_SIZES:
             # up to 64 different batches; data that does not fill one is repeated
             repeated = inputs.repeat(math.ceil(size / len(inputs)), *[1] * (inputs.dim() - 1))

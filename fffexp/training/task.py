@@ -78,8 +78,9 @@ class Task(LightningModule, ABC):
         self.input_noise_std, self.lr_scheduler = input_noise_std, lr_scheduler
         # no default value, whose weight decay jsonargparse would hand on to an optimizer that a config names instead
         self.optimizer: OptimizerCallable = optimizer or torch.optim.AdamW
-        given = (aux_weights or {}).items()
-        self.schedules = {name: each if isinstance(each, Schedule) else Constant(each) for name, each in given}
+        self.schedules = {
+            name: each if isinstance(each, Schedule) else Constant(each) for name, each in (aux_weights or {}).items()
+        }
         self.aux_weights: dict[str, float] = {}
         self.lr: float | None = None
         self._passes: dict[str, list[tuple[Tensor, ...]]] = {}  # (n,) loss, outputs and targets of each, by prefix
@@ -108,7 +109,6 @@ class Task(LightningModule, ABC):
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
     def samples(self, batch: Any) -> int:
-        """Number of samples in a batch."""
         return len(self.inputs(batch))
 
     @property
@@ -173,9 +173,9 @@ class Task(LightningModule, ABC):
         if given.get("total_steps", 0) is None and given.get("epochs") is None:
             total = 100 if trainer is None else trainer.estimated_stepping_batches
             if not 1 <= total < float("inf"):
-                problem = "no step to train" if total < 1 else "no end of the training"
+                end = "step to train" if total < 1 else "end of the training"
                 raise UserError(
-                    f"there is {problem}, which a schedule of the learning rate needs: see trainer.max_epochs"
+                    f"there is no {end}, which a schedule of the learning rate needs: see trainer.max_epochs"
                 )
             length, interval = {"total_steps": int(total)}, "step"
         scheduler = factory(optimizer, **length)

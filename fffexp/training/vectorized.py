@@ -30,11 +30,8 @@ from fffexp.training.task import Task
 
 # Each element is updated from its own gradients alone. Others, such as Adafactor or Muon, would mix the seeds.
 ELEMENTWISE = frozenset({"SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD"})
-# They average each element for itself, or change nothing that is trained. Checkpoints, of single runs, are left out.
-FOLLOWED = tuple(
-    getattr(callbacks, name)
-    for name in ("WeightAveraging", "LearningRateMonitor", "ModelSummary", "ProgressBar", "Checkpoint")
-)
+# They change nothing that is trained. Checkpoints, of single runs, are left out; an average is of each element.
+WATCHING = (callbacks.LearningRateMonitor, callbacks.ModelSummary, callbacks.ProgressBar, callbacks.Checkpoint)
 # How the names begin of what a task may override: the rest of it is not called where seeds are trained at once.
 OVERRIDABLE = ("__", "forward", "validation_step", "on_validation_epoch", "test", "on_test", "predict", "on_predict")
 
@@ -84,6 +81,8 @@ def train_seeds(
 ) -> Iterator[Result]:
     """Train an experiment with several seeds and select each on validation; a seed is given as soon as it is done.
 
+    Its task has the selected weights; its metrics are those of a single fit, and `epochs`.
+
     Args:
         args: of `fffexp fit`, without a seed.
         seeds: one training each.
@@ -93,13 +92,6 @@ def train_seeds(
         measure_fit: measure the monitored metric on the training data after each epoch as on validation: the best is
             reported as `train/NAME`, its epoch as `epochs_to_fit`.
         fit_counts: patience ends only when that has not improved either.
-
-    Yields:
-        The seeds in their order; the task has the selected weights, and the metrics are those of a single fit, and
-        `epochs`.
-
-    Raises:
-        UserError: a mistake in the arguments.
     """
     selection = partial(_Selection, patience=patience, measure_fit=measure_fit, fit_counts=fit_counts)
     if len(seeds) > 1:
@@ -116,17 +108,13 @@ def train_seeds(
 
 
 def _check(seeds: Sequence[_Seed]) -> None:
-    """Refuse what is known to mix seeds, or to differ between them.
-
-    Raises:
-        NotVectorizable: with the reason.
-    """
+    """Raise NotVectorizable for what is known to mix seeds, or to differ between them."""
     task, trainer, name = seeds[0].task, seeds[0].trainer, type(seeds[0].task).__name__
     made = task.make_optimizer([nn.Parameter(torch.zeros(1))])
     optimizer, scheduler = type(made["optimizer"]), made.get("lr_scheduler", {}).get("scheduler")
     plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
     known = optimizer.__name__ in ELEMENTWISE and optimizer is getattr(torch.optim, optimizer.__name__, None)
-    others = [c for c in trainer.callbacks if not isinstance(c, FOLLOWED)]  # type: ignore[attr-defined] # set by a connector
+    others = [c for c in trainer.callbacks if not isinstance(c, (callbacks.WeightAveraging, *WATCHING))]  # type: ignore[attr-defined] # set by a connector
     classes = type(task).__mro__
     own = sorted(
         {hook for cls in classes[: classes.index(Task)] for hook in vars(cls) if hasattr(LightningModule, hook)}
@@ -167,10 +155,9 @@ class _Selection(callbacks.EarlyStopping):
 
     def train(self, module: LightningModule, data: LightningDataModule | None, test: bool) -> Iterator[Result]:
         """Train the seeds, which are in this module, and select and measure each."""
-        trainer = self.seeds[0].trainer
-        kept = [c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint)]  # type: ignore[attr-defined]
+        trainer: Any = self.seeds[0].trainer  # whose callbacks a connector sets
         # first, for an averaging takes its weights back at the end of a validation
-        trainer.callbacks = [self, *kept]  # type: ignore[attr-defined] # set by a connector
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint))]
         interruptible(trainer, module, data, {})
         for index, seed in enumerate(self.seeds):
             if not seed.validated:

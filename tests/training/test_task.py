@@ -1,5 +1,6 @@
 """A task in a Trainer of anybody's, with the options that people give it."""
 
+import math
 import time
 import warnings
 from functools import partial
@@ -150,8 +151,7 @@ class Pause(Callback):
 def test_the_clock_goes_on_after_a_validation_within_an_epoch(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path, None, Pause(), max_epochs=1, val_check_interval=0.5)
     watch = next(c for c in trainer.callbacks if isinstance(c, TrainingSpeed))  # type: ignore[attr-defined]
-    assert watch.state_dict()["samples"] == ROWS
-    assert 0 < watch.state_dict()["seconds"] < 0.2
+    assert ROWS / 0.2 < watch.results()["speed/train_samples_per_s"] < math.inf
 
 
 def test_a_training_that_ends_by_time_hardens(tmp_path: Path) -> None:

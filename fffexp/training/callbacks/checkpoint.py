@@ -82,15 +82,13 @@ class LastCheckpoint(Checkpoint):
 class RandomState(Callback):
     """Keeps the states of all random number generators in checkpoints: a resumed run draws what it would have drawn."""
 
-    def __init__(self) -> None:
-        self._restored: dict[str, Any] = {}
+    _restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # as late as this, for setting up draws too
-        if not self._restored:
+        if self._restored is None:
             return
-        state = move_data_to_device(self._restored, "cpu")  # a checkpoint is loaded to where the model is
-        self._restored = {}
+        state, self._restored = move_data_to_device(self._restored, "cpu"), None  # loaded to where the model is
         torch.set_rng_state(state["torch"])
         if len(state["cuda"]) == torch.cuda.device_count():  # on other devices CUDA's part is left out
             torch.cuda.set_rng_state_all(state["cuda"])

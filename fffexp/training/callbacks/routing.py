@@ -58,8 +58,11 @@ class BlockCounter:
     def __init__(self, layers: Any) -> None:
         self.counts: dict[str, Tensor] = {}
         self.rows: Counter[str] = Counter()
-        choosing = {path: layer for path, layer in layers.items() if layer.num_experts > 1}
-        self._hooks = [each.register_forward_pre_hook(partial(self._count, path)) for path, each in choosing.items()]
+        self._hooks = [
+            layer.register_forward_pre_hook(partial(self._count, path))
+            for path, layer in layers.items()
+            if layer.num_experts > 1
+        ]
 
     def _count(self, path: str, layer: FeedforwardLayer, inputs: tuple[Tensor, ...]) -> None:
         if layer.hard:

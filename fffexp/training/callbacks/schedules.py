@@ -33,8 +33,8 @@ class Schedules(Callback):
             schedule.value = self._values.get(name, schedule.value)
         moving = [name for name, schedule in schedules if not isinstance(schedule, (Adaptive, Constant))]
         self._moving, self._steps = ", ".join(moving), trainer.estimated_stepping_batches
-        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined] # set by a connector
-        self._timers = [timer for timer in timers if timer.time_remaining() is not None]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        self._timers = [each for each in callbacks if isinstance(each, Timer) and each.time_remaining() is not None]
         if moving and self._steps == ENDLESS and not self._timers and (trainer.max_epochs or -1) < 0:
             warnings.warn(
                 f"the training has no known end, so that the schedule of {self._moving} stays at its start "

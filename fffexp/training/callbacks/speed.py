@@ -11,9 +11,8 @@ from fffexp.timing import synchronize, wait_for_timing
 class TrainingSpeed(Callback):
     """Samples per second of the training passes, without validation; yields to timings on this machine."""
 
-    def __init__(self) -> None:
-        self._samples, self._seconds = 0, 0.0
-        self._start: float | None = None
+    _samples, _seconds = 0, 0.0
+    _start: float | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.perf_counter()
@@ -35,15 +34,7 @@ class TrainingSpeed(Callback):
     on_validation_start = on_train_epoch_end = _stop
 
     def results(self) -> dict[str, float]:
-        """Final metrics."""
         return {"speed/train_samples_per_s": self._samples / self._seconds} if self._seconds > 0 else {}
-
-    def state_dict(self) -> dict[str, Any]:
-        running = 0.0 if self._start is None else time.perf_counter() - self._start
-        return {"samples": self._samples, "seconds": self._seconds + running}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._samples, self._seconds = state_dict["samples"], state_dict["seconds"]
 
 
 class EpochLines(Callback):

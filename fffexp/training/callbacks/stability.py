@@ -54,7 +54,7 @@ class Stability(Course, Callback):
 
     def __init__(self, task: Any) -> None:
         super().__init__(task.mode)
-        self._task, self.epochs, self._optimizer_steps = task, 0, 0
+        self._task, self.epochs = task, 0
         self._unread: list[tuple[int, int, Tensor]] = []  # step, epoch, loss
         self._norms: list[Tensor] = []
 
@@ -78,8 +78,7 @@ class Stability(Course, Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         # the norm of the whole gradient, at some steps: each reading costs as much as a small layer
-        self._optimizer_steps += 1
-        if self._optimizer_steps % reading_interval(trainer, trainer.accumulate_grad_batches) == 0:
+        if (trainer.global_step + 1) % reading_interval(trainer, trainer.accumulate_grad_batches) == 0:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
             self._norms.append(torch.nn.utils.get_total_norm(gradients))
