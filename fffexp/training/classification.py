@@ -24,8 +24,7 @@ class ClassificationTask(Task):
         kwargs: see Task.
 
     Raises:
-        ValueError: an argument out of range, an auxiliary loss that the layer does not know, a layer that cannot be
-            trained.
+        ValueError: an argument out of range, or see Task.check.
     """
 
     monitor, mode = "val/accuracy", "max"

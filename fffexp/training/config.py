@@ -26,7 +26,6 @@ LIMITS = (
     *(("max_epochs", 1, -1), ("max_steps", 1, -1)),
     *(("accumulate_grad_batches", 1, None), ("gradient_clip_val", 0, None)),
 )
-MAX_SEED = 2**32 - 1
 
 
 def flat_params(config: Namespace, task: Task) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def check_config(config: Namespace) -> None:
     trainer = [(f"trainer.{key} is {config.trainer[key]}", config.trainer[key], *limits) for key, *limits in LIMITS]
     refuse(
         (not known, f"name is {name[:40]!r}: give up to 100 letters, digits, spaces, or . _ - + ="),
-        (not 0 <= seed <= MAX_SEED, f"seed_everything is {seed}: give 0 to {MAX_SEED}"),
+        (not 0 <= seed < 2**32, f"seed_everything is {seed}: give 0 to {2**32 - 1}"),
         *(
             (
                 value not in (None, unlimited) and not value >= least,

@@ -45,16 +45,6 @@ MEASURED = (
     *("speed/latency_b256_ms", "speed/reference_latency_b256_ms", "speed/latency_b256_ratio"),
     "speed/train_samples_per_s",
 )
-# how lines begin that Lightning prints on every run: the hardware, the seed, how to buy more, why training ended
-NO_NEWS = (
-    *("GPU available", "TPU available", "HPU available", "Seed set to", "\N{ELECTRIC LIGHT BULB}", "`Trainer."),
-    *("Loading `train_dataloader`", "The following callbacks returned"),
-)
-NO_WARNINGS = (
-    ("`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning),  # Lightning's own use of torch
-    ("Checkpoint directory .* exists and is not empty", UserWarning),  # a resumed run goes on in its folder
-    ("Be aware that when using `ckpt_path`", UserWarning),  # validate, test and predict have no use for callbacks
-)
 
 
 @dataclass
@@ -259,7 +249,6 @@ class ExperimentCLI(LightningCLI):
             return dead | (measure(model.network, torch.cat(rows)[:LATENCY_ROWS]) if rows else {})
 
     def _inputs(self, model: Task, loader: Any) -> Iterator[Tensor]:
-        """What the network takes of each batch of a loader, where the network is."""
         loader = loader[0] if isinstance(loader, (list, tuple)) else loader
         for batch in itertools.islice(loader, int(min(self.trainer.num_training_batches, 2**31))):
             inputs = model.inputs(self.trainer.strategy.batch_to_device(batch))
@@ -278,14 +267,24 @@ def interruptible(trainer: Trainer, model: LightningModule, data: LightningDataM
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(NO_NEWS)
+    # not the hardware, the seed, how to buy more, why training ended
+    return not record.getMessage().startswith(
+        (
+            *("GPU available", "TPU available", "HPU available", "Seed set to", "\N{ELECTRIC LIGHT BULB}", "`Trainer."),
+            *("Loading `train_dataloader`", "The following callbacks returned"),
+        )
+    )
 
 
 def run(args: Sequence[str], context: Context | None = None) -> Result | None:
     """Run a subcommand of LightningCLI, args[0]; a result if it was fit. UserError: a mistake in what was given."""
     for module in ("fabric.utilities.rank_zero", "fabric.utilities.seed", "pytorch.utilities.rank_zero"):
         logging.getLogger(f"lightning.{module}").addFilter(_is_news)
-    for message, category in NO_WARNINGS:
+    for message, category in (
+        ("`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning),  # Lightning's own use of torch
+        ("Checkpoint directory .* exists and is not empty", UserWarning),  # a resumed run goes on in its folder
+        ("Be aware that when using `ckpt_path`", UserWarning),  # validate, test and predict have no use for callbacks
+    ):
         warnings.filterwarnings("ignore", message, category)
     with checks.user_errors():
         return getattr(ExperimentCLI(args, context or Context()), "result", None)

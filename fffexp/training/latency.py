@@ -15,11 +15,9 @@ ROUNDS = (15, 300)  # enough for a steady median of a fast layer, few for a slow
 
 
 def measure(network: nn.Module, inputs: Tensor) -> dict[str, float]:
-    """Speed metrics of a network on real inputs, interleaved with a dense reference from its inputs to its outputs.
+    """Speed metrics of a network on inputs (samples, ...), of which batches are taken in rotation.
 
-    Args:
-        network: (batch, ...) -> anything; a tensor, for the latencies of the reference beside.
-        inputs: (samples, ...) that batches are taken from in rotation.
+    They are interleaved with a dense reference from its inputs to its outputs, where both are tensors of numbers.
     """
     modules, results = {"": network.eval()}, dict[str, float]()
     with exclusive_timing(), torch.inference_mode():

@@ -15,10 +15,7 @@ INVERSE_TEMPERATURE = Exponential(1.0, 300.0)  # that of configs/recipe/fff.yaml
 def weighted_aux_losses(
     layers: Iterable[FeedforwardLayer], aux_weights: Mapping[str, float] | None = None
 ) -> Tensor | float:
-    """Sum of the auxiliary losses of what these layers' training passes decided; 0.0 where there is none.
-
-    The weights are each layer's own recommendation unless given.
-    """
+    """Sum of the auxiliary losses of what these layers' training passes decided, by these weights or their own."""
     terms = [
         weight * aux_loss(routing)
         for layer in layers
@@ -32,15 +29,12 @@ def weighted_aux_losses(
 def auxiliary_loss(model: nn.Module, aux_weights: Mapping[str, float] | None = None) -> Tensor:
     """() to be added to the loss of a training step, between the forward and the backward pass.
 
-    It is the sum over all training passes since it was last read, and clears them.
-
-    Args:
-        model: any module with layers of this package in it, after a pass in training mode.
-        aux_weights: of the auxiliary losses by name; each layer's own recommendation unless given.
+    It is the sum over all training passes since it was last read, and clears them. The weights by name are each
+    layer's own recommendation unless given.
 
     Raises:
-        ValueError: the model has no such layer, or none with an auxiliary loss of that name.
-        RuntimeError: no layer made a training pass with gradients since the last call, or more than one under
+        ValueError: the model has no layer of this package, or none with an auxiliary loss of that name.
+        RuntimeError: no layer made a training pass with gradients since the last call, or several did with
             torch.compile.
     """
     layers = _layers(model)
@@ -60,15 +54,10 @@ def auxiliary_loss(model: nn.Module, aux_weights: Mapping[str, float] | None = N
 
 
 def anneal(model: nn.Module, progress: float, schedule: Schedule = INVERSE_TEMPERATURE) -> None:
-    """Set the choice scale of the trees in a model; call it every step.
-
-    Args:
-        model: any module with layers of this package in it.
-        progress: share of the training that is done, in [0, 1].
-        schedule: of the choice scale.
+    """Set the choice scale of the trees in a model by its schedule; call it every step.
 
     Raises:
-        ValueError: progress is something else, or the model has no such layer.
+        ValueError: progress, the share of the training that is done, is not in [0, 1], or there is no layer.
     """
     scale = schedule(probability("progress", progress))
     for layer in _layers(model):

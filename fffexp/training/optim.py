@@ -14,13 +14,6 @@ class LazyAdamW(torch.optim.Optimizer):
     The moments and the weight decay of a row wait while it is not used ("lazy" Adam, as torch.optim.SparseAdam, which
     takes neither dense gradients beside sparse ones nor weight decay). Dense gradients are treated as by AdamW.
 
-    Args:
-        params: parameters or groups.
-        lr: learning rate.
-        betas: decay of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, of the rows that are updated.
-
     Raises:
         ValueError: a negative lr, eps or weight_decay, or betas outside [0, 1).
     """
@@ -71,13 +64,7 @@ class LazyAdamW(torch.optim.Optimizer):
 
 
 class OneCycle(OneCycleLR):
-    """torch's OneCycleLR whose peak is the learning rate of the optimizer, which so stands in one place.
-
-    Args:
-        optimizer: with the peak learning rate of each group.
-        total_steps: length of the cycle; a Task gives that of the training.
-        kwargs: see OneCycleLR; all but max_lr.
-    """
+    """torch's OneCycleLR whose peak is the optimizer's learning rate; a Task gives its total_steps."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None, **kwargs: Any) -> None:
         peaks = [group["lr"] for group in optimizer.param_groups]

@@ -39,11 +39,7 @@ class Linear(Schedule):
 
 
 class Exponential(Schedule):
-    """From start to end by equal factors; both above 0.
-
-    Raises:
-        ValueError: start or end is not above 0.
-    """
+    """From start to end by equal factors; both above 0, or ValueError is raised."""
 
     def __init__(self, start: float, end: float) -> None:
         if start <= 0 or end <= 0:
@@ -55,10 +51,10 @@ class Exponential(Schedule):
 
 
 class Step(Schedule):
-    """Phases: values[i] from milestones[i - 1] (a share of the training) up to milestones[i].
+    """Phases: values[i] from milestones[i - 1] up to milestones[i], shares of the training that rise within (0, 1).
 
     Raises:
-        ValueError: not one value more than milestones, or milestones not rising within (0, 1).
+        ValueError: the milestones do not rise, or there is not one value more.
     """
 
     def __init__(self, values: Sequence[float], milestones: Sequence[float]) -> None:
@@ -78,14 +74,9 @@ class Step(Schedule):
 
 
 class Adaptive(Schedule):
-    """Raised by a factor after every epoch whose mean choice entropy is above the target.
+    """Raised by a factor, up to a maximum, after every epoch whose mean choice entropy is above the target, in nats.
 
-    Args:
-        start: first value, above 0.
-        factor: growth per epoch, above 1.
-        maximum: never above this.
-        target: entropy in nats; below 0.10 rounding the choices changes predictions very little
-            (arXiv 2308.14711, section 3).
+    Below 0.10 rounding the choices changes predictions very little (arXiv 2308.14711, section 3).
 
     Raises:
         ValueError: start is not above 0, factor not above 1, or maximum below start.

@@ -154,7 +154,6 @@ class _Selection(callbacks.EarlyStopping):
         self.losses: list[Tensor] = []  # (seeds,) of each step
 
     def train(self, module: LightningModule, data: LightningDataModule | None, test: bool) -> Iterator[Result]:
-        """Train the seeds, which are in this module, and select and measure each."""
         trainer: Any = self.seeds[0].trainer  # whose callbacks a connector sets
         # first, for an averaging takes its weights back at the end of a validation
         trainer.callbacks = [self, *(c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint))]
@@ -246,7 +245,6 @@ class _Together(LightningModule):
 
     @property
     def layers(self) -> dict[str, FeedforwardLayer]:
-        """Of all seeds; the schedules set them."""
         return {f"{i}.{path}": m for i, seed in enumerate(self.seeds) for path, m in seed.task.layers.items()}
 
     def _loaders(self, name: str) -> CombinedLoader:
@@ -272,7 +270,7 @@ class _Together(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradient of each seed by its own norm."""
+        # of each seed by its own norm
         if not gradient_clip_val or gradient_clip_algorithm == "value":
             return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         gradients = [p.grad.flatten(1) if p.dim() > 1 else p.grad[:, None] for p in self.stacked if p.grad is not None]

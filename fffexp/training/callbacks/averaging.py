@@ -13,9 +13,6 @@ class WeightAveraging(callbacks.WeightAveraging):
     In step t the average keeps a share min(decay, (1 + t) / (10 + t)) of itself, so that in a short training it does
     not reach back to the first weights.
 
-    Args:
-        decay: what the average keeps of itself in a step, in the long run.
-
     Raises:
         ValueError: decay is not at least 0 and below 1.
     """

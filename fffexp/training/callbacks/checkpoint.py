@@ -54,9 +54,7 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Checkpoint):
     """Saves every finished epoch as last.ckpt, all at once, so that a killed run can be resumed from there.
 
-    Args:
-        folder: where to; set before training.
-        config: what the run was made of, as YAML; it is kept in every checkpoint.
+    The folder is set before training; the config, as YAML, is kept in every checkpoint.
     """
 
     def __init__(self, folder: Path, config: str) -> None:

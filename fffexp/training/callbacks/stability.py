@@ -29,7 +29,6 @@ class Course:
         self.fitted: list[tuple[int, float]] = []  # on the training data
 
     def best(self, values: Sequence[tuple[int, float]]) -> tuple[int, float]:
-        """The first of the best."""
         return max(values, key=lambda each: -math.inf if math.isnan(each[1]) else self.sign * each[1])
 
     def results(self) -> dict[str, float]:
@@ -49,8 +48,6 @@ class Stability(Course, Callback):
     Raises:
         NonFiniteLossError: a loss is NaN or infinite; on the CPU before it reaches the weights.
     """
-
-    KEPT = ("losses", "spikes", "nonfinite_steps", "validated", "fitted", "epochs")  # in a checkpoint
 
     def __init__(self, task: Any) -> None:
         super().__init__(task.mode)
@@ -110,7 +107,8 @@ class Stability(Course, Callback):
     def state_dict(self) -> dict[str, Any]:
         self._read()
         self._follow_training()
-        return {name: getattr(self, name) for name in self.KEPT}
+        course = {name: getattr(self, name) for name in ("losses", "spikes", "nonfinite_steps", "validated", "fitted")}
+        return course | {"epochs": self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
