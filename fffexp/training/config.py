@@ -88,8 +88,7 @@ def check_config(config: Namespace) -> None:
 
 def read_checkpoint(key: str, path: str) -> dict[str, Any]:
     """A checkpoint of Lightning's; UserError if it is not there, or damaged, or something else."""
-    if not Path(path).is_file():
-        raise UserError(f"{key}: {path} is not there; give the path of a checkpoint")
+    refuse((not Path(path).is_file(), f"{key}: {path} is not there; give the path of a checkpoint"))
     try:
         with warnings.catch_warnings(action="ignore"):  # of what it may be instead
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -97,8 +96,8 @@ def read_checkpoint(key: str, path: str) -> dict[str, Any]:
         raise UserError(f"{key}: {path}: {error.strerror}") from error
     except Exception:  # torch says it in many ways
         content = None
-    if not (isinstance(content, dict) and {"pytorch-lightning_version", "state_dict", "loops"} <= content.keys()):
-        raise UserError(f"{key}: {path} is damaged, or no checkpoint that fffexp fit wrote: give another")
+    whole = isinstance(content, dict) and {"pytorch-lightning_version", "state_dict", "loops"} <= content.keys()
+    refuse((not whole, f"{key}: {path} is damaged, or no checkpoint that fffexp fit wrote: give another"))
     return content
 
 
@@ -107,25 +106,35 @@ def check_checkpoint(config: Namespace, resolved: str, subcommand: str) -> None:
 
     That is one of a training which is complete, or which had another optimizer, for Lightning restores that.
     """
-    if config.ckpt_path is None and subcommand != "fit":
-        raise UserError(f"ckpt_path is missing: give the checkpoint to {subcommand} by --ckpt_path")
+    missing = f"ckpt_path is missing: give the checkpoint to {subcommand} by --ckpt_path"
+    refuse((config.ckpt_path is None and subcommand != "fit", missing))
     checkpoint = None if config.ckpt_path is None else read_checkpoint("ckpt_path", config.ckpt_path)
     if checkpoint is None or subcommand != "fit":
         return
     anew = "start a new training from its weights by --init_from"
     texts = (checkpoint.get(CONFIG, resolved), resolved)
     before, now = (dict(flat(parse_yaml(text, "config").get("model") or {})) for text in texts)
-    for name in sorted({*before, *now}):
-        if name.startswith(("optimizer", "lr_scheduler")) and before.get(name) != now.get(name):
-            raise UserError(
-                f"ckpt_path: that training began with model.{name} {before.get(name)}, which cannot become"
-                f" {now.get(name)}: leave it as it was, or {anew}"
-            )
+    begun, kept = "ckpt_path: that training began with model", f"leave it as it was, or {anew}"
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    for unit, done in (("steps", checkpoint["global_step"]), ("epochs", epochs)):
-        wanted = config.trainer[f"max_{unit}"]
-        if wanted is not None and 0 <= wanted <= done:
-            raise UserError(f"ckpt_path: that training has all its {done} {unit}: raise trainer.max_{unit}, or {anew}")
+    lengths = (("steps", checkpoint["global_step"]), ("epochs", epochs))
+    limits = [(unit, done, config.trainer[f"max_{unit}"]) for unit, done in lengths]
+    refuse(
+        *(
+            (
+                before.get(name) != now.get(name),
+                f"{begun}.{name} {before.get(name)}, which cannot become {now.get(name)}: {kept}",
+            )
+            for name in sorted({*before, *now})
+            if name.startswith(("optimizer", "lr_scheduler"))
+        ),
+        *(
+            (
+                limit is not None and 0 <= limit <= done,
+                f"ckpt_path: that training has all its {done} {unit}: raise trainer.max_{unit}, or {anew}",
+            )
+            for unit, done, limit in limits
+        ),
+    )
 
 
 @contextmanager

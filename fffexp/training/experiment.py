@@ -24,7 +24,7 @@ import fffexp.layers
 import fffexp.training.schedules  # noqa: F401, with these imported their class names need no module path
 from fffexp import configs, paths, tracking
 from fffexp.environment import peak_memory_mb
-from fffexp.errors import UserError, handling
+from fffexp.errors import handling, refuse
 from fffexp.layers.base import SIZES
 from fffexp.training import config as checks
 from fffexp.training.callbacks.checkpoint import BestCheckpoint, LastCheckpoint, RandomState
@@ -156,8 +156,8 @@ class ExperimentCLI(LightningCLI):
             config.data.init_args.seed = config.seed_everything
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        if wrong := [name for name in LINKED if f"model.{name}" in self._given and hasattr(self.datamodule, name)]:
-            raise UserError(f"model.{wrong[0]} is linked to data.{wrong[0]} and cannot be given: leave it out")
+        twice = [name for name in LINKED if f"model.{name}" in self._given and hasattr(self.datamodule, name)]
+        refuse(*((True, f"model.{name} is linked to data.{name} and cannot be given: leave it out") for name in twice))
         config = dict(self.config_init[self._wanted].trainer)
         given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         config["enable_progress_bar"] |= any(isinstance(callback, ProgressBar) for callback in given)
@@ -173,8 +173,8 @@ class ExperimentCLI(LightningCLI):
         if not self.context.quiet and not config["enable_progress_bar"]:
             extra.append(EpochLines())
         trainer = self._instantiate_trainer(config, extra)
-        if trainer.world_size > 1:
-            raise UserError(f"{trainer.world_size} devices: a run trains on one for now: give --trainer.devices 1")
+        several = f"{trainer.world_size} devices: a run trains on one for now: give --trainer.devices 1"
+        refuse((trainer.world_size > 1, several))
         return trainer
 
     def has_batches(self, stage: str) -> bool:
@@ -185,10 +185,9 @@ class ExperimentCLI(LightningCLI):
     def fit(self, model: Task, datamodule: LightningDataModule, **kwargs: Any) -> None:
         config, params, trainer = self.resolved, checks.flat_params(self.resolved, model), self.trainer
         self.result = Result(model, datamodule, trainer, self.resolved_yaml, params)
-        if self.context.dry and not self.has_batches("val"):
-            raise UserError(f"nothing is validated, so that there is no {model.monitor}: see trainer.limit_val_batches")
         if self.context.dry:
-            return
+            nothing = f"nothing is validated, so that there is no {model.monitor}: see trainer.limit_val_batches"
+            return refuse((not self.has_batches("val"), nothing))
         if config.init_from:
             model.load_state_dict(checks.read_checkpoint("init_from", config.init_from)["state_dict"])
         store = tracking.open_store(paths.tracking_uri(config.tracking_uri), config.name)

@@ -172,11 +172,9 @@ class Task(LightningModule, ABC):
         given, length, interval = getattr(factory, "keywords", {}), dict[str, int](), "epoch"
         if given.get("total_steps", 0) is None and given.get("epochs") is None:
             total = 100 if trainer is None else trainer.estimated_stepping_batches
-            if not 1 <= total < float("inf"):
-                end = "step to train" if total < 1 else "end of the training"
-                raise UserError(
-                    f"there is no {end}, which a schedule of the learning rate needs: see trainer.max_epochs"
-                )
+            end = "step to train" if total < 1 else "end of the training"
+            needs = f"there is no {end}, which a schedule of the learning rate needs: see trainer.max_epochs"
+            refuse((not 1 <= total < float("inf"), needs))
             length, interval = {"total_steps": int(total)}, "step"
         scheduler = factory(optimizer, **length)
         how = {"scheduler": scheduler, "interval": interval, "monitor": getattr(scheduler, "monitor", None)}
@@ -209,9 +207,9 @@ class Task(LightningModule, ABC):
     def on_train_start(self) -> None:
         steps = self.trainer.estimated_stepping_batches
         for config in self.trainer.lr_scheduler_configs:  # which a resumed training restored
-            name, planned = type(config.scheduler).__name__, getattr(config.scheduler, "total_steps", None)
-            if planned is not None and config.interval == "step" and planned < steps:
-                raise UserError(f"{name} was begun for {planned} steps, not {steps}: resume with the epochs of before")
+            planned = getattr(config.scheduler, "total_steps", None) if config.interval == "step" else None
+            begun = f"{type(config.scheduler).__name__} was begun for {planned} steps, not {steps}"
+            refuse((planned is not None and planned < steps, f"{begun}: resume with the epochs of before"))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.input_noise_std:

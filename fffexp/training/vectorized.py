@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
-from fffexp.errors import UserError
+from fffexp.errors import refuse
 from fffexp.layers import FeedforwardLayer
 from fffexp.layers.random import seed_generators
 from fffexp.timing import wait_for_timing
@@ -159,8 +159,7 @@ class _Selection(callbacks.EarlyStopping):
         trainer.callbacks = [self, *(c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint))]
         interruptible(trainer, module, data, {})
         for index, seed in enumerate(self.seeds):
-            if not seed.validated:
-                raise UserError(f"{self.monitor} was never measured: training of seeds needs validation")
+            refuse((not seed.validated, f"{self.monitor} was never measured: training of seeds needs validation"))
             seed.task.load_state_dict(seed.selected)
             seed.trainer.callbacks, seed.trainer.loggers = [], []  # type: ignore[attr-defined]
             losses = torch.stack(self.losses)[: seed.steps, index].double()
@@ -185,10 +184,9 @@ class _Selection(callbacks.EarlyStopping):
         for seed in () if trainer.sanity_checking else self.live:
             seed.candidate = {name: value.clone() for name, value in seed.task.state_dict().items()}
             if self.measure_fit:
-                metric = seed.task.make_metrics()[self.name.removeprefix("train/")].to(seed.task.device)
-                for batch in seed.train_batches():
-                    metric.update(*seed.task.loss(batch)[1:])
-                seed.fitted.append((trainer.current_epoch + 1, float(metric.compute())))
+                losses, *found = zip(*map(seed.task.loss, seed.train_batches()), strict=True)
+                measured = seed.task.measure("train/", torch.stack(losses), *map(torch.cat, found))
+                seed.fitted.append((trainer.current_epoch + 1, float(measured[self.name])))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for seed in () if trainer.sanity_checking else self.live:

@@ -11,7 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from fffexp.errors import UserError
+from fffexp.errors import UserError, refuse
 from fffexp.training.config import CONFIG
 
 VALIDATED = ("val/", "routing/used_leaves", "routing/usage_cv")  # logged in validation, of the validated weights
@@ -42,10 +42,8 @@ class BestCheckpoint(ModelCheckpoint):
 
         moved: dict[str, Any] = {key: here(path) for key, path in state_dict.items() if key.endswith("_model_path")}
         best = self._measured = moved["best_model_path"]
-        if best and not Path(best).is_file():
-            raise UserError(
-                f"ckpt_path: {best}, the best of that run, is not there: put it back, or resume from another"
-            )
+        missing = f"ckpt_path: {best}, the best of that run, is not there: put it back, or resume from another"
+        refuse((best and not Path(best).is_file(), missing))
         moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **moved, "dirpath": self.dirpath})
         self.metrics = state_dict.get("metrics", {})
