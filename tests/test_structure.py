@@ -21,8 +21,6 @@ FILES = {
     for path in sorted((ROOT / "fffexp").rglob("*.py"))
 }
 
-# to be emptied
-
 # what stands directly in fffexp/ and is used by all above it
 GROUND = {name.split(".")[1] for name in FILES if name.count(".") == 1 and FILES[name].stem != "__init__"}
 GROUND -= {"__main__", "cli", "tracking"}

@@ -187,7 +187,8 @@ class ExperimentCLI(LightningCLI):
         self.result = Result(model, datamodule, trainer, self.resolved_yaml, params)
         if self.context.dry:
             nothing = f"nothing is validated, so that there is no {model.monitor}: see trainer.limit_val_batches"
-            return refuse((not self.has_batches("val"), nothing))
+            refuse((not self.has_batches("val"), nothing))
+            return
         if config.init_from:
             model.load_state_dict(checks.read_checkpoint("init_from", config.init_from)["state_dict"])
         store = tracking.open_store(paths.tracking_uri(config.tracking_uri), config.name)

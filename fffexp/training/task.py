@@ -83,7 +83,7 @@ class Task(LightningModule, ABC):
         }
         self.aux_weights: dict[str, float] = {}
         self.lr: float | None = None
-        self._passes: dict[str, list[tuple[Tensor, ...]]] = {}  # (n,) loss, outputs and targets of each, by prefix
+        self._passes: dict[str, list[tuple[Tensor, ...]]] = {}  # () or (n,) loss, outputs, targets; by prefix
         self.kept_layers: dict[str, FeedforwardLayer] | None = None  # during a fit, looked up once
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -224,7 +224,7 @@ class Task(LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         total, *found = self.training_loss(batch)
         # metrics wait for the end of the epoch: updating them every step would cost as much as the step
-        self._passes.setdefault("train/", []).append((total.detach()[None], *found))
+        self._passes.setdefault("train/", []).append((total.detach(), *found))
         return total
 
     def on_after_backward(self) -> None:
@@ -253,14 +253,17 @@ class Task(LightningModule, ABC):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(self.inputs(batch))
 
-    def measure(self, prefix: str, losses: Tensor, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """What is logged of an epoch under this prefix: the mean loss, and the metrics."""
-        found = {name: metric.to(self.device)(outputs, targets) for name, metric in self.make_metrics().items()}
-        return {f"{prefix}{name}": value for name, value in {"loss": losses.float().mean(), **found}.items()}
+    def measure(
+        self, prefix: str, losses: tuple[Tensor, ...], outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]
+    ) -> dict[str, Tensor]:
+        """What is logged of an epoch's batches under this prefix: the mean loss, and the metrics."""
+        found = torch.cat(outputs), torch.cat(targets)
+        metrics = {f"{prefix}{name}": metric.to(self.device)(*found) for name, metric in self.make_metrics().items()}
+        return {f"{prefix}loss": torch.hstack(losses).float().mean(), **metrics}
 
     def _results(self, prefix: str) -> dict[str, Tensor]:
         passes = self._passes.pop(prefix, None)
-        return self.measure(prefix, *map(torch.cat, zip(*passes, strict=True))) if passes else {}
+        return self.measure(prefix, *zip(*passes, strict=True)) if passes else {}
 
     def on_train_epoch_start(self) -> None:
         self._passes.clear()  # what a finder trained

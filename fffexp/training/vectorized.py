@@ -184,8 +184,8 @@ class _Selection(callbacks.EarlyStopping):
         for seed in () if trainer.sanity_checking else self.live:
             seed.candidate = {name: value.clone() for name, value in seed.task.state_dict().items()}
             if self.measure_fit:
-                losses, *found = zip(*map(seed.task.loss, seed.train_batches()), strict=True)
-                measured = seed.task.measure("train/", torch.stack(losses), *map(torch.cat, found))
+                passes = zip(*map(seed.task.loss, seed.train_batches()), strict=True)
+                measured = seed.task.measure("train/", *passes)
                 seed.fitted.append((trainer.current_epoch + 1, float(measured[self.name])))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -317,7 +317,7 @@ class _Together(LightningModule):
         self.steps.clear()
         by_seed = torch.stack(losses, 1), torch.cat(outputs, 1), torch.cat(targets, 1)
         for seed, *measured in zip(self.seeds, *by_seed, strict=True):
-            seed.task.log_dict(seed.task.measure("train/", *measured))
+            seed.task.log_dict(seed.task.measure("train/", *((each,) for each in measured)))
 
     def on_validation_epoch_start(self) -> None:
         self._mode(training=False)
