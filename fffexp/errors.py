@@ -62,8 +62,10 @@ def one_line(message: str) -> str:
 def handling(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
     """Give these signals to a function; they go to the main thread, in which alone this does anything."""
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers if main}
-    try:
+    before = {number: signal.getsignal(number) for number in numbers if main}
+    try:  # a signal may come between two of these
+        for number in before:
+            signal.signal(number, handler)
         yield
     finally:
         for number, former in before.items():
