@@ -13,7 +13,7 @@ import yaml
 from fffexp.errors import UserError, refuse
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # the fast one where it is
     """Refuses a key that is given twice, where YAML lets the last one win, and an alias that contains itself."""
 
     def construct_document(self, node: yaml.Node) -> Any:
@@ -31,9 +31,10 @@ class _StrictLoader(yaml.SafeLoader):
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """The mapping that a YAML text holds; a UserError if it holds none, a key twice, or an alias of itself."""
     try:
-        content = yaml.load(text, _StrictLoader)  # a SafeLoader
+        content = yaml.load(text, _StrictLoader)  # a safe loader
     except yaml.YAMLError as error:
-        line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        last = text.rstrip().count("\n")  # what is missing at the end is found a line later
+        line = f", line {min(mark.line, last) + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         problem = " ".join((getattr(error, "problem", None) or str(error)).split())
         problem = problem.replace("found unconstructable recursive node", "an alias contains itself")
         raise UserError(f"{source}{line}: {problem}") from error

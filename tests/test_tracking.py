@@ -21,6 +21,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_two_fits_that_create_the_store_at_once(tmp_path: Path) -> None:
     with ExitStack() as stack:
         both = [

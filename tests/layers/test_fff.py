@@ -235,22 +235,6 @@ def test_region_leak_leaves_entropy_alone() -> None:
     assert_close(leaking.routing.entropy_BN, plain.routing.entropy_BN)
 
 
-@pytest.mark.parametrize("depth", [3, DEEP])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_operators_of_inference_do_not_depend_on_the_batch(depth: int, dtype: torch.dtype, backend: str) -> None:
-    layer = make(depth, dtype=dtype).eval()
-    layer.backend = backend
-    layer(inputs(2, dtype=dtype))
-    counts = set()
-    for batch in (1, 64, 300):
-        with torch.no_grad(), Calls() as calls:
-            layer(inputs(batch, dtype=dtype))
-        counts.add(calls.count)
-    assert len(counts) == 1
-    assert 0 < counts.pop() < 40 + 12 * depth
-
-
 def test_cost_of_inference_does_not_grow_with_the_leaves() -> None:
     def operators(depth: int) -> int:
         layer, x = make(depth, dtype=torch.float32).eval(), inputs(1)

@@ -214,16 +214,6 @@ def test_mistakes_are_named() -> None:
         NoisyTopKMoE(IN, OUT, num_experts=10**15, expert_width=1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_operators_of_inference_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
-    layer, counts = make(dtype=dtype).eval(), set()
-    for batch in (2, 64, 300):
-        with torch.no_grad(), Calls() as calls:
-            layer(inputs(batch, dtype=dtype))
-        counts.add(calls.count)
-    assert len(counts) == 1
-
-
 def test_training_keeps_no_tensor_of_batch_experts_hidden() -> None:
     # (batch, experts, width) would be four times the bound
     batch, layer = 512, randomized(NoisyTopKMoE(IN, OUT, num_experts=8, expert_width=20, top_k=2))

@@ -160,10 +160,15 @@ def test_a_second_model_checkpoint_saves_below_the_outputs(tmp_path: Path) -> No
         ("--trainer.limit_val_batches=0", "test/accuracy"),
     ],
 )
-def test_options_of_lightning_work(option: str, printed: str, tmp_path: Path) -> None:
-    with started(*digits("ff"), option, folder=tmp_path) as process:
-        assert process.wait() == 0, process.errors()
-    assert printed in process.output() + process.errors()
+def test_options_of_lightning_work(
+    option: str,
+    printed: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert main([*digits("ff"), option]) == 0
+    assert printed in "".join([*capfd.readouterr(), caplog.text])
     assert [r.info.status for r in runs(tmp_path)] == ["FINISHED"]
 
 
