@@ -106,14 +106,14 @@ def best(name: str, tracking_uri: str | None = None) -> None:
         checkpoints = [file.path for file in client.list_artifacts(run_id, "checkpoint")]
     except mlflow.exceptions.MlflowException as error:
         raise UserError(f"run {run_id} is not in this tracking store: give its --tracking_uri") from error
-    lines = [
+    print(
         f"{trial.layer} (trial {trial.number}): {settings(trial.params)}",
         f"{title(results.monitor)}: {value(trial.mean, trial.ci95, results.unit)}, the best of {len(runs)} runs:",
         f"run: {run_id}",
         f"config: {folder}/config.yaml",
         *(f"checkpoint: {folder}/{path}" for path in checkpoints),
-    ]
-    print("\n".join(lines))
+        sep="\n",
+    )
 
 
 def delete(name: str, storage: str | None = None) -> None:
@@ -194,9 +194,8 @@ def _run(spec: "StudySpec", jobs: int, url: str, tracking_uri: str | None) -> No
     from fffexp.study.runner import StudyRunner
 
     runner = StudyRunner(spec, url, paths.tracking_uri(tracking_uri), jobs)
-    print(
-        f"{len(spec.points())} trials, {jobs} jobs; Ctrl-C stops, `fffexp study resume {spec.name}` goes on", flush=True
-    )
+    trials = len(spec.points())
+    print(f"{trials} trials, {jobs} jobs; Ctrl-C stops, `fffexp study resume {spec.name}` goes on", flush=True)
     results = runner.run()
     folder = paths.outputs("studies", spec.name)
     print(f"\n{summary(results)}\n")

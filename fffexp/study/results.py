@@ -128,8 +128,7 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """What the file says; numbers that are not finite are null."""
-        own = {key: value for key, value in asdict(self).items() if key != "extra"}
-        return dict(strict_json(own | self.extra))
+        return dict(strict_json({key: value for key, value in asdict(self).items() if key != "extra"} | self.extra))
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""

@@ -58,7 +58,7 @@ class StudyRunner:
         self.study = StoredStudy(spec, self.name, self.storage)
 
     def _describe(self) -> dict[str, Any]:
-        """What is known of a study before its first trial; a mistake ends here, not in the trial that meets it."""
+        # a mistake ends here, not in the trial that meets it
         classes: dict[str, str] = {}
         for label, values in [(each, values) for each in self.spec.layers for values in self.spec.corners(each)]:
             where = f"study {self.spec.name}, layer {label} with {settings(values) or 'no parameters'}"
@@ -137,9 +137,8 @@ class StudyRunner:
         same = (self.spec.text, self.spec.folder, self.name, self.url, self.uri)
         # the first worker of whoever begins a study keeps to the sampler's seed; any other with it would draw the same
         spawn = multiprocessing.get_context("spawn").Process
-        workers = [
-            spawn(target=worker.main, args=(*same, self.begun_here and i == 0, threads)) for i in range(self.jobs)
-        ]
+        firsts = [self.begun_here, *[False] * (self.jobs - 1)]
+        workers = [spawn(target=worker.main, args=(*same, first, threads)) for first in firsts]
         progress = [_progress(self.study, queues) for queues in (self.study.queues[:-1], self.study.queues[-1:])]
         try:
             for process in workers:
@@ -250,7 +249,7 @@ def _records(jobs: Sequence[optuna.trial.FrozenTrial]) -> list[Record]:
 
 
 def _progress(study: StoredStudy, queues: Sequence[store.Queue]) -> Iterator[bool]:
-    """Print each time what was finished of some queues since, and how long the rest takes; whether anything was."""
+    # prints each time what was finished since, and how long the rest takes; yields whether anything was
     begun, seen = time.monotonic(), {(queue, key) for queue in queues for key in queue.finished()}
     before = len(seen)
     while True:

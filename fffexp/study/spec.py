@@ -12,7 +12,7 @@ import jsonargparse
 import optuna
 
 from fffexp.configs import given, load_config, parse_yaml
-from fffexp.errors import UserError, one_line
+from fffexp.errors import UserError, one_line, refuse
 from fffexp.study.results import LATENCY
 
 Direction = Literal["maximize", "minimize"]
@@ -28,12 +28,6 @@ else:
         """A value for configs, as it stands: jsonargparse would make an object of what names a class."""
 
     jsonargparse.typing.register_type(Verbatim, type_check=lambda value, kind: True)
-
-
-def _refuse(*checks: tuple[Any, str]) -> None:
-    for wrong, message in checks:
-        if wrong:
-            raise UserError(message)
 
 
 @dataclass
@@ -56,7 +50,7 @@ class Parameter:
         if listed and not ends and self.choices is None:
             return
         choices, wrong = self.choices, [end for end in ends if type(end) not in (int, float)]
-        _refuse(
+        refuse(
             (len(ends) != (2 if choices is None else 0), f"{where}: give either choices, or low and high"),
             (not (ends or choices), f"{where}.choices is {choices}: list at least one value, or give each a name"),
             (choices and not isinstance(choices, list | dict), f"{where}.choices is {choices}: give a list"),
@@ -64,7 +58,7 @@ class Parameter:
             (wrong, f"{where}: {wrong} as low or high must be a number, such as 4 or 1.0e-3"),
         )
         if ends:
-            _refuse(
+            refuse(
                 (self.low > self.high, f"{where}: low is {self.low} and high is {self.high}: swap them"),
                 (self.log and self.low <= 0, f"{where}: low is {self.low}, without a logarithm: raise it or drop log"),
             )
@@ -150,18 +144,15 @@ class StudySpec:
 
     def _check(self) -> None:
         fresh = [("evaluation_seeds", self.evaluation_seeds)] if self.searched or self.evaluation_seeds else []
-        seeds = [
-            f"{key} is {s}"
-            for key, s in [("seeds", self.seeds), *fresh]
-            if len({*s}) < len(s) or min(s, default=-1) < 0
-        ]
+        named_seeds = [("seeds", self.seeds), *fresh]
+        seeds = [f"{key} is {s}" for key, s in named_seeds if len({*s}) < len(s) or min(s, default=-1) < 0]
         shared = sorted(set(self.seeds) & set(self.evaluation_seeds))
         each, metrics = self.trials_per_layer, [*self.objectives, *self.constraints]
         several = len(self.objectives) != 1 and (self.pruner is not None or self.constraints)
         timed = self.pruner is not None or len(metrics) > 1 or any(m.startswith(("speed/", "memory/")) for m in metrics)
         alone = not self.vectorize_seeds and (self.patience is not None or self.fit != "ignored")
         named = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name)
-        _refuse(
+        refuse(
             (not named, f"name is {self.name!r}; it names a folder: up to 100 letters, digits, _, - and ."),
             (not isinstance(self.overrides, dict), "overrides is not a mapping of config keys to values"),
             (not self.layers, "layers is empty: name at least one layer and its space"),
@@ -172,22 +163,19 @@ class StudySpec:
             (alone, "patience and fit go with vectorize_seeds; leave them out, or use EarlyStopping"),
             (self.patience is not None and self.patience < 1, f"patience is {self.patience}: give at least 1"),
             (several, "pruner and constraints go with a single objective: name one, and make others a constraint"),
-            (
-                self.vectorize_seeds and timed,
-                "vectorize_seeds: nothing is timed or pruned then; give one metric, no pruner",
-            ),
+            (self.vectorize_seeds and timed, "vectorize_seeds: nothing is timed or pruned: give one metric, no pruner"),
         )
         for label, part in self.layers.items():
             self._check_layer(f"layers.{label}", label, part)
         missing = [config for config in self._files() if not (self.folder / config).is_file()]
-        _refuse((missing, f"config {', '.join(missing)} is not there; paths are relative to the study file"))
+        refuse((missing, f"config {', '.join(missing)} is not there; paths are relative to the study file"))
         firsts = [given(self.arguments(label, self.corners(label)[0], None)) for label in self.layers]
         blind = any(first.get("trainer.limit_val_batches") == 0 for first in firsts)
-        _refuse((blind, "trainer.limit_val_batches is 0: a study selects on validation; leave it out"))
+        refuse((blind, "trainer.limit_val_batches is 0: a study selects on validation; leave it out"))
 
     def _check_layer(self, where: str, label: str, part: LayerSpace) -> None:
         listed, first, space = part.points is not None, len(part.initial_trials), part.space
-        _refuse(
+        refuse(
             ("/" in label or label == "runs", f"{where}: a label has no slash, and is not runs: name it differently"),
             (not part.files, f"{where}.config is missing: name the config of the layer"),
             (not listed and not space, f"{where}.space is empty: name at least one parameter, or list points"),
@@ -198,7 +186,7 @@ class StudySpec:
         keys = [key for parameter in space.values() for key in parameter.keys if key != CONFIG]
         keys += [*self.overrides, "name", "seed_everything", "test"]
         twice = sorted({key for key in keys if keys.count(key) > 1})
-        _refuse(
+        refuse(
             (twice, f"{where}.space: set twice, or by the study too: {', '.join(twice)}; leave one out"),
             (first > (self.trials_per_layer or 0), f"{where}.initial_trials has {first} entries: see trials_per_layer"),
         )
@@ -210,7 +198,7 @@ class StudySpec:
                 *(f"{name} is missing; the first entry gives all parameters" for name in missing if index == 0),
                 *(f"{value} is not among the choices or within low and high" for value in outside),
             ]
-            _refuse((wrong, f"{where}.{'points' if listed else 'initial_trials'}[{index}]: {'; '.join(wrong)}"))
+            refuse((wrong, f"{where}.{'points' if listed else 'initial_trials'}[{index}]: {'; '.join(wrong)}"))
 
     def _files(self) -> list[str]:
         corners = [(label, values) for label in self.layers for values in self.corners(label)]

@@ -48,9 +48,8 @@ class StoredStudy:
             sampler = copy.deepcopy(spec.sampler)
             if not keep_seed:
                 sampler.reseed_rng()
-            study = optuna.load_study(
-                study_name=f"{name}/{label}", storage=storage, sampler=sampler, pruner=spec.pruner
-            )
+            part = f"{name}/{label}"
+            study = optuna.load_study(study_name=part, storage=storage, sampler=sampler, pruner=spec.pruner)
             own = [point for point in self.points.values() if point.label == label]
             jobs = {str(n): (values, {"number": n, "seeds": spec.seeds}) for n, _, values in own}
             self.searches[label] = store.Queue(storage, study, jobs.copy)

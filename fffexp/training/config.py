@@ -20,11 +20,10 @@ from fffexp.layers.base import SIZES
 from fffexp.training.task import Task
 
 CONFIG = "fffexp_config"  # key of the config in a checkpoint
-OURS = ("fffexp", "torch", "lightning")  # packages whose classes are known by their bare names
-# options of the trainer, their least values, and the one that means no limit
+# options of the trainer, their least values, the one that means no limit, and these in words
 LIMITS = (
-    *(("max_epochs", 1, -1), ("max_steps", 1, -1)),
-    *(("accumulate_grad_batches", 1, None), ("gradient_clip_val", 0, None)),
+    *(("max_epochs", 1, -1, "1, or -1 for no limit"), ("max_steps", 1, -1, "1, or -1 for no limit")),
+    *(("accumulate_grad_batches", 1, None, "1"), ("gradient_clip_val", 0, None, "0")),
 )
 
 
@@ -61,7 +60,7 @@ def short(value: Any) -> Any:
     if not (isinstance(value, Namespace) and "class_path" in value):
         return value
     package, *_, name = value.class_path.split(".")
-    return name if package in OURS else value.class_path
+    return name if package in ("fffexp", "torch", "lightning") else value.class_path
 
 
 def check_config(config: Namespace) -> None:
@@ -75,11 +74,8 @@ def check_config(config: Namespace) -> None:
         (not known, f"name is {name[:40]!r}: give up to 100 letters, digits, spaces, or . _ - + ="),
         (not 0 <= seed < 2**32, f"seed_everything is {seed}: give 0 to {2**32 - 1}"),
         *(
-            (
-                value not in (None, unlimited) and not value >= least,
-                f"{text}: give at least {least}{'' if unlimited is None else f', or {unlimited} for no limit'}",
-            )
-            for text, value, least, unlimited in trainer
+            (value not in (None, unlimited) and not value >= least, f"{text}: give at least {words}")
+            for text, value, least, unlimited, words in trainer
         ),
         (both, "init_from starts a new training and ckpt_path resumes one: give one of the two"),
         (other, "data.init_args.seed is linked to seed_everything and cannot be given: leave it out"),
@@ -115,25 +111,15 @@ def check_checkpoint(config: Namespace, resolved: str, subcommand: str) -> None:
     texts = (checkpoint.get(CONFIG, resolved), resolved)
     before, now = (dict(flat(parse_yaml(text, "config").get("model") or {})) for text in texts)
     begun, kept = "ckpt_path: that training began with model", f"leave it as it was, or {anew}"
+    names = sorted(name for name in {*before, *now} if name.startswith(("optimizer", "lr_scheduler")))
+    changes = [(old, new, f"{begun}.{n} {old}") for n in names for old, new in [(before.get(n), now.get(n))]]
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     lengths = (("steps", checkpoint["global_step"]), ("epochs", epochs))
-    limits = [(unit, done, config.trainer[f"max_{unit}"]) for unit, done in lengths]
+    limits = [(f"{n} {unit}: raise trainer.max_{unit}", n, config.trainer[f"max_{unit}"]) for unit, n in lengths]
+    ended = "ckpt_path: that training has all its"
     refuse(
-        *(
-            (
-                before.get(name) != now.get(name),
-                f"{begun}.{name} {before.get(name)}, which cannot become {now.get(name)}: {kept}",
-            )
-            for name in sorted({*before, *now})
-            if name.startswith(("optimizer", "lr_scheduler"))
-        ),
-        *(
-            (
-                limit is not None and 0 <= limit <= done,
-                f"ckpt_path: that training has all its {done} {unit}: raise trainer.max_{unit}, or {anew}",
-            )
-            for unit, done, limit in limits
-        ),
+        *((old != new, f"{text}, which cannot become {new}: {kept}") for old, new, text in changes),
+        *((limit is not None and 0 <= limit <= done, f"{ended} {text}, or {anew}") for text, done, limit in limits),
     )
 
 
@@ -163,7 +149,7 @@ def user_errors() -> Iterator[None]:
 
 
 def _own_code(error: BaseException | None) -> UserError | None:
-    """The error as file and line, if it was raised in a file below the current folder that is not part of a package."""
+    # as file and line, if it was raised in a file below the current folder that is not part of a package
     here, package = Path.cwd(), Path(fffexp.__file__).parent
     installed = [package, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))]
     while error is not None:

@@ -76,8 +76,7 @@ class Result:
         return {name: self.params[name] for name in SIZES}
 
     @property
-    def measurable(self) -> list[str]:
-        """Names of the metrics that a run may have."""
+    def measurable(self) -> list[str]:  # metrics that a run may have
         own = ("loss", *self.task.make_metrics())
         return [*(f"{stage}{name}" for stage in ("train/", "val/", "test/", "val/soft_") for name in own), *MEASURED]
 
@@ -99,13 +98,9 @@ class ExperimentCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={
-                "accelerator": "auto",
-                "devices": 1,
-                "enable_model_summary": False,
-                "num_sanity_val_steps": 0,
-                "logger": False,
+                **{"accelerator": "auto", "devices": 1, "num_sanity_val_steps": 0},
+                **dict.fromkeys(("enable_model_summary", "logger", "enable_progress_bar"), False),
                 "log_every_n_steps": 1,  # metrics are logged by the epoch; a longer interval only warns of short ones
-                "enable_progress_bar": False,
             },
             parser_kwargs={**strict, self._wanted: strict},
             args=configs.expand(args),
@@ -115,22 +110,13 @@ class ExperimentCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": f"{ClassificationTask.__module__}.{ClassificationTask.__name__}"}})
         for name in LINKED:  # left out where task or data have no such thing
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-        for option, kind, default, text in (
-            ("name", str, "default", "MLflow experiment that runs go to"),
-            (
-                "tracking_uri",
-                str | None,
-                None,
-                "MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/)",
-            ),
-            ("test", bool, True, "read the test set once, with the best checkpoint, after fit"),
-            (
-                "init_from",
-                str | None,
-                None,
-                "checkpoint whose weights a new training starts from; --ckpt_path resumes one",
-            ),
+        for option, default, text in (
+            ("name", "default", "MLflow experiment that runs go to"),
+            ("tracking_uri", None, "MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/)"),
+            ("test", True, "read the test set once, with the best checkpoint, after fit"),
+            ("init_from", None, "checkpoint whose weights a new training starts from; --ckpt_path resumes one"),
         ):
+            kind: Any = str | None if default is None else type(default)
             parser.add_argument(f"--{option}", type=kind, default=default, help=text)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # called on the instance
@@ -178,7 +164,6 @@ class ExperimentCLI(LightningCLI):
         return trainer
 
     def has_batches(self, stage: str) -> bool:
-        """Whether there are batches to evaluate on in this stage."""
         found = any(is_overridden(f"{stage}_dataloader", part) for part in (self.datamodule, self.model))
         return found and self.config_init[self._wanted].trainer[f"limit_{stage}_batches"] != 0
 
@@ -187,8 +172,7 @@ class ExperimentCLI(LightningCLI):
         self.result = Result(model, datamodule, trainer, self.resolved_yaml, params)
         if self.context.dry:
             nothing = f"nothing is validated, so that there is no {model.monitor}: see trainer.limit_val_batches"
-            refuse((not self.has_batches("val"), nothing))
-            return
+            return refuse((not self.has_batches("val"), nothing))
         if config.init_from:
             model.load_state_dict(checks.read_checkpoint("init_from", config.init_from)["state_dict"])
         store = tracking.open_store(paths.tracking_uri(config.tracking_uri), config.name)
@@ -198,8 +182,7 @@ class ExperimentCLI(LightningCLI):
         with tracking.Run(*store, name, tags, self.context.parent) as run:
             run.params(params)
             run.text(self.resolved_yaml, "config.yaml")
-            loggers = trainer.loggers
-            for logger in loggers:
+            for logger in (loggers := trainer.loggers):
                 logger.log_hyperparams(params)
             trainer.loggers = [run, *loggers]
             resumed = kwargs.get("ckpt_path")  # a resumed run goes on in its folder
@@ -217,10 +200,7 @@ class ExperimentCLI(LightningCLI):
             if self.context.fresh_process and (peak := peak_memory_mb()) is not None:
                 metrics["memory/peak_mb"] = peak
             if config.test and not self.has_batches("test"):
-                print(
-                    "there are no batches to test on (trainer.limit_test_batches): the test is left out",
-                    file=sys.stderr,
-                )
+                print("no batches to test on (trainer.limit_test_batches): the test is left out", file=sys.stderr)
             elif config.test:
                 trainer.loggers = loggers  # ours gets it with the rest
                 (tested,) = trainer.test(model, datamodule=datamodule, verbose=False, weights_only=True)
@@ -233,7 +213,6 @@ class ExperimentCLI(LightningCLI):
         self.result.run_id, self.result.metrics = run.id, metrics
 
     def predict(self, model: Task, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """Print what is predicted for each test input, a line each."""
         for outputs in self.trainer.predict(model, datamodule=datamodule, **kwargs) or []:
             print(*outputs.tolist(), sep="\n")  # type: ignore[union-attr] # a tensor
 
@@ -268,12 +247,9 @@ def interruptible(trainer: Trainer, model: LightningModule, data: LightningDataM
 
 def _is_news(record: logging.LogRecord) -> bool:
     # not the hardware, the seed, how to buy more, why training ended
-    return not record.getMessage().startswith(
-        (
-            *("GPU available", "TPU available", "HPU available", "Seed set to", "\N{ELECTRIC LIGHT BULB}", "`Trainer."),
-            *("Loading `train_dataloader`", "The following callbacks returned"),
-        )
-    )
+    hardware = ("GPU available", "TPU available", "HPU available", "Seed set to", "\N{ELECTRIC LIGHT BULB}")
+    others = ("`Trainer.", "Loading `train_dataloader`", "The following callbacks returned")
+    return not record.getMessage().startswith(hardware + others)
 
 
 def run(args: Sequence[str], context: Context | None = None) -> Result | None:

@@ -67,5 +67,4 @@ class OneCycle(OneCycleLR):
     """torch's OneCycleLR whose peak is the optimizer's learning rate; a Task gives its total_steps."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None, **kwargs: Any) -> None:
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        super().__init__(optimizer, max_lr=peaks, total_steps=total_steps, **kwargs)
+        super().__init__(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps, **kwargs)

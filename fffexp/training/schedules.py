@@ -13,7 +13,6 @@ class Schedule(ABC):
         """Value at this share of the training, in [0, 1]."""
 
     def bounds(self) -> tuple[float, float]:
-        """The lowest and the highest value."""
         values = [self(step / 100) for step in range(101)]
         return min(values), max(values)
 
@@ -59,9 +58,7 @@ class Step(Schedule):
 
     def __init__(self, values: Sequence[float], milestones: Sequence[float]) -> None:
         if len(values) != len(milestones) + 1:
-            raise ValueError(
-                f"{len(values)} values and {len(milestones)} milestones: give one value more than milestones"
-            )
+            raise ValueError(f"{len(values)} values and {len(milestones)} milestones: give one value more")
         if list(milestones) != sorted(set(milestones)) or any(not 0 < m < 1 for m in milestones):
             raise ValueError(f"milestones {list(milestones)} must rise within 0 and 1, both excluded")
         self.values, self.milestones = values, milestones
@@ -95,7 +92,6 @@ class Adaptive(Schedule):
     def bounds(self) -> tuple[float, float]:
         return self.value, self.maximum
 
-    def observe(self, entropy: float) -> None:
-        """Take the mean entropy of an epoch."""
+    def observe(self, entropy: float) -> None:  # the mean of an epoch
         if entropy > self.target:
             self.value = min(self.value * self.factor, self.maximum)

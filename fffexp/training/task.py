@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -78,9 +78,8 @@ class Task(LightningModule, ABC):
         self.input_noise_std, self.lr_scheduler = input_noise_std, lr_scheduler
         # no default value, whose weight decay jsonargparse would hand on to an optimizer that a config names instead
         self.optimizer: OptimizerCallable = optimizer or torch.optim.AdamW
-        self.schedules = {
-            name: each if isinstance(each, Schedule) else Constant(each) for name, each in (aux_weights or {}).items()
-        }
+        weights = (aux_weights or {}).items()
+        self.schedules = {name: each if isinstance(each, Schedule) else Constant(each) for name, each in weights}
         self.aux_weights: dict[str, float] = {}
         self.lr: float | None = None
         self._passes: dict[str, list[tuple[Tensor, ...]]] = {}  # () or (n,) loss, outputs, targets; by prefix
@@ -112,8 +111,7 @@ class Task(LightningModule, ABC):
         return len(self.inputs(batch))
 
     @property
-    def unit_monitor(self) -> bool:
-        """Whether what is monitored is a share, in [0, 1]."""
+    def unit_monitor(self) -> bool:  # whether what is monitored is a share, in [0, 1]
         metric = self.make_metrics().get(self.monitor.partition("/")[2])
         return metric is not None and (metric.plot_lower_bound, metric.plot_upper_bound) == (0, 1)
 
@@ -124,20 +122,18 @@ class Task(LightningModule, ABC):
 
     def check(self) -> None:
         """Raise ValueError for settings that do not fit the network; at the start of a fit, or earlier."""
-        layers = self.layers.values()
-        for layer in layers:
+        for layer in (layers := self.layers.values()):
             layer.check_trainable()
         names = sorted({name for layer in layers for name in (*layer.aux_losses, *layer.annealed_buffers)})
         kind = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "the network"
         adapts = any("entropy" in layer.metrics for layer in layers)
         for name, schedule in self.schedules.items():
             key, wrong = f"aux_weights.{name}", [bound for bound in schedule.bounds() if not 0 <= bound < float("inf")]
-            known = f"{kind} has no such auxiliary loss; it has {', '.join(names) or 'none'}"
             adaptive = isinstance(schedule, Adaptive) and not adapts
             refuse(
                 (adaptive, f"{key}: {kind} has no choice entropy for an Adaptive schedule"),
                 (wrong, f"{key} is {wrong[0] if wrong else ''}; it must be finite and not negative"),
-                (name not in names, f"{key}: {known}"),
+                (name not in names, f"{key}: {kind} has no such auxiliary loss; it has {', '.join(names) or 'none'}"),
             )
         parameter = nn.Parameter(torch.zeros(1))
         optimizer: torch.optim.Optimizer = self.make_optimizer([parameter])["optimizer"]
@@ -163,11 +159,9 @@ class Task(LightningModule, ABC):
         A scheduler that needs the length of the training has it from the trainer; without one both are tried out.
         """
         optimizer = self.optimizer(parameters)
-        if self.lr is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr
-        factory: Any = self.lr_scheduler
-        if factory is None:
+        for group in optimizer.param_groups if self.lr is not None else ():
+            group["lr"] = self.lr
+        if (factory := cast(Any, self.lr_scheduler)) is None:
             return {"optimizer": optimizer}
         given, length, interval = getattr(factory, "keywords", {}), dict[str, int](), "epoch"
         if given.get("total_steps", 0) is None and given.get("epochs") is None:
@@ -184,10 +178,9 @@ class Task(LightningModule, ABC):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # as Lightning does, which in mixed precision refuses fused optimizers, with reason only for float16
-        precision = self.trainer.precision_plugin
+        precision, algorithm = self.trainer.precision_plugin, gradient_clip_algorithm or "norm"
         if gradient_clip_val and getattr(precision, "scaler", None) is None:
-            algorithm: Any = gradient_clip_algorithm or "norm"
-            Precision.clip_gradients(precision, optimizer, gradient_clip_val, algorithm)
+            Precision.clip_gradients(precision, optimizer, gradient_clip_val, algorithm)  # type: ignore[arg-type]
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

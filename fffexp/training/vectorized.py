@@ -41,8 +41,6 @@ class NotVectorizable(Exception):
 
 
 class _Seed(Course):
-    """One seed: what it is made of, and the course of its training."""
-
     def __init__(self, args: Sequence[str], number: int) -> None:
         self.result = build(["fit", *args, f"--seed_everything={number}"])
         self.task, self.data, self.trainer = self.result.task, self.result.data, self.result.trainer
@@ -108,17 +106,15 @@ def train_seeds(
 
 
 def _check(seeds: Sequence[_Seed]) -> None:
-    """Raise NotVectorizable for what is known to mix seeds, or to differ between them."""
+    # what is known to mix seeds, or to differ between them
     task, trainer, name = seeds[0].task, seeds[0].trainer, type(seeds[0].task).__name__
     made = task.make_optimizer([nn.Parameter(torch.zeros(1))])
     optimizer, scheduler = type(made["optimizer"]), made.get("lr_scheduler", {}).get("scheduler")
     plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
     known = optimizer.__name__ in ELEMENTWISE and optimizer is getattr(torch.optim, optimizer.__name__, None)
     others = [c for c in trainer.callbacks if not isinstance(c, (callbacks.WeightAveraging, *WATCHING))]  # type: ignore[attr-defined] # set by a connector
-    classes = type(task).__mro__
-    own = sorted(
-        {hook for cls in classes[: classes.index(Task)] for hook in vars(cls) if hasattr(LightningModule, hook)}
-    )
+    classes = type(task).__mro__[: type(task).__mro__.index(Task)]
+    own = sorted({hook for cls in classes for hook in vars(cls) if hasattr(LightningModule, hook)})
     first, *buffers = (dict(seed.task.named_buffers()) for seed in seeds)
     same = all(torch.equal(each[key], first[key]) for each in buffers for key in each)
     scales = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -141,11 +137,8 @@ def _check(seeds: Sequence[_Seed]) -> None:
 
 
 class _Selection(callbacks.EarlyStopping):
-    """Follows each seed: losses, metrics, best weights, patience.
-
-    An EarlyStopping because Lightning calls those when all metrics of an epoch are there.
-    """
-
+    # follows each seed: losses, metrics, best weights, patience; an EarlyStopping because Lightning calls those when
+    # all metrics of an epoch are there
     def __init__(self, seeds: Sequence[_Seed], patience: int | None, measure_fit: bool, fit_counts: bool) -> None:
         super().__init__(seeds[0].task.monitor)
         self.epochs_without, self.measure_fit, self.fit_counts = patience, measure_fit, fit_counts
@@ -184,8 +177,7 @@ class _Selection(callbacks.EarlyStopping):
         for seed in () if trainer.sanity_checking else self.live:
             seed.candidate = {name: value.clone() for name, value in seed.task.state_dict().items()}
             if self.measure_fit:
-                passes = zip(*map(seed.task.loss, seed.train_batches()), strict=True)
-                measured = seed.task.measure("train/", *passes)
+                measured = seed.task.measure("train/", *zip(*map(seed.task.loss, seed.train_batches()), strict=True))
                 seed.fitted.append((trainer.current_epoch + 1, float(measured[self.name])))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,8 +202,7 @@ class _Selection(callbacks.EarlyStopping):
 
 
 class _Objective(nn.Module):
-    """A task's training loss as the forward pass of a module, which is what functional_call calls."""
-
+    # a task's training loss as the forward pass of a module, which is what functional_call calls
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
@@ -223,8 +214,7 @@ class _Objective(nn.Module):
 
 
 class _Together(LightningModule):
-    """Several tasks and their data as one: its parameters are theirs, stacked, and theirs are views of these."""
-
+    # several tasks and their data as one: its parameters are theirs, stacked, and theirs are views of these
     def __init__(self, seeds: Sequence[_Seed]) -> None:
         super().__init__()
         task, own = seeds[0].task, [dict(seed.task.named_parameters()) for seed in seeds]
@@ -303,10 +293,9 @@ class _Together(LightningModule):
         parameters = {f"task.{name}": p for name, p in zip(self.names, self.stacked, strict=True)}
         loss = partial(torch.func.functional_call, *self.objective)
         try:
-            batch = default_collate(list(batches))
             # the faster kernels of attention have no seed axis, or fail with one (on CUDA, torch 2.11)
             with seed_generators([seed.generator for seed in self.seeds]), sdpa_kernel(SDPBackend.MATH):
-                total_S, *found = torch.vmap(loss, randomness="error")(parameters, (batch,))
+                total_S, *found = torch.vmap(loss, randomness="error")(parameters, (default_collate(list(batches)),))
         except RuntimeError as error:  # batches of other sizes, or what torch.vmap does not take
             raise NotVectorizable(str(error).partition("\n")[0]) from error
         self.steps.append((total_S.detach(), *found))

@@ -24,8 +24,7 @@ class WeightAveraging(callbacks.WeightAveraging):
         super().__init__(use_buffers=False, multi_avg_fn=self._update)
         self.decay = decay
 
-    def share(self, step: float) -> float:
-        """What the weights of a step, from 1, contribute to the average."""
+    def share(self, step: float) -> float:  # of the weights of a step, from 1, in the average
         return max(1 - self.decay, 9 / (10 + step))
 
     @torch.no_grad()

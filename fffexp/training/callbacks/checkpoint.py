@@ -14,8 +14,6 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from fffexp.errors import UserError, refuse
 from fffexp.training.config import CONFIG
 
-VALIDATED = ("val/", "routing/used_leaves", "routing/usage_cv")  # logged in validation, of the validated weights
-
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the checkpoint that is best on validation, and in `metrics` what was validated with it.
@@ -31,7 +29,8 @@ class BestCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.best_model_path != self._measured:
             self._measured, logged = self.best_model_path, trainer.callback_metrics.items()
-            self.metrics = {name: float(value) for name, value in logged if name.startswith(VALIDATED)}
+            validated = ("val/", "routing/used_leaves", "routing/usage_cv")  # of the validated weights
+            self.metrics = {name: float(value) for name, value in logged if name.startswith(validated)}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "metrics": self.metrics}
@@ -62,9 +61,8 @@ class LastCheckpoint(Checkpoint):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be made ({error.strerror}): set FFFEXP_OUTPUTS to a folder that can be written"
-            ) from error
+            message = f"cannot be made ({error.strerror}): set FFFEXP_OUTPUTS to a folder that can be written"
+            raise UserError(f"{self.folder} {message}") from error
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         unfinished = self.folder / "last.ckpt.part"

@@ -13,8 +13,6 @@ from fffexp.layers import FeedforwardLayer
 from fffexp.routing.blocks import block_counts
 from fffexp.training.callbacks.stability import reading_interval
 
-IN_USE = 0.001  # a leaf is in use if at least this share of the samples reaches it
-
 
 class RoutingMonitor(Callback):
     """Logs entropies over training and the usage of blocks under hard decisions over the validation set.
@@ -70,8 +68,7 @@ class BlockCounter:
             self.counts[path] = block_counts(blocks, layer.num_experts) + self.counts.get(path, 0)
             self.rows[path] += len(blocks)
 
-    def finish(self) -> dict[str, Tensor]:
-        """Stop counting; (blocks,) rows of each block, by layer."""
+    def finish(self) -> dict[str, Tensor]:  # (blocks,) rows of each block, by layer
         for hook in self._hooks:
             hook.remove()
         return self.counts
@@ -91,7 +88,8 @@ def block_usage(counts: Tensor, rows: int) -> dict[str, Tensor]:
     """(blocks,) rows sent to each block, of so many -> blocks in use, coefficient of variation of the shares."""
     shares = counts.cpu().double() / max(rows, 1)  # not every device has float64
     variation = shares.std(correction=0) / shares.mean().clamp_min(1e-12)
-    return {"used_leaves": (shares >= IN_USE).sum().float(), "usage_cv": variation.float()}
+    # a leaf is in use if at least a thousandth of the samples reaches it
+    return {"used_leaves": (shares >= 0.001).sum().float(), "usage_cv": variation.float()}
 
 
 def _log(pl_module: LightningModule, name: str, values: Mapping[str, Tensor]) -> None:

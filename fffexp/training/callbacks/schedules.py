@@ -1,6 +1,7 @@
 """Weights and temperatures by schedule."""
 
 import warnings
+from math import inf
 from typing import Any
 
 import torch
@@ -9,8 +10,6 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 
 from fffexp.training.schedules import Adaptive, Constant
-
-ENDLESS = float("inf")
 
 
 class Schedules(Callback):
@@ -35,7 +34,7 @@ class Schedules(Callback):
         self._moving, self._steps = ", ".join(moving), trainer.estimated_stepping_batches
         callbacks = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
         self._timers = [each for each in callbacks if isinstance(each, Timer) and each.time_remaining() is not None]
-        if moving and self._steps == ENDLESS and not self._timers and (trainer.max_epochs or -1) < 0:
+        if moving and self._steps == inf and not self._timers and (trainer.max_epochs or -1) < 0:
             warnings.warn(
                 f"the training has no known end, so that the schedule of {self._moving} stays at its start "
                 "and nothing hardens: give trainer.max_epochs, max_steps or max_time",
@@ -44,7 +43,7 @@ class Schedules(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         shares = [trainer.global_step / self._steps]
-        if self._steps == ENDLESS and (trainer.max_epochs or -1) > 0:
+        if self._steps == inf and (trainer.max_epochs or -1) > 0:
             shares.append(trainer.current_epoch / trainer.max_epochs)
         times = [(timer.time_elapsed(), timer.time_remaining()) for timer in self._timers]
         shares += [elapsed / max(elapsed + left, 1e-9) for elapsed, left in times]
@@ -75,7 +74,7 @@ class Schedules(Callback):
         pl_module.log_dict({f"schedule/{name}": value for name, value in pl_module.aux_weights.items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._moving and trainer.global_step < self._steps < ENDLESS and self._progress < 0.9:
+        if self._moving and trainer.global_step < self._steps < inf and self._progress < 0.9:
             warnings.warn(
                 f"training stopped after {self._progress:.0%} of the schedule of {self._moving}: "
                 "trees are not hardened; for a hardened one train to the end, with trainer.max_epochs near this length",

@@ -14,8 +14,6 @@ from fffexp.errors import NonFiniteLossError
 
 WINDOW = 100  # steps that a loss is compared with
 DEVIATIONS = 5  # median absolute deviations above which it is a spike
-UNREAD = 50  # losses that wait on another device than the CPU, for each reading waits for the device
-READINGS = 16  # gradient norms an epoch, about
 
 
 class Course:
@@ -32,7 +30,6 @@ class Course:
         return max(values, key=lambda each: -math.inf if math.isnan(each[1]) else self.sign * each[1])
 
     def results(self) -> dict[str, float]:
-        """Final metrics; what was never measured is left out."""
         courses = {"epochs_to_best": self.validated, "epochs_to_fit": self.fitted}
         found = {name: float(self.best(values)[0]) for name, values in courses.items() if values}
         if self.validated:
@@ -57,7 +54,8 @@ class Stability(Course, Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._unread.append((trainer.global_step, trainer.current_epoch, loss.detach()))
-        if loss.device.type == "cpu" or len(self._unread) >= UNREAD:
+        # some losses wait on another device than the CPU, for each reading waits for the device
+        if loss.device.type == "cpu" or len(self._unread) >= 50:
             self._read()
 
     def _read(self) -> None:
@@ -115,8 +113,8 @@ class Stability(Course, Callback):
 
 
 def reading_interval(trainer: Trainer, batches: int = 1) -> int:
-    """Every so many times, where one takes so many batches, are about READINGS an epoch; a stream has no length."""
-    return max(1, int(min(trainer.num_training_batches, READINGS * 1000)) // batches // READINGS)
+    """Every so many times, where one takes so many batches, are about 16 an epoch; a stream has no length."""
+    return max(1, int(min(trainer.num_training_batches, 16_000)) // batches // 16)
 
 
 def count_spikes(losses: ArrayLike) -> int:
