@@ -250,8 +250,9 @@ class Task(LightningModule, ABC):
         self, prefix: str, losses: tuple[Tensor, ...], outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]
     ) -> dict[str, Tensor]:
         """What is logged of an epoch's batches under this prefix: the mean loss, and the metrics."""
-        found = torch.cat(outputs), torch.cat(targets)
-        metrics = {f"{prefix}{name}": metric.to(self.device)(*found) for name, metric in self.make_metrics().items()}
+        made = self.make_metrics()
+        found = (torch.cat(outputs), torch.cat(targets)) if made else ()  # without metrics they may have any shape
+        metrics = {f"{prefix}{name}": metric.to(self.device)(*found) for name, metric in made.items()}
         return {f"{prefix}loss": torch.hstack(losses).float().mean(), **metrics}
 
     def _results(self, prefix: str) -> dict[str, Tensor]:

@@ -123,8 +123,9 @@ def _check(seeds: Sequence[_Seed]) -> None:
         f"{type(scheduler).__name__} differs from seed to seed": plateau,
         "an Adaptive schedule differs from seed to seed": any(isinstance(s, Adaptive) for s in task.schedules.values()),
         **{
-            f"{type(layer).__name__} cannot run under torch.vmap as it is configured": not layer.vectorizable
+            f"{type(layer).__name__} cannot run under torch.vmap as it is configured": True
             for layer in task.layers.values()
+            if not layer.vectorizable
         },
         f"precision {trainer.precision} scales the losses of all seeds by one number": scales,
         **{f"{type(c).__name__} is not known to treat each seed for itself": True for c in others},
