@@ -140,6 +140,8 @@ class StudyRunner:
         firsts = [self.begun_here, *[False] * (self.jobs - 1)]
         workers = [spawn(target=worker.main, args=(*same, first, threads)) for first in firsts]
         progress = [_progress(self.study, queues) for queues in (self.study.queues[:-1], self.study.queues[-1:])]
+        for part in progress:  # what is finished by now is not news
+            next(part)
         try:
             for process in workers:
                 process.start()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -133,14 +134,19 @@ class Worker:
             if self.environment not in known:
                 self.study.runs_study.set_user_attr("environments", [*known, self.environment])
         attrs = trial.user_attrs
-        searched, label = "values" not in attrs, self.study.points[attrs["number"]].label
-        space = self.spec.layers[label].space.items()
-        values = {name: parameter.suggest(trial, name) for name, parameter in space} if searched else attrs["values"]
+        _, label, values = self.study.points[attrs["number"]]
+        fresh, searched = attrs.get("fresh", False), label in self.study.searches and not attrs.get("fresh")
+        if searched:
+            values = {name: parameter.suggest(trial, name) for name, parameter in self.spec.layers[label].space.items()}
+        elif fresh:
+            values = attrs["values"]
         means = _means(self._train(trial, label, values, searched))
         wanted = [*self.study.attrs["objectives"]] if searched else [self.study.attrs["monitor"]]
         limits = self.spec.constraints if searched else {}
         if missing := [name for name in (*wanted, *limits) if name not in means]:
             raise UserError(f"metric {missing[0]} is not measured; there are {', '.join(sorted(means))}")
+        if undefined := [name for name in (*wanted, *limits) if math.isnan(means[name])]:
+            raise NonFiniteLossError(f"{undefined[0]} is NaN: lower the learning rate or the aux_weights")
         for name, limit in limits.items():
             trial.set_constraint(name, means[name] - limit)
         return tuple(means[name] for name in wanted)
@@ -177,16 +183,16 @@ class Worker:
             for seed, result in zip(left, results(parent if group is None else group.id), strict=True):
                 if group is None:
                     trial.set_user_attr("run_id", result.run_id)
-                elif seed == seeds[0]:
-                    group.text(result.config, "config.yaml")
-                    group.params({**{n: v for n, v in result.params.items() if n != "seed"}, "seeds": seeds})
                 trial.set_user_attr("sizes", result.sizes)
                 if together and searched and (steps := result.metrics.get("stability/nonfinite_steps")):
                     raise NonFiniteLossError(
                         f"seed {seed}: loss not finite at {steps:.0f} steps: lower the learning rate or the aux_weights"
                     )
                 records[seed] = {"seed": seed, **({} if together else {"run_id": result.run_id}), **result.metrics}
-                trial.set_user_attr(RUN + str(seed), records[seed])
+                trial.set_user_attr(RUN + str(seed), records[seed])  # before a tracking server may fail
+                if group is not None and seed == seeds[0]:
+                    group.text(result.config, "config.yaml")
+                    group.params({**{n: v for n, v in result.params.items() if n != "seed"}, "seeds": seeds})
             if group is not None:
                 group.log_metrics(_means([*records.values()]))
         return [*records.values()]

@@ -61,7 +61,7 @@ class Context:
 
 @dataclass
 class Result:
-    """What the arguments of a fit make, and what came of its training."""
+    """What the arguments of a fit make, and the result of its training."""
 
     task: Task
     data: LightningDataModule

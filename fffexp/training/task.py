@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -178,9 +179,9 @@ class Task(LightningModule, ABC):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # as Lightning does, which in mixed precision refuses fused optimizers, with reason only for float16
-        precision, algorithm = self.trainer.precision_plugin, gradient_clip_algorithm or "norm"
+        precision, algorithm = self.trainer.precision_plugin, GradClipAlgorithmType(gradient_clip_algorithm or "norm")
         if gradient_clip_val and getattr(precision, "scaler", None) is None:
-            Precision.clip_gradients(precision, optimizer, gradient_clip_val, algorithm)  # type: ignore[arg-type]
+            Precision.clip_gradients(precision, optimizer, gradient_clip_val, algorithm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -222,7 +223,7 @@ class Task(LightningModule, ABC):
 
     def on_after_backward(self) -> None:
         for layer in self.layers.values():
-            layer.routing = None  # lets go of the graph of this step
+            layer.routing = None  # frees the graph of this step
 
     def _evaluate(self, prefix: str, batch: Any) -> None:
         loss, *found = self.loss(batch)

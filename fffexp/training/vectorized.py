@@ -155,7 +155,7 @@ class _Selection(callbacks.EarlyStopping):
         for index, seed in enumerate(self.seeds):
             refuse((not seed.validated, f"{self.monitor} was never measured: training of seeds needs validation"))
             seed.task.load_state_dict(seed.selected)
-            seed.trainer.callbacks, seed.trainer.loggers = [], []  # type: ignore[attr-defined]
+            seed.trainer.callbacks, seed.trainer.loggers = [], []  # type: ignore[attr-defined] # set by a connector
             losses = torch.stack(self.losses)[: seed.steps, index].double()
             finite = losses.isfinite()
             seed.losses, seed.nonfinite_steps = losses[finite].tolist(), int((~finite).sum())
@@ -274,7 +274,7 @@ class _Together(LightningModule):
             for name, stacked in zip(self.names, self.stacked, strict=True):
                 own[name].data = stacked.data[i]
             seed.task.kept_layers = seed.task.layers
-            seed.task.log = seed.log  # type: ignore[method-assign]
+            seed.task.log = seed.log  # type: ignore[method-assign] # tasks log to their seed, not to this module
 
     def _mode(self, training: bool) -> None:
         for seed in self.seeds:

@@ -1,4 +1,4 @@
-"""What a study file may say, and how a mistake in it is told."""
+"""What a study file may say, and the message of a mistake in it."""
 
 import copy
 import json

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import signal
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 from processes import CONFIGS, artifact, enter, runs, started, with_store, write_yaml
 
-from fffexp import paths
+from fffexp import paths, tracking
 from fffexp.cli import main
 from fffexp.errors import UserError
 from fffexp.study import store
@@ -337,6 +338,40 @@ def test_a_trial_with_a_non_finite_loss_fails_alone(work: Callable[..., Results]
     assert states["FAILED"] == 2
     assert set(states) == {"FINISHED", "FAILED"}
     assert parent_run(tmp_path).info.status == "FINISHED"
+
+
+def test_an_objective_that_is_not_a_number_fails_its_trial_once(
+    work: Callable[..., Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undefined(*args: Any) -> Any:
+        result = run(*args)
+        assert result is not None
+        result.metrics["val/accuracy"] = math.nan
+        return result
+
+    monkeypatch.setattr("fffexp.study.worker.run", undefined)
+    results = work()
+    assert {t.state for t in results.trials} == {"FAIL"}
+    assert {t.attempts for t in results.trials} == {1}
+    assert all("val/accuracy is NaN" in (t.error or "") for t in results.trials)
+
+
+def test_a_finished_seed_is_kept_where_tracking_fails_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written_texts: list[str] = []
+    text = tracking.Run.text
+
+    def out_of_reach(run: tracking.Run, content: str, file: str) -> None:
+        written_texts.append(file)
+        # of the study, of the first seed, and of all seeds of the trial
+        if written_texts == ["study.yaml", "config.yaml", "config.yaml"]:
+            raise ConnectionError("the tracking server is gone")
+        text(run, content, file)
+
+    enter(with_store(tmp_path), monkeypatch)
+    monkeypatch.setattr(tracking.Run, "text", out_of_reach)
+    with pytest.raises(ConnectionError):
+        run_here(tmp_path, seeds=[0, 1])
+    assert [sorted(t.user_attrs) for t in trials_of(tmp_path, "FF") if "run/0" in t.user_attrs]
 
 
 ACCURACY = {"objectives": {"val/accuracy": "maximize"}}

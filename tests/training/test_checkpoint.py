@@ -153,3 +153,13 @@ def test_all_generators_go_on() -> None:
     state.load_state_dict(torch.load("outputs/random.pt", weights_only=True))
     state.on_train_start(Trainer(logger=False), LightningModule())
     assert draw() == before
+
+
+def test_the_best_checkpoint_holds_its_own_metrics() -> None:
+    result = fit("--model.optimizer.lr=0.05", epochs=3)
+    (path,) = (CHECKPOINTS / result.run_id).glob("epoch=*.ckpt")
+    saved = torch.load(path, weights_only=True)
+    (best,) = (state for key, state in saved["callbacks"].items() if key.startswith("BestCheckpoint"))
+    assert saved["epoch"] + 1 == result.metrics["epochs_to_best"] > 1, "else nothing was replaced"
+    assert best["metrics"]["val/accuracy"] == pytest.approx(result.metrics["val/accuracy"])
+    assert best["metrics"]["val/accuracy"] == pytest.approx(float(best["best_model_score"]))

@@ -260,3 +260,19 @@ def test_one_cycle_goes_up_to_the_learning_rate_of_the_optimizer() -> None:
             schedule.step()
     assert max(rates) == pytest.approx(0.3)
     assert rates[0] == pytest.approx(0.3 / 25)
+
+
+class Bare(Regression):
+    """No metrics: outputs and targets may be anything, here numbers without a batch."""
+
+    def make_metrics(self) -> dict[str, Metric]:
+        return {}
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, *_ = super().loss(batch)
+        return loss, loss.detach(), loss.detach()
+
+
+def test_a_task_without_metrics_may_give_outputs_of_any_shape(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path, Bare())
+    assert {"train/loss", "val/loss"} <= trainer.callback_metrics.keys()

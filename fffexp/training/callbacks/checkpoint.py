@@ -31,6 +31,8 @@ class BestCheckpoint(ModelCheckpoint):
             self._measured, logged = self.best_model_path, trainer.callback_metrics.items()
             validated = ("val/", "routing/used_leaves", "routing/usage_cv")  # of the validated weights
             self.metrics = {name: float(value) for name, value in logged if name.startswith(validated)}
+        # Lightning has collected the states of callbacks before this hook
+        checkpoint["callbacks"][self.state_key]["metrics"] = self.metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "metrics": self.metrics}

@@ -78,8 +78,10 @@ class Stability(Course, Callback):
             gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
             self._norms.append(torch.nn.utils.get_total_norm(gradients))
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read()  # a training that went wrong is not validated
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._read()  # before a checkpoint is written
         value = trainer.callback_metrics.get(self._task.monitor)
         if value is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
             self.validated.append((trainer.current_epoch + 1, float(value)))
