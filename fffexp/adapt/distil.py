@@ -133,7 +133,7 @@ def _watch(model: nn.Module, mlps: list[MLP], batches: Iterable[Any]) -> list[tu
 
 
 def _rows(x: Tensor, batch: Mapping[str, Any], decoder: bool, sequence_first: bool) -> Tensor:
-    # (..., features) -> (rows, features), without padding where the batch tells of it
+    # (..., features) -> (rows, features), without the padding that the batch marks
     flat, attended = x.flatten(0, -2), batch.get("decoder_attention_mask" if decoder else "attention_mask")
     padding = batch.get("tgt_key_padding_mask" if decoder else "src_key_padding_mask")
     # padding is bool, or float, which is added to the attention's logits

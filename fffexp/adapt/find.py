@@ -50,10 +50,7 @@ def find_mlps(model: nn.Module, select: Select | None) -> list[MLP]:
             if isinstance(module, nn.Sequential)
             else _in_torch(name, module, model)
             if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
-            # the model itself has no place
-            else _in_bert(name, module)
-            or [mlp for mlp in _checked(name, module, model) if mlp.places]
-            or _in_block(name, module)
+            else _in_bert(name, module) or _checked(name, module, model) or _in_block(name, module)
         )
         found += mlps
         own = module.modules() if isinstance(module, FeedforwardLayer) else ()
@@ -146,9 +143,13 @@ def _in_block(name: str, block: nn.Module) -> list[MLP]:
 
 
 def _checked(name: str, module: nn.Module, model: nn.Module) -> list[MLP]:
-    """The module, if it is an MLP and nothing else."""
+    """The module, if it is an MLP and nothing else; the model itself has no place to put another in."""
     linears = {m: linear for m in module.modules() if (linear := _linear(m))}
-    if len(linears) not in (2, 3) or {*module.parameters()} != {p for m in linears for p in m.parameters()}:
+    if (
+        module is model
+        or len(linears) not in (2, 3)
+        or {*module.parameters()} != {p for m in linears for p in m.parameters()}
+    ):
         return []
     for _, weight, _ in linears.values():
         x = _probe_rows(weight.shape[1], weight)
@@ -247,7 +248,7 @@ def _same(a: Tensor, b: Any) -> bool:
 
 
 def _bent(hidden: Tensor) -> bool:
-    # whether what came of _probe_rows is no affine function of them
+    # whether what a module made of _probe_rows is no affine function of them
     difference = hidden[0, 0] + hidden[0, 1] - hidden[0, 2] - hidden[1, 0]
     # of the largest: where a sum is next to nothing, its rounding is not
     return bool(difference.abs().max() > TOLERANCE.get(hidden.dtype, 2e-2) * hidden.abs().max())
@@ -266,8 +267,10 @@ def _by_row(module: nn.Module, x: Tensor, output: Tensor) -> bool:
 
 def _activates(module: nn.Module) -> bool | None:
     # whether it is an activation, which dropout is not; None if it does not compute each element for itself
+    if next(module.parameters(), None) is not None:
+        return None
     x = 4 * _probe_rows(4, torch.empty(0))  # as far out as a ReLU6 bends
     made, rolled = _run(module, x)[0], _run(module, x.flatten().roll(5).view_as(x))[0]
-    if list(module.parameters()) or not isinstance(made, Tensor) or made.shape != x.shape:
+    if not isinstance(made, Tensor) or made.shape != x.shape:
         return None
     return _bent(made) if _same(made.flatten().roll(5).view_as(x), rolled) else None

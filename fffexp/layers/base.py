@@ -52,7 +52,6 @@ class FeedforwardLayer(nn.Module, ABC):
     num_experts: int = 1  # leaves or experts
     vectorizable: bool = False  # whether torch.vmap over stacked parameters takes it, with `vectorized` set
     sparse_gradients: bool = False  # whether gradients hold only the rows in use, which most optimizers refuse
-    trains_all_experts: bool = True  # whether a training pass evaluates all leaves or experts for each sample
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -132,8 +131,11 @@ class FeedforwardLayer(nn.Module, ABC):
         return not self.training if self._routing_mode == "auto" else self._routing_mode == "hard"
 
     def anneal(self, name: str, value: float) -> None:
-        """Set one of `annealed_buffers`, in all parts."""
-        for buffer in (buffer for path, buffer in self.named_buffers() if path.rpartition(".")[2] == name):
+        """Set the buffer of this name, or those of this name in its parts; an AttributeError if there is none."""
+        found = [buffer for path, buffer in self.named_buffers() if f".{path}".endswith(f".{name}")]
+        if not found:
+            raise AttributeError(f"{type(self).__name__} has no buffer {name}")
+        for buffer in found:
             buffer.fill_(value)
 
     def inference_backend(self) -> str:
@@ -183,6 +185,11 @@ class FeedforwardLayer(nn.Module, ABC):
         # both layers forward, the gradients of their weights and of the hidden activations; the router's likewise
         hidden = width * (2 * (self.in_features + self.out_features) + self.out_features)
         return 2 * (hidden + router * self.in_features)
+
+    @property
+    def trains_all_experts(self) -> bool:
+        """Whether a training pass evaluates all leaves or experts for each sample."""
+        return not self.sparse_gradients
 
     @property
     def parameter_count(self) -> int:

@@ -93,7 +93,7 @@ class FFF(BlockLayer):
 
     def _train_leaves(self, trained: str) -> Self:
         self.trained, self.sparse_gradients = trained, trained != "all"
-        self.vectorizable = self.trains_all_experts = not self.sparse_gradients
+        self.vectorizable = not self.sparse_gradients
         if self.sparse_gradients:
             self.aux_losses, self.metrics = {}, {}
             # chosen_path computes the logits of its path again, with gradients

@@ -327,11 +327,11 @@ def gelu_encoder() -> nn.Module:
 
 
 @pytest.mark.parametrize("factory", [partial(FF, width=4), partial(FFF, depth=1, leaf_width=4)])
-def test_another_activation_is_told_once(factory: partial[FF]) -> None:
-    with pytest.warns(UserWarning, match=r"of layers\.0 is GELU\(.*none'\), that of its FFF? is ReLU\(\)") as told:
+def test_another_activation_warns_once(factory: partial[FF]) -> None:
+    with pytest.warns(UserWarning, match=r"of layers\.0 is GELU\(.*none'\), that of its FFF? is ReLU\(\)") as warned:
         convert_feedforward(gelu_encoder(), torch.randn(10, 20, 8).split(2), factory, steps=0)
-    assert len(told) == 1
-    assert told[0].filename == __file__
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -247,3 +247,28 @@ def test_a_dense_layer_of_ours_is_an_mlp() -> None:
     assert made.old_sizes["inference_width"] == 12
     with pytest.raises(ValueError, match="no MLP"):
         replace_feedforward(model, partial(FFF, depth=1, leaf_width=4))
+
+
+class Counted(nn.Linear):
+    """Counts its passes."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(x)
+
+
+def test_what_has_weights_between_two_linear_layers_is_not_run() -> None:
+    model = nn.Sequential(nn.Linear(D, H), nn.Sequential(Counted(H, H), nn.ReLU()), nn.Linear(H, D))
+    with pytest.raises(ValueError, match="holds no MLP"):
+        replace_feedforward(model, TREE)
+    assert model[1][0].passes == 0
+
+
+def test_the_model_itself_is_not_run() -> None:
+    model = Residual()
+    model.up = Counted(D, H)
+    with pytest.raises(ValueError, match="holds no MLP"):
+        replace_feedforward(model, TREE)
+    assert model.up.passes == 0

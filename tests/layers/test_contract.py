@@ -523,3 +523,32 @@ def test_properties(layer_type: type[FeedforwardLayer], data: st.DataObject) -> 
         assert torch.equal(run(layer.train(), x), outputs["soft", True])
         assert torch.equal(run(layer.eval(), x), outputs["hard", False])
     assert torch.equal(outputs["hard", False], run(layer.eval(), x)), "evaluation is not repeatable"
+
+
+class Gated(FeedforwardLayer):
+    """Another package's layer: it names a buffer of a part of its own, and trains sparsely."""
+
+    annealed_buffers = frozenset({"gate.temperature"})
+    sparse_gradients = True
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.gate = nn.Linear(4, 3)
+        self.gate.register_buffer("temperature", torch.tensor(1.0))
+
+    training_width = flops_per_sample = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x)
+
+
+def test_a_buffer_of_a_part_is_annealed_by_its_path() -> None:
+    layer = Gated()
+    layer.anneal("gate.temperature", 5.0)
+    assert layer.gate.get_buffer("temperature") == 5
+    with pytest.raises(AttributeError, match="Gated has no buffer perature"):
+        layer.anneal("perature", 1.0)
+
+
+def test_a_layer_with_sparse_gradients_trains_not_all() -> None:
+    assert not Gated().trains_all_experts
