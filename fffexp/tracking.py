@@ -56,7 +56,7 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     return client, number
 
 
-# of this process by default; the start tells a process from a later one with the same number
+# of this process by default; the start distinguishes a process from a later one with the same number
 def _process(number: int | None = None) -> str:
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(number)

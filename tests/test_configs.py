@@ -102,12 +102,12 @@ def test_recipes_go_on_top(recipe: Path) -> None:
     configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
     result = run(["fit", *configs, f"--config={recipe}", *SHORT, "--test=false"], Context(quiet=True))
     assert result is not None
-    told = content(recipe)["model"]
-    if "optimizer" in told:
-        assert result.params["optimizer.lr"] == told["optimizer"]["init_args"]["lr"]
-        if told["optimizer"].get("class_path") == "torch.optim.SGD":
+    recipe_model = content(recipe)["model"]
+    if "optimizer" in recipe_model:
+        assert result.params["optimizer.lr"] == recipe_model["optimizer"]["init_args"]["lr"]
+        if recipe_model["optimizer"].get("class_path") == "torch.optim.SGD":
             assert result.params["optimizer.weight_decay"] == 0, "plain SGD as the paper prints it"
-    for name in told.get("aux_weights", {}):
+    for name in recipe_model.get("aux_weights", {}):
         assert f"aux_weights.{name}" in result.params
 
 

@@ -86,13 +86,13 @@ def _steady_memory() -> None:
 
 
 def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Best of 20 products of 2048 x 2048 matrices and of 20 reads of 1 GiB, in turn."""
+    """Best of 20 products of 2048 x 2048 matrices, and then of 20 reads of 1 GiB, which empty the caches."""
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
     # in float32 whatever the dtype: a sum in bfloat16 would be bound by its arithmetic
     memory = torch.ones(READ_BYTES // 4, device=device)
     calls: dict[str, Callable[[], object]] = {"gemm": lambda: a @ b, "read": memory.sum}
-    seconds = interleaved(calls, 0.0, device=device, rounds=(REPEATS, REPEATS), block_s=0)
-    gemm, read = map(min, seconds.values())
+    rounds: dict[str, Any] = {"device": device, "rounds": (REPEATS, REPEATS), "block_s": 0}
+    gemm, read = (min(interleaved({name: call}, 0.0, **rounds)[name]) for name, call in calls.items())
     return {"gemm_flops_per_s": 2 * GEMM_SIZE**3 / gemm, "read_bytes_per_s": READ_BYTES / read}
 
 

@@ -59,7 +59,7 @@ class Batches:
             yield batch if len(batch) > 1 else batch[0]
 
     def state_dict(self) -> dict[str, int]:
-        """Nothing: Lightning's progress is the position. That there is a state tells it that a pass can be resumed."""
+        """Nothing: Lightning's progress is the position. A state, though empty, makes it resume a pass."""
         # nor would it be of use: where the task asks for the number of steps, as for a one-cycle schedule, the loader
         # is set up before the checkpoint is read, and Lightning then leaves its state out
         return {}

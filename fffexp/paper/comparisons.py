@@ -8,6 +8,7 @@ import itertools
 import statistics
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from scipy import stats
@@ -83,7 +84,7 @@ def in_transformer(results: Results) -> list[Comparison]:
         of_size = [t for t in dense if rows.size(t) == rows.size(tree)]
         of_leaf = [t for t in dense if rows.width(t) == tree.params["leaf_width"] and t not in of_size]
         pairs += [(tree, t) for t in (*of_size, *of_leaf, *(t for t in trials if not rows.width(t)))]
-    return compare(results, pairs)
+    return [comparison for comparison in compare(results, pairs) if comparison.test.seeds > 1]
 
 
 def dense_of(results: Results) -> Trial | None:
@@ -181,12 +182,14 @@ def _section(
     row: Callable[[Any], rows.Row],
     text: str,
     formats: Mapping[str, str] | None = None,
+    other: Callable[[Any], Trial] | None = None,
 ) -> rows.Section:
-    """A table of what is found of the trials that are shown."""
+    """A table of what is found of the trials that are shown, where `other` is given with another that is shown too."""
 
     def report(results: Results, shown: Iterable[Trial]) -> str:
         numbers = {trial.number for trial in shown}
-        mine = (c for c in found(results) if {c.trial.number, getattr(c, "rival", c.trial).number} <= numbers)
+        mine = [c for c in found(results) if c.trial.number in numbers]
+        mine = [c for c in mine if other is None or other(c).number in numbers]
         return rows.section(title, [*map(row, mine)], formats, text)
 
     return report
@@ -211,6 +214,7 @@ _TRANSFORMER = _section(
     in_transformer,
     lambda c: in_words(c) | {"n": c.test.seeds},
     "Test accuracy in points, tree minus control, paired by seed. p: paired t-test, adjusted for the file.",
+    other=attrgetter("control"),
 )
 SECTIONS: dict[str, rows.Section] = {
     "kept": _kept,
@@ -238,5 +242,6 @@ SECTIONS: dict[str, rows.Section] = {
         "(std), Wilcoxon's signed rank test, paired (others); adjusted for all comparisons of the file by "
         "Benjamini and Hochberg.",
         {"tree's": ".2f", "rival's": ".2f", "p": ".1e"},
+        attrgetter("rival"),
     ),
 }

@@ -82,7 +82,7 @@ def _curves(results: Results) -> list[tuple[str, str, list[float], list[list[int
 
 
 def report(results: Results) -> str:
-    """A row for each layer: entropy after shares of the training, and how much of the class a leaf tells."""
+    """A row for each layer: entropy after shares of the training, and the mutual information of leaf and class."""
     lines = []
     for title, path, entropies, counts in _curves(results):
         at = {f"{s:.0%}": f"{entropies[min(len(entropies) - 1, int(s * len(entropies)))]:.3f}" for s in SHARES}
@@ -94,8 +94,8 @@ def report(results: Results) -> str:
         lines,
         None,
         "Mean entropy of the choices in nats (undecided: 0.693) after these shares of the training; leaves "
-        "that validation inputs reach at its end; what the leaf tells of the class: their mutual information "
-        "(of ten classes at most 2.303).",
+        "that validation inputs reach at its end; mutual information of leaf and class (of ten classes at most "
+        "2.303).",
     )
 
 

@@ -157,7 +157,7 @@ def test_resumed_from_the_end_of_an_epoch(tmp_path: Path, limit: float) -> None:
 def test_prediction_takes_the_test_inputs_in_order(tmp_path: Path) -> None:
     data = Numbered()
     (inputs,) = trainer(tmp_path).predict(Recorder(), data) or []
-    assert torch.equal(inputs, data.test_data[0])  # type: ignore[arg-type]
+    assert torch.equal(inputs, data.test_data[0])  # type: ignore[arg-type] # outputs of one loader
 
 
 def test_several_processes_are_refused() -> None:
@@ -166,6 +166,6 @@ def test_several_processes_are_refused() -> None:
 
     data = Numbered()
     data.setup()
-    data.trainer = Fake()  # type: ignore[assignment]
+    data.trainer = Fake()  # type: ignore[assignment] # stands in for a Trainer
     with pytest.raises(UserError, match=r"--trainer\.devices 1"):
         data.train_dataloader()

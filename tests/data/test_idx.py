@@ -70,7 +70,7 @@ def test_round_trip(tmp_path: Path, dtype: str, packed: bool, dot: bool) -> None
     assert (len(data.train_data[1]), len(data.val_data[1])) == (36, 4)
 
 
-def test_content_tells_whether_a_file_is_packed(folder: Path) -> None:
+def test_content_says_whether_a_file_is_packed(folder: Path) -> None:
     path = folder / "train-images-idx3-ubyte"
     path.write_bytes(gzip.compress(path.read_bytes()))
     labels = folder / "train-labels-idx1-ubyte"

@@ -64,14 +64,14 @@ def test_the_command_measures_draws_and_goes_on_where_it_stopped(
     assert main([*command, "1", "2"]) == 0
     first = json.loads(path.read_text())["records"]
     assert main([*command, "1", "2", "3", "4"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     found = json.loads(path.read_text())
     assert found["records"][: len(first)] == first, "what was measured was measured again"
     # at each of 4 depths and 2 batch sizes MoE twice and FFF; FF to depth 2
     assert len(found["records"]) == 4 * 2 * 3 + 2 * 2
     assert {"FF", "MoE k=1", "MoE k=2", "FFF"} <= figure3.of(found["records"], 9).keys()
     for part in ("local slopes", "R^2", "break-even", "counted operations a sample"):
-        assert part in told
+        assert part in printed
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # drawn again without measuring
     monkeypatch.setattr(figure3, "bench", None)
@@ -89,9 +89,9 @@ def test_the_command_measures_draws_and_goes_on_where_it_stopped(
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", *arguments]) == 2
-    told = capsys.readouterr().err.strip()
-    assert message in told
-    assert "\n" not in told
+    printed = capsys.readouterr().err.strip()
+    assert message in printed
+    assert "\n" not in printed
 
 
 @pytest.mark.usefixtures("quick")

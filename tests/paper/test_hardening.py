@@ -50,7 +50,7 @@ def test_the_command_draws_what_fit_tracks(
     assert "another measurement" in capsys.readouterr().err
 
 
-def test_leaves_that_tell_the_class() -> None:
+def test_leaves_that_say_the_class() -> None:
     training = {"entropies": {"layer": [0.69, 0.5, 0.1]}, "classes_by_leaf": {"layer": [[10, 0], [0, 10]]}}
     found = table(trial(0, "FFF", [], training_width=16, leaf_width=8, depth=1), trainings={"0": training})
     line = hardening.report(found).splitlines()[1].split()
