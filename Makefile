@@ -34,10 +34,10 @@ setup: .venv/.complete ## create .venv from pinned versions and compile (done by
 study: setup ## the main job: which layer for the embedded digits, over depth and leaf width
 	$(BIN)/fffexp study run studies/digits_depth_leaf.yaml --jobs $(JOBS)
 
-test: setup ## the default tests, on a CPU, and their coverage
-	$(PYTEST) -m "not slow and not gpu" --cov --cov-report=
+test: setup ## the default tests, on a CPU
+	$(PYTEST) -m "not slow and not gpu"
 
-test-all: .venv/.all ## all tests, also what needs minutes, a server, a browser or a GPU; says what it skipped
+test-all: .venv/.all ## all tests and their coverage, also what needs minutes, a server, a browser or a GPU; says what it skipped
 	$(PYTEST) -ra --cov --cov-report=
 
 lint: setup ## ruff
