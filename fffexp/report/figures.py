@@ -23,7 +23,8 @@ def pareto(results: Results) -> Figure:
     """The monitored metric against latency: every trial faint, finalists with intervals, and their front."""
     done = [t for t in results.trials if t.state == "COMPLETE"]
     complete = [(t, results.selected_by(t, LATENCY), results.selected_by(t)) for t in done]
-    trials = [(t, ms, results.scale * y) for t, ms, y in complete if ms is not None and y is not None]
+    scale_ms = results.reference_ms or 0.0
+    trials = [(t, x * scale_ms, results.scale * y) for t, x, y in complete if x and scale_ms and y is not None]
     retrained = [(t, t.latency_ms, t.mean) for t in results.finalist_trials() if t.evaluation]
     finalists = [(t, ms, results.scale * y) for t, ms, y in retrained if ms is not None and y is not None]
     figure, axes = _figure(results, "Which layer is the best within a latency budget?")

@@ -12,7 +12,9 @@ from fffexp.errors import UserError
 from fffexp.files import save_json, strict_json
 from fffexp.statistics import Interval, Paired, mean_interval, paired_tests
 
-LATENCY = "speed/latency_b256_ms"
+# The speed of a machine drifts, so trials are compared by the ratio to a reference that was timed in turn.
+LATENCY = "speed/latency_b256_ratio"
+REFERENCE = "speed/reference_latency_b256_ms"
 
 Record = dict[str, Any]  # of one training: "seed", and metrics by the names that fit tracks
 
@@ -38,6 +40,7 @@ class Trial:
     ci95: Interval | None = None
     test_mean: float | None = None  # on the test set
     test_ci95: Interval | None = None
+    latency_ms: float | None = None  # median of a batch of 256, at the median speed of the study's machine
 
     @property
     def layer(self) -> str:
@@ -49,12 +52,6 @@ class Trial:
         runs = (self.evaluation or self.runs) if runs is None else runs
         numbers = {run["seed"]: run[metric] for run in runs if isinstance(run.get(metric), int | float)}
         return {seed: number for seed, number in numbers.items() if math.isfinite(number)}
-
-    @property
-    def latency_ms(self) -> float | None:
-        """Median over its trainings, of a batch of 256."""
-        values = self.by_seed(LATENCY).values()
-        return basic.median(values) if values else None
 
 
 @dataclass
@@ -73,6 +70,7 @@ class Results:
     finalists: list[int] = field(default_factory=list)  # those that were or will be trained on fresh seeds
     best: int | None = None  # by the monitor, the faster of equal ones
     machines: int = 1  # how many the trainings ran on
+    reference_ms: float | None = None  # median latency of the reference over all trainings
     environments: list[dict[str, Any]] = field(default_factory=list)  # what the numbers depend on besides the configs
     wall_s: float = 0.0  # seconds that commands worked on it
     extra: dict[str, Any] = field(default_factory=dict)  # further keys of the file, which are kept as they are
@@ -118,8 +116,14 @@ class Results:
         return basic.fmean(values) if values else None
 
     def update(self) -> None:
-        """Compute seeds, means and intervals of every trial anew."""
+        """Compute seeds, means, intervals and latencies of every trial anew."""
+        references = [
+            ms for trial in self.trials for ms in trial.by_seed(REFERENCE, trial.runs + trial.evaluation).values()
+        ]
+        self.reference_ms = basic.median(references) if references else None
         for trial in self.trials:
+            ratios = trial.by_seed(LATENCY).values()
+            trial.latency_ms = basic.median(ratios) * self.reference_ms if ratios and self.reference_ms else None
             trial.seeds = [run["seed"] for run in trial.evaluation or trial.runs]
             (trial.mean, trial.ci95), (trial.test_mean, trial.test_ci95) = (
                 mean_interval(values, self.unit) if (values := [*trial.by_seed(metric).values()]) else (None, None)

@@ -219,17 +219,18 @@ class StudySpec:
     def corners(self, label: str) -> list[Values]:
         """Values to check before anything is trained.
 
-        All points; or all parameters at their first values, each alone at its others, those of the initial trials, and
-        all at their last. Of real numbers, which seldom contradict others, only the least is among them.
+        All points; or all parameters at their first values, all at their second and so on, so that each value occurs,
+        those of the initial trials, and all at their last. Of real numbers only the least is among them.
         """
         part = self.layers[label]
         corners = part.trials()
         if part.points is None:
             ends = {n: [p.low, p.high] if isinstance(p.low, int) else [p.low] for n, p in part.space.items()}
             values = {n: list(p.choices or ends[n]) for n, p in part.space.items()}
-            firsts, lasts = ({name: some[index] for name, some in values.items()} for index in (0, -1))
-            alone = [{**firsts, name: value} for name, some in values.items() for value in some[1:]]
-            corners = [firsts, *alone, *corners, lasts]
+            turns = [
+                {n: some[i % len(some)] for n, some in values.items()} for i in range(max(map(len, values.values())))
+            ]
+            corners = [*turns, *corners, {name: some[-1] for name, some in values.items()}]
         return [corner for index, corner in enumerate(corners) if corner not in corners[:index]]
 
     def arguments(self, label: str, values: Values, seed: int | None, test: bool = False) -> list[str]:

@@ -13,7 +13,7 @@ from fffexp.report.page import write
 from fffexp.report.tables import table
 from fffexp.report.text import label, show, summary, to_best, value
 from fffexp.report.text import trials as trials_table
-from fffexp.study.results import LATENCY, Results, Trial
+from fffexp.study.results import LATENCY, REFERENCE, Results, Trial
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -31,7 +31,7 @@ def trial(
     made.sizes = {"inference_size": 12, "parameters": 12345, "flops_per_sample": 999}
     for i, of_seed in enumerate(val or []):
         run = {"seed": 5 + i, "val/accuracy": of_seed, "test/accuracy": (test or val or [])[i]}
-        made.evaluation.append(run | ({LATENCY: latency[i]} if latency else {}))
+        made.evaluation.append(run | ({LATENCY: latency[i], REFERENCE: 1.0} if latency else {}))
     return made
 
 
@@ -205,6 +205,7 @@ def test_show_with_seeds_apart(tiny: Results) -> None:
 
 def test_show_when_no_baseline_fits(tiny: Results) -> None:
     tiny.trial(0).evaluation = [run | {LATENCY: 0.9} for run in tiny.trial(0).evaluation]
+    tiny.update()
     text = show(tiny, 0.6)
     assert "own.MoE (trial 1)" in text
     assert "No FF is among the finalists within 0.6 ms." in text
@@ -219,6 +220,7 @@ def test_a_metric_to_minimise_is_not_in_percent(tiny: Results, tmp_path: Path) -
                 "val/mse": 1 - r["val/accuracy"],
                 "test/mse": 1 - r["test/accuracy"],
                 LATENCY: r[LATENCY],
+                REFERENCE: 1.0,
             }
             for r in t.evaluation
         ]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fffexp.errors import UserError
-from fffexp.study.results import LATENCY, Results, Trial, answer
+from fffexp.study.results import LATENCY, REFERENCE, Results, Trial, answer
 from fffexp.study.runner import merged, pareto
 
 
@@ -23,7 +23,7 @@ def trial(
     made.sizes = {"inference_size": 12, "parameters": 12345, "flops_per_sample": 999}
     for i, value in enumerate(val or []):
         run = {"seed": 5 + i, "val/accuracy": value, "test/accuracy": (test or val or [])[i]}
-        made.evaluation.append(run | ({LATENCY: latency[i]} if latency else {}))
+        made.evaluation.append(run | ({LATENCY: latency[i], REFERENCE: 1.0} if latency else {}))
     return made
 
 
@@ -98,6 +98,7 @@ def test_a_file_and_back(tmp_path: Path) -> None:
         "val/accuracy": 0.8,
         "test/accuracy": 0.8,
         LATENCY: 0.3,
+        REFERENCE: 1.0,
     }
     assert [p.name for p in path.parent.iterdir()] == ["results.json"], "no temporary file is left"
 
@@ -147,6 +148,18 @@ def test_a_file_takes_the_runs_that_it_does_not_have() -> None:
         (5, "c", [0]),
     ]
     assert found.seeds == [0, 1, 2]
+
+
+def test_latencies_are_at_the_median_speed_of_the_machine() -> None:
+    a = trial(0, {"layer": "FF"}, [0.9, 0.5], [0.9, 0.9, 0.9], latency=[0.5, 0.6, 0.5])
+    b = trial(1, {"layer": "FFF"}, [0.9, 2.0], [0.9, 0.9, 0.9])
+    b.runs = [{"seed": 0, LATENCY: 2.0, REFERENCE: 3.0}]
+    for run, ms in zip(a.evaluation, (0.1, 0.2, 0.4), strict=True):  # half as fast each time
+        run[REFERENCE] = ms
+    results = results_of([a, b])
+    assert results.reference_ms == pytest.approx(0.3), "of the trials' own seeds too"
+    assert a.latency_ms == pytest.approx(0.5 * 0.3)
+    assert b.latency_ms is None, "its fresh seeds were not timed"
 
 
 def test_the_answer_to_a_budget() -> None:

@@ -60,7 +60,7 @@ SUMMARY = {
 }
 TRIAL = {"number", "state", "params", "values", "run_id", "seeds", "mean", "ci95", "runs", "evaluation", "attempts"}
 FILES = ("summary.json", "report.html", "pareto.png", "history.png")
-LATENCY = "speed/latency_b256_ms"
+LATENCY = "speed/latency_b256_ratio"
 
 
 def written(folder: Path, name: str = "tiny") -> Results:

@@ -8,8 +8,8 @@ from torch import nn
 
 from fffexp.training.latency import measure
 
-OWN = {"speed/latency_b1_ms", "speed/latency_b256_ms", "speed/throughput_b2048"}
-BESIDE = {
+MEASURED = {
+    *("speed/latency_b1_ms", "speed/latency_b256_ms", "speed/throughput_b2048"),
     *("speed/reference_latency_b1_ms", "speed/reference_latency_b256_ms"),
     *("speed/latency_b1_ratio", "speed/latency_b256_ratio"),
 }
@@ -22,7 +22,7 @@ def test_measure(samples: int) -> None:
     network.register_forward_pre_hook(lambda _, inputs: shapes.update([tuple(inputs[0].shape)]))
     inputs = torch.randn(samples, 3, 4)
     results = measure(network, inputs)
-    assert set(results) == OWN | BESIDE
+    assert set(results) == MEASURED
     assert set(shapes) == {(1, 3, 4), (256, 3, 4), (2048, 3, 4)}
     assert min(shapes.values()) >= 15
     for size in ("b1", "b256"):
@@ -34,5 +34,6 @@ def test_measure(samples: int) -> None:
     network(inputs).sum().backward()
 
 
-def test_a_network_of_tokens_has_no_dense_reference() -> None:
-    assert set(measure(nn.Embedding(5, 3), torch.randint(5, (300, 7)))) == OWN
+def test_a_network_of_tokens_and_one_without_parameters() -> None:
+    assert set(measure(nn.Embedding(5, 3), torch.randint(5, (300, 7)))) == MEASURED
+    assert set(measure(nn.Identity(), torch.randint(5, (300, 7)))) == MEASURED
