@@ -126,7 +126,7 @@ class Run(Logger):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with uninterrupted():
-            self.save()
+            self._flush()
             if pruned := kind is not None and kind.__name__ == "TrialPruned":
                 self.client.set_tag(self.id, "pruned", "true")
             self.client.set_terminated(self.id, "KILLED" if pruned else "FAILED" if kind else "FINISHED")
@@ -154,12 +154,14 @@ class Run(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         now = int(time.time() * 1000)
         self._pending += [Metric(k, float(v), now, step or 0) for k, v in metrics.items() if k != "epoch"]
-        if time.monotonic() - self._flushed > 2:
-            self.save()
 
     @override
-    @uninterrupted()
     def save(self) -> None:
+        if time.monotonic() - self._flushed > 2:  # Lightning calls this every epoch
+            self._flush()
+
+    @uninterrupted()
+    def _flush(self) -> None:
         pending, self._pending = self._pending, []
         for start in range(0, len(pending), 1000):  # MLflow takes no more at once
             self.client.log_batch(self.id, pending[start : start + 1000])

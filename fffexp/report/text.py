@@ -19,7 +19,9 @@ def summary(results: Results) -> str:
         {
             "trial": f"{trial.number}{'*' * (bool(finalists) and trial.number in results.pareto)}",
             "layer": trial.layer,
-            "hyperparameters": settings(trial.params),
+            "hyperparameters": textwrap.fill(
+                settings(trial.params), 24, break_long_words=False, break_on_hyphens=False
+            ),
             title(results.monitor): value(trial.mean, trial.ci95, results.unit),
             title(results.test_monitor): value(trial.test_mean, trial.test_ci95, results.unit),
             "latency": latency(trial) if finalists else None,
@@ -29,7 +31,7 @@ def summary(results: Results) -> str:
         for trial in finalists or results.trials
     ]
     note = ["", textwrap.fill(how_measured(results), COLUMNS), "*: on the Pareto front of the search."]
-    text = table(rows, width=COLUMNS, wrap=("hyperparameters", "difference to the best", "error"))
+    text = table(rows, width=COLUMNS, wrap=("difference to the best", "error"))
     return "\n".join([text, *(note if finalists else [])])
 
 
