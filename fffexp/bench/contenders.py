@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fffexp import layers
 from fffexp.bench.setting import Setting
-from fffexp.errors import UserError, one_line
+from fffexp.errors import UserError, one_line, refuse
 from fffexp.layers import FeedforwardLayer
 
 # Largest error against the reference, as a share of its largest output, or of 1 where that is smaller.
@@ -51,9 +51,8 @@ class Contender:
             return 0.0
         output, truth, tolerance = output.detach().double(), truth.detach().double(), TOLERANCES[output.dtype]
         error, allowed = float((output - truth).abs().max()), factor * tolerance * max(1.0, float(truth.abs().max()))
-        if not error <= allowed:
-            where = f"{self.name} ({self.backend}): its {what}"
-            raise UserError(f"{where} is off by {error:.3g}, allowed {allowed:.3g}: not timed")
+        where = f"{self.name} ({self.backend}): its {what}"
+        refuse((not error <= allowed, f"{where} is off by {error:.3g}, allowed {allowed:.3g}: not timed"))
         return error
 
 
@@ -70,14 +69,13 @@ def _is_layer(found: Any) -> bool:
 def layer_class(name: str) -> type[FeedforwardLayer]:
     """The layer of a public name or a class path; UserError if there is none."""
     known = public_layers()
-    if "." not in name and name not in known:
-        raise UserError(f"--layers: {name!r} is not one of {', '.join(known)}, nor a class path such as own.MyLayer")
+    unknown = f"--layers: {name!r} is not one of {', '.join(known)}, nor a class path such as own.MyLayer"
+    refuse(("." not in name and name not in known, unknown))
     try:
         found = known.get(name) or resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--layers: {name} cannot be imported ({one_line(str(error))})") from error
-    if not _is_layer(found):
-        raise UserError(f"--layers: {name} is no class derived from fffexp.FeedforwardLayer")
+    refuse((not _is_layer(found), f"--layers: {name} is no class derived from fffexp.FeedforwardLayer"))
     return found
 
 
@@ -114,14 +112,12 @@ def make(setting: Setting, depth: int, peers: bool = False) -> list[Contender]:
 
 
 def _peer(setting: Setting, tree: Any) -> Contender:
-    """The reference package's tree with the weights of ours."""
     package, leaves = tree.peer.partition(":")[0], tree.leaves
     try:
         kind, release = resolve_name(tree.peer), version(package)
     except ImportError as error:
         raise UserError(f"--peers needs the package {package}: pip install 'fffexp[peers]'") from error
-    if setting.dtype != "float32":
-        raise UserError(f"--peers: {package} computes in float32 alone, not in {setting.dtype}")
+    refuse((setting.dtype != "float32", f"--peers: {package} computes in float32 alone, not in {setting.dtype}"))
     sizes = tree.in_features, tree.leaf_width, tree.out_features, tree.depth
     peer = kind(*sizes, activation=nn.ReLU()).to(setting.device)
     copies = {"node_weights": tree.node_weight, "node_biases": tree.node_bias.unsqueeze(1), "b1s": leaves.hidden_bias}

@@ -22,7 +22,7 @@ from fffexp.bench.contenders import Contender, inputs, layer_class, make, public
 from fffexp.bench.records import Record, ResultsFile, describe, measured, report
 from fffexp.bench.setting import Setting
 from fffexp.commandline import check_file
-from fffexp.errors import UserError, one_line
+from fffexp.errors import UserError, one_line, refuse
 from fffexp.files import hold
 from fffexp.layers import FeedforwardLayer
 from fffexp.models.vit import TransformerBlock
@@ -74,12 +74,11 @@ def _check_device(device: str) -> None:
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: torch cannot use it here ({one_line(str(error))}): give cpu") from error
-    if kind not in DEVICES:
-        raise UserError(f"--device {device}: give {', '.join(DEVICES)} or one with a number, such as cuda:1")
+    refuse((kind not in DEVICES, f"--device {device}: give {', '.join(DEVICES)} or one with a number, such as cuda:1"))
 
 
 def _steady_memory() -> None:
-    """Let malloc keep what is freed: else all contenders' steps take page faults, and different ones."""
+    # let malloc keep what is freed: else all contenders' steps take page faults, and different ones
     if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, size in ((-3, 32 * 2**20), (-1, 2**31 - 1)):  # thresholds of mmap and trim
             libc.mallopt(option, size)
@@ -119,12 +118,9 @@ def measure(
         peers: whether the reference package joins.
         has: whether there is such a record.
     """
-    every: dict[str, dict[str, Callable[..., dict[str, Record]]]] = {
-        "inference": {"": _inference},
-        "training": {"": _training},
-        "model": {body: partial(_model, body=body) for body in _bodies(setting)},
-    }
-    ways = every[task]
+    ways: dict[str, Callable[..., dict[str, Record]]] = {"": _training if task == "training" else _inference}
+    if task == "model":
+        ways = {body: partial(_model, body=body) for body in _bodies(setting)}
     for depth in setting.depths:
         contenders = make(setting, depth, peers)
         if task == "training":
@@ -137,8 +133,8 @@ def measure(
             for record in (timed[name] | found[name] for name in wanted):
                 if limits:
                     rates = limits[str(threads)]
-                    least = record["flops"] / rates["gemm_flops_per_s"], record["bytes"] / rates["read_bytes_per_s"]
-                    record["limit_s"] = max(least)
+                    computed = record["flops"] / rates["gemm_flops_per_s"]
+                    record["limit_s"] = max(computed, record["bytes"] / rates["read_bytes_per_s"])
                 yield record
 
 
@@ -235,10 +231,7 @@ def _training(contenders: Sequence[Contender], setting: Setting, batch_size: int
 
 
 def _step(c: Contender, batches: Sequence[Tensor], out_features: int, parts: list[list[float]]) -> Callable[[], None]:
-    """One training step a call; `parts` gets the seconds of forward, backward and optimizer.
-
-    SGD, the cheapest optimizer, hides least of what the layer costs.
-    """
+    # one step a call, its seconds to `parts`; SGD, the cheapest optimizer, hides least of what the layer costs
     optimizer = torch.optim.SGD(c.module.train().parameters(), lr=1e-9)
     following = itertools.cycle([(x, x.new_empty(len(x), out_features).normal_()) for x in batches])
 
@@ -262,7 +255,6 @@ def _step(c: Contender, batches: Sequence[Tensor], out_features: int, parts: lis
 
 
 def _check(contender: Contender, x: Tensor) -> float:
-    """Largest error of the outputs of a training pass over a few rows; gradients are checked too."""
     layer, module, asked = contender.layer, contender.module.train(), contender.layer.backend
     small = layer.parameter_count <= CHECKED_SCALARS
     rows = x[: CHECKED_ROWS if small else 1]
@@ -297,13 +289,11 @@ def mlp(layer: FeedforwardLayer) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), layer, classifier)
 
 
-def _block(layer: FeedforwardLayer) -> nn.Module:
-    return TransformerBlock(lambda i, o: layer, layer.in_features, 1 if layer.in_features % HEADS else HEADS)
-
-
 def _bodies(setting: Setting) -> Mapping[str, Callable[[FeedforwardLayer], nn.Module]]:
-    # in the block a layer gives what it takes
-    return {"MLP": mlp} | ({"transformer block": _block} if setting.in_features == setting.out_features else {})
+    if (width := setting.in_features) != setting.out_features:  # in the block a layer gives what it takes
+        return {"MLP": mlp}
+    heads = 1 if width % HEADS else HEADS
+    return {"MLP": mlp, "transformer block": lambda layer: TransformerBlock(lambda i, o: layer, width, heads)}
 
 
 @torch.inference_mode()

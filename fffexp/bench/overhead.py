@@ -23,11 +23,7 @@ PLAIN = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_
 def compare(layers: Sequence[str], epochs: int, rounds: int, threads: int) -> list[dict[str, Any]]:
     """Rows of a table: medians of epochs of Fashion-MNIST with layers of width 128, in a bare loop and in a fit.
 
-    Args:
-        layers: public names or class paths; none for all public ones.
-        epochs: epochs of one timing.
-        rounds: timings of each; the ratio is the median of the paired ones.
-        threads: threads of torch.
+    The ratio is the median of the paired ones. Arguments are those of the command; no layers are all public ones.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     data, rows = FashionMNIST(), []
@@ -56,5 +52,5 @@ def _bare(network: MLP, data: ClassificationData, epochs: int) -> None:
 
 
 def _fit(task: ClassificationTask, data: ClassificationData, epochs: int) -> None:
-    plain: dict[str, Any] = dict.fromkeys(PLAIN, False)
+    plain = dict[str, Any].fromkeys(PLAIN, False)
     Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **plain).fit(task, datamodule=data)

@@ -8,7 +8,7 @@ from typing import Any
 from fffexp.bench.contenders import Contender, public_layers
 from fffexp.bench.setting import Setting
 from fffexp.environment import environment
-from fffexp.errors import UserError
+from fffexp.errors import UserError, refuse
 from fffexp.files import save_json
 from fffexp.report.tables import table
 from fffexp.timing import median_ratio
@@ -87,19 +87,19 @@ class ResultsFile:
             raise UserError(f"--json {self.path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--json {self.path}: it holds no records of this benchmark: name another file") from error
-        if differing:
-            raise UserError(f"--json {self.path}: measured with another {' and '.join(differing)}: name another file")
+        other = f"--json {self.path}: measured with another {' and '.join(differing)}"
+        refuse((differing, f"{other}: name another file"))
         added = self._head.setdefault("environments", [there])
         added += [self.environment] * (self.environment not in added)
         print(f"{len(self.records)} records of {self.path} ({there['date']}, commit {there['commit']}) are kept")
 
     def has(self, timed: Mapping[str, Any]) -> bool:
         """Whether there is a record of what these fields describe; UserError if it is of another backend."""
-        alike = (r for r in self.records if all(r[key] == timed[key] for key in timed if key != "backend"))
-        if (record := next(alike, None)) and record["backend"] != timed["backend"]:
-            backends = f"the backend {record['backend']}, now it is {timed['backend']}"
-            raise UserError(f"--json {self.path}: {record['layer']} was measured with {backends}: name another file")
-        return record is not None
+        alike = [r for r in self.records if all(r[key] == timed[key] for key in timed if key != "backend")]
+        for r in alike[:1]:
+            backends = f"{r['layer']} was measured with the backend {r['backend']}, now it is {timed['backend']}"
+            refuse((r["backend"] != timed["backend"], f"--json {self.path}: {backends}: name another file"))
+        return bool(alike)
 
     def add(self, record: Record) -> None:
         """Keep and write a record."""

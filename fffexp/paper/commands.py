@@ -11,7 +11,7 @@ from fffexp import paths
 from fffexp.bench.commands import use_huge_pages
 from fffexp.bench.setting import Setting
 from fffexp.commandline import NonNegativeInt, PositiveInt, check_file
-from fffexp.errors import UserError
+from fffexp.errors import refuse
 from fffexp.files import hold, strict_json
 
 Data = Literal["fashion_mnist", "mnist", "usps", "cifar10"]
@@ -88,7 +88,6 @@ def table3(blocks: PositiveInt = 4, epochs: PositiveInt | None = None, table: Ta
 def _table(
     name: str, table: Table, recipe: str, controls: bool = False, figure: Path | None = None, **more: int | None
 ) -> None:
-    """Train what the file lacks, measure it, write the file if its rows changed, and print."""
     from fffexp.paper import comparisons, figure_table1, rows
     from fffexp.paper.studies import PaperStudy
 
@@ -96,8 +95,8 @@ def _table(
     study = PaperStudy(file, table.data, table.seeds, **more)
     groups = dict.fromkeys(label.partition(" ")[0] for label in study.content["layers"])
     layers = table.layers or (rows.layers(name) if name != "table3" else [*groups])
-    if unknown := [layer for layer in layers if layer not in groups]:
-        raise UserError(f"--layers {unknown[0]}: studies/paper/{file}.yaml has {', '.join(groups)}")
+    has = f"studies/paper/{file}.yaml has {', '.join(groups)}"
+    refuse(*((True, f"--layers {layer}: {has}") for layer in layers if layer not in groups))
     widths = table.training_widths or study.values("training_width")
     leaf_widths = table.leaf_widths or study.values("leaf_width")
     trees = {f"{width}/{leaf}" for width in widths for leaf in leaf_widths}
@@ -204,7 +203,7 @@ def _hardening(name: str, data: str, epochs: int, json: Path | None, figure: Pat
         for trial in study.missing(results):
             metrics, watched = hardening.train(study.arguments(trial, 0))
             trial.runs.append({"seed": 0, **metrics})
-            others = (each for each in results.trials if each.recipe != trial.recipe)
+            others = [each for each in results.trials if each.recipe != trial.recipe]
             results.trials = sorted([*others, trial], key=lambda each: each.number)
             results.extra.setdefault("trainings", {})[str(trial.number)] = watched
             if json:
@@ -244,7 +243,7 @@ def conversion(
 
 @contextmanager
 def _files(json: Path | None, figure: Path | None = None, name: str = "") -> Iterator[Path]:
-    """Where the figure of this name goes, once the files can be written; nobody else writes the JSON meanwhile."""
+    # where the figure goes, once the files can be written; nobody else writes the JSON meanwhile
     check_file("--json", json, ".json")
     drawn = figure or (json.with_suffix(".png") if json else paths.outputs(f"{name}.png"))
     if name:

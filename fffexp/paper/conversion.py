@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fffexp.adapt.distil import convert_feedforward
-from fffexp.errors import UserError
+from fffexp.errors import UserError, refuse
 from fffexp.layers import FeedforwardLayer, feedforward_layers
 from fffexp.paper.comparisons import compare, in_words, percent, shares
 from fffexp.paper.rows import name, note, size
@@ -46,9 +46,8 @@ def points(trees: Sequence[str], recipe: str | None) -> list[Trial]:
             tree = _point(training_width=2**depth * leaf, leaf_width=leaf, depth=depth)
         except ValueError as error:
             raise UserError(f"--trees {text}: give DEPTHxLEAF, such as 4x32 ({error})") from error
-        if size(tree) >= dense_width:
-            neurons = f"{size(tree)} neurons at inference are no fewer than the {dense_width} of the dense layer"
-            raise UserError(f"--trees {text}: {neurons}: give a smaller tree")
+        neurons = f"{size(tree)} neurons at inference are no fewer than the {dense_width} of the dense layer"
+        refuse((size(tree) >= dense_width, f"--trees {text}: {neurons}: give a smaller tree"))
         found += [tree, _point(training_width=size(tree))]
     for number, trial in enumerate(found):
         trial.number, trial.recipe = number, recipe
@@ -68,7 +67,6 @@ def _factory(params: Mapping[str, Any]) -> Callable[[int, int], FeedforwardLayer
 
 def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
     """Train the dense model by the arguments of a fit, convert it to each of `points`, and add a run to each."""
-    quiet: dict[str, Any] = dict.fromkeys(QUIET, False)
     kept: list[Any] = []  # the task with its best weights, as it was tested, and its data
     keep = LambdaCallback(on_test_end=lambda trainer, task: kept.extend((task.eval(), trainer.datamodule)))
     result = run([*args, f"--seed_everything={seed}"], Context(callbacks=[keep], quiet=True))
@@ -80,7 +78,7 @@ def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
 
     def tested(model: nn.Module) -> dict[str, Any]:
         task.network = model
-        (found,) = Trainer(devices=1, **quiet).test(task, data, verbose=False)
+        (found,) = Trainer(devices=1, **dict[str, Any].fromkeys(QUIET, False)).test(task, data, verbose=False)
         return {"seed": seed} | {key: value for key, value in found.items() if key.startswith("test/")}
 
     metrics = {key: value for key, value in result.metrics.items() if key.startswith(("test/", "val/"))}
@@ -91,8 +89,8 @@ def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
         model = copy.deepcopy(trained)
         with register_module_forward_pre_hook(lambda *_: wait_for_timing()):
             made = convert_feedforward(model, sample.split(batch), _factory(trial.params), steps=steps, lr=lr)
-        trial.runs.append(tested(model) | {"errors": [each.final_error for each in made]})
-        trial.runs[-1]["initial_errors"] = [each.initial_error for each in made]
+        errors = {"errors": [m.final_error for m in made], "initial_errors": [m.initial_error for m in made]}
+        trial.runs.append(tested(model) | errors)
         accuracies = f"{trial.runs[-1]['test/accuracy']:8.2%} of {metrics['test/accuracy']:.2%}"
         print(f"seed {seed}  {name(trial):30}{accuracies}", flush=True)
 
@@ -122,10 +120,12 @@ def report(results: Results) -> str:
         mine = trial.by_seed(results.test_monitor).values()
         of_dense, recovered = map(percent, shares(results, trial, dense, mean))
         errors = zip(*(run["errors"] for run in trial.runs if "errors" in run), strict=True)
-        line = {"layers": name(trial), "width": size(trial, "inference_width"), "size": size(trial)}
-        line |= {"test acc": 100 * sum(mine) / len(mine), "of dense, %": of_dense if trial is not dense else None}
-        line |= {"recovered, %": recovered if trial in others else None}
-        lines.append(line | {"error by block": " ".join(f"{sum(part) / len(part):.3f}" for part in errors) or None})
+        lines.append(
+            {"layers": name(trial), "width": size(trial, "inference_width"), "size": size(trial)}
+            | {"test acc": 100 * sum(mine) / len(mine), "of dense, %": of_dense if trial is not dense else None}
+            | {"recovered, %": recovered if trial in others else None}
+            | {"error by block": " ".join(f"{sum(part) / len(part):.3f}" for part in errors) or None}
+        )
     compared = compare(results, zip(others[::2], others[1::2], strict=True))
     return f"{table(lines, {'test acc': '.2f'})}\n\n{table([*map(in_words, compared)])}\n" + note(
         f"Test accuracy in percent, means of {len(dense.runs)} seeds; the first row was trained. width, size: "

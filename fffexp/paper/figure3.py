@@ -24,7 +24,7 @@ from fffexp.bench.measure import measure_limits
 from fffexp.bench.records import Record
 from fffexp.bench.setting import Setting
 from fffexp.environment import environment
-from fffexp.errors import UserError
+from fffexp.errors import UserError, refuse
 from fffexp.files import save_json
 
 DENSE, MIXTURE, TREE = yaml.safe_load(files("fffexp.paper").joinpath("figure3.yaml").read_text()).values()
@@ -53,14 +53,13 @@ def measure(setting: Setting, ff_depth: int) -> dict[str, Any]:
             differing = [f"another measurement ({key})" for key, value in kind.items() if found[key] != value]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--json {path} holds no records of this figure ({error}): give another file") from error
-        if differing:
-            raise UserError(f"--json {path} holds {differing[0]}: give another file, or remove it")
+        refuse(*((True, f"--json {path} holds {each}: give another file, or remove it") for each in differing))
     done = {(r["depth_of_point"], r["batch_size"], r["k_of_point"]) for r in found["records"]}
     points = [each for each in itertools.product(setting.depths, setting.batch_sizes, (1, 2)) if each not in done]
     if not points:
         return found
-    if other := [key for key in ("cpu", "torch", "instruction_set") if found["environment"][key] != where[key]]:
-        raise UserError(f"--json {path}: measured with another {other[0]}: give another file, or remove it")
+    other = (key for key in ("cpu", "torch", "instruction_set") if found["environment"][key] != where[key])
+    refuse(*((True, f"--json {path}: measured with another {key}: give another file, or remove it") for key in other))
     limits = measure_limits(torch.float32, "cpu")
     found |= {"environment": where, "limits": limits}
     for depth, batch_size, k in points:
@@ -68,8 +67,8 @@ def measure(setting: Setting, ff_depth: int) -> dict[str, Any]:
         one = replace(setting, layers=names, depths=[depth], batch_sizes=[batch_size], top_k=k)
         for record in bench.measure("inference", one, {str(threads): limits}):
             found["records"].append(record | {"depth_of_point": depth, "k_of_point": k})
-            us = f"{record['layer']:8} k={k} {1e6 * record['median_s']:12.1f} us"
-            print(f"2^{depth:<3} batch {batch_size:<5} {us}", flush=True)
+            point = f"2^{depth:<3} batch {batch_size:<5} {record['layer']:8} k={k}"
+            print(f"{point} {1e6 * record['median_s']:12.1f} us", flush=True)
         if path:
             save_json(path, found)
     return found
@@ -120,10 +119,9 @@ def local_slopes(blocks: Sequence[int], seconds: Sequence[float]) -> list[float]
 
 
 def _fit(found: dict[str, Any], name: str, line: Sequence[Record]) -> Fit | None:
-    if name == DENSE or len(line) < 4:
-        return None
     seconds, flops, size = ([r[key] for r in line] for key in ("median_s", "flops", "bytes"))
-    return fit(seconds, flops, size, found["limits"]["gemm_flops_per_s"])
+    fits = name != DENSE and len(line) > 3
+    return fit(seconds, flops, size, found["limits"]["gemm_flops_per_s"]) if fits else None
 
 
 def report(found: dict[str, Any]) -> str:
@@ -141,9 +139,7 @@ def report(found: dict[str, Any]) -> str:
                 cost = f"max(operations / {gflops}, distinct bytes / {gbytes}) + {1e6 * model.call_s:.1f} us"
                 lines.append(f"  {'':8} {cost}: R^2 {model.r_squared:.3f}")
         trees = by_name.get(TREE, [])
-        lines.append(
-            " ".join([f"  {TREE:8} counted operations a sample", *(str(p["flops"] // batch_size) for p in trees)])
-        )
+        lines.append(f"  {TREE:8} counted operations a sample" + "".join(f" {p['flops'] // batch_size}" for p in trees))
         for other in ("speedup_over_ff", "speedup_over_moe"):
             ratios = " ".join(f"2^{p['depth_of_point']}: {p[other]:.4g}x" for p in trees if p[other])
             lines.append(f"  {TREE:8} {other.replace('_', ' ')}: {ratios}")

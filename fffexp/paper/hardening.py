@@ -31,8 +31,7 @@ def train(args: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     That is the entropy of each layer by epoch, and how its leaves share the classes of the validation set: by the
     layer's path, inputs of each class that every leaf gets, (leaves, classes).
     """
-    entropies: dict[str, list[float]] = {}
-    classes_by_leaf: dict[str, list[list[int]]] = {}
+    entropies, classes_by_leaf = dict[str, list[float]](), dict[str, list[list[int]]]()
 
     def keep(trainer: Trainer, task: Any) -> None:  # what was logged at the end of the epoch before
         for path in task.layers if trainer.callback_metrics else ():
@@ -72,7 +71,7 @@ def _classes_by_leaf(task: Any, batches: Any) -> dict[str, list[list[int]]]:
 
 
 def _curves(results: Results) -> list[tuple[str, str, list[float], list[list[int]]]]:
-    """Name of the training, path of the layer, entropies, classes by leaf."""
+    # name of the training, path of the layer, entropies, classes by leaf
     return [
         (f"depth {trial.params['depth']}", path, entropies, drawn["classes_by_leaf"][path])
         for trial in results.trials
@@ -86,9 +85,8 @@ def report(results: Results) -> str:
     lines = []
     for title, path, entropies, counts in _curves(results):
         at = {f"{s:.0%}": f"{entropies[min(len(entropies) - 1, int(s * len(entropies)))]:.3f}" for s in SHARES}
-        known = f"{mutual_info_score(None, None, contingency=counts):.3f}"
-        used = sum(sum(leaf) > 0 for leaf in counts)
-        lines.append({"tree": title, "layer": path, **at, "leaves": used, "class, nats": known})
+        used, known = sum(sum(leaf) > 0 for leaf in counts), mutual_info_score(None, None, contingency=counts)
+        lines.append({"tree": title, "layer": path, **at, "leaves": used, "class, nats": f"{known:.3f}"})
     return section(
         "",
         lines,

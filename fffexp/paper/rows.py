@@ -58,8 +58,8 @@ def describe(trial: Trial) -> Row:
 
 def point(trial: Trial) -> Row:
     """The point as a row of text has it."""
-    row = {"layer": trial.layer, "w": width(trial), "leaf": trial.params.get("leaf_width")}
-    return row | {"loss reduction": trial.params.get("reduction")}
+    more = {"leaf": trial.params.get("leaf_width"), "loss reduction": trial.params.get("reduction")}
+    return {"layer": trial.layer, "w": width(trial), **more}
 
 
 def name(trial: Trial) -> str:

@@ -10,7 +10,7 @@ import yaml
 
 from fffexp import paths
 from fffexp.configs import given, read_yaml
-from fffexp.errors import UserError
+from fffexp.errors import refuse
 from fffexp.paper.rows import ordered
 from fffexp.study.results import Results, Trial
 
@@ -38,8 +38,8 @@ class PaperStudy:
     def __init__(self, name: str, data: str, seeds: int | None = None, **more: int | None) -> None:
         self.content = read_yaml(FOLDER / f"{name}.yaml")
         settings = self.content.setdefault("overrides", {})
-        settings |= {KEYS[name]: value for name, value in more.items() if value is not None}
-        settings |= {PATCH: PATCHES[data]} if PATCH in settings else {}
+        patch = {PATCH: PATCHES[data]} if PATCH in settings else {}
+        settings |= {KEYS[name]: value for name, value in more.items() if value is not None} | patch
         settings |= {"data.init_args.name": data} if data not in DATA else {}
         self.content["configs"][0] = DATA.get(data, HUB)
         self.content["seeds"] = self.content["seeds"] if seeds is None else list(range(seeds))
@@ -54,20 +54,16 @@ class PaperStudy:
         groups = self.content["layers"].items()
         kept = {label: [point for point in group["points"] if wanted(label, point)] for label, group in groups}
         self.content["layers"] = {label: group | {"points": kept[label]} for label, group in groups if kept[label]}
-        if not self.content["layers"]:
-            file = f"studies/paper/{self.content['name']}.yaml"
-            raise UserError(f"{file} has no such point: add it there, or choose from those that it lists")
-
-    @property
-    def _text(self) -> str:
-        return yaml.safe_dump(json.loads(json.dumps(self.content)), sort_keys=False)  # of plain types alone
+        missing = f"studies/paper/{self.content['name']}.yaml has no such point"
+        refuse((not self.content["layers"], f"{missing}: add it there, or choose from those that it lists"))
 
     @cached_property
     def spec(self) -> "StudySpec":
         """As it stands now."""
         from fffexp.study.spec import parse
 
-        return parse(self._text, FOLDER, self.content["name"])
+        plain = json.loads(json.dumps(self.content))  # of plain types alone
+        return parse(yaml.safe_dump(plain, sort_keys=False), FOLDER, self.content["name"])
 
     @cached_property
     def _by_recipe(self) -> "dict[str, Point]":
@@ -105,8 +101,7 @@ class PaperStudy:
             for trial in results.trials
             if any(trial.params == each.params and trial.recipe != each.recipe for each in wanted)
         ]
-        if differing:
-            raise UserError(f"--json {path}: {differing[0]}: give another file, or remove it")
+        refuse(*((True, f"--json {path}: {each}: give another file, or remove it") for each in differing))
         return results
 
     def wanted(self, results: Results) -> list[Trial]:

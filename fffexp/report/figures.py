@@ -84,8 +84,7 @@ def history(results: Results) -> Figure:
 
 def png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer := io.BytesIO(), format="png")
     return buffer.getvalue()
 
 
@@ -123,7 +122,7 @@ def _best_so_far(
 
 
 def _limit(axes: Axes, results: Results, trials: Sequence[float], finalists: Sequence[float]) -> None:
-    """Ends of the axis of the monitored metric: a trial that learned nothing must not squeeze the others together."""
+    # a trial that learned nothing must not squeeze the others together
     sign, unit = results.sign, results.unit
     values = sorted(sign * y for y in (*trials, *finalists))
     typical, best = values[len(values) // 4], values[-1]
@@ -136,10 +135,8 @@ def _limit(axes: Axes, results: Results, trials: Sequence[float], finalists: Seq
 
 
 def _scatter(axes: Axes, points: Sequence[tuple[float, float]], colour: str, marker: str, name: str = "") -> None:
-    """Marks, and at the edge the value of each point that is beyond the limits."""
     low, high = axes.get_ylim()
-    inside = [(x, y) for x, y in points if low <= y <= high]
-    xs, ys = [x for x, _ in inside], [y for _, y in inside]
+    xs, ys = ([point[i] for point in points if low <= point[1] <= high] for i in (0, 1))
     axes.scatter(xs, ys, 26, colour, marker=marker, alpha=0.4, linewidth=0, label=name if points else "")
     for x, y in points:
         number = axes.yaxis.get_major_formatter()(float(f"{y:.3g}"))

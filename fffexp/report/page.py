@@ -20,10 +20,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     A reader never sees half a file.
     """
     results.save(folder / "summary.json")
-    contents = {
-        "pareto.png": figures.png(figures.pareto(results)),
-        "history.png": figures.png(figures.history(results)),
-    }
+    contents = {f"{draw.__name__}.png": figures.png(draw(results)) for draw in (figures.pareto, figures.history)}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {f.__name__: f for f in (text.latency, text.settings, text.title, text.value, shlex.quote)}
     # 812, 12.3k, 1.23M
