@@ -1,6 +1,7 @@
 """One process that takes jobs and trains them."""
 
 import copy
+import gc
 import itertools
 import math
 import multiprocessing
@@ -115,9 +116,11 @@ class Worker:
     def work(self) -> None:
         """Do all there is to do."""
         filled, queues = float("-inf"), self.study.queues
+        gc.freeze()  # all modules: a collection is then a matter of milliseconds
         while True:
             # one of each queue in turn
             if sum(queue.run_one(self._objective, (NonFiniteLossError, InvalidConfigError)) for queue in queues):
+                gc.collect()  # a trainer and its data refer to each other, and would stay
                 continue
             if all(queue.all_finished() for queue in queues):
                 return
@@ -188,7 +191,8 @@ class Worker:
                     raise NonFiniteLossError(
                         f"seed {seed}: loss not finite at {steps:.0f} steps: lower the learning rate or the aux_weights"
                     )
-                records[seed] = {"seed": seed, **({} if together else {"run_id": result.run_id}), **result.metrics}
+                of_run = {} if together else {"run_id": result.run_id, "backend": result.backend}
+                records[seed] = {"seed": seed, **of_run, **result.metrics}
                 trial.set_user_attr(RUN + str(seed), records[seed])  # before a tracking server may fail
                 if group is not None and seed == seeds[0]:
                     group.text(result.config, "config.yaml")
@@ -199,5 +203,5 @@ class Worker:
 
 
 def _means(records: Sequence[Record]) -> dict[str, float]:
-    names = set.intersection(*map(set, records)) - {"seed", "run_id"}
+    names = set.intersection(*map(set, records)) - {"seed", "run_id", "backend"}
     return {name: fmean(record[name] for record in records) for name in names}

@@ -69,6 +69,7 @@ class Result:
     config: str  # YAML, enough to rerun it
     params: dict[str, Any]  # that are tracked
     run_id: str = ""
+    backend: str = ""  # of inference
     metrics: dict[str, float] = field(default_factory=dict)  # what is monitored is that of the selected checkpoint
 
     @property
@@ -176,8 +177,8 @@ class ExperimentCLI(LightningCLI):
         if config.init_from:
             model.load_state_dict(checks.read_checkpoint("init_from", config.init_from)["state_dict"])
         store = tracking.open_store(paths.tracking_uri(config.tracking_uri), config.name)
-        backends = ",".join(sorted({layer.inference_backend() for layer in model.layers.values()}))
-        tags = {"layer": params["layer"], "data": params["data"], "backend": backends, **self.context.tags}
+        backend = ",".join(sorted({layer.inference_backend() for layer in model.layers.values()}))
+        tags = {"layer": params["layer"], "data": params["data"], "backend": backend, **self.context.tags}
         name = f"{params['layer']} {params['training_width']} seed {params['seed']}"
         with tracking.Run(*store, name, tags, self.context.parent) as run:
             run.params(params)
@@ -210,7 +211,7 @@ class ExperimentCLI(LightningCLI):
             run.log_metrics(finals, trainer.global_step)
             if self.context.parent is not None:  # a study keeps its checkpoints with the runs alone
                 shutil.rmtree(folder, ignore_errors=True)
-        self.result.run_id, self.result.metrics = run.id, metrics
+        self.result.run_id, self.result.backend, self.result.metrics = run.id, backend, metrics
 
     def predict(self, model: Task, datamodule: LightningDataModule, **kwargs: Any) -> None:
         for outputs in self.trainer.predict(model, datamodule=datamodule, **kwargs) or []:

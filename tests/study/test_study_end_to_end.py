@@ -15,7 +15,7 @@ import optuna
 import pytest
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
-from processes import CONFIGS, artifact, enter, runs, started, with_store, write_yaml
+from processes import CONFIGS, artifact, client, enter, runs, started, with_store, write_yaml
 
 from fffexp import paths, tracking
 from fffexp.cli import main
@@ -163,6 +163,8 @@ def test_the_summary(done: Path) -> None:
         assert all(isinstance(v, int) for k, v in trial.params.items() if k != "layer")
         assert trial.values == pytest.approx([sum(run[n] for run in trial.runs) / 2 for n in results.metrics])
         assert [run["seed"] for run in trial.runs] == [0, 1]
+        for record in trial.runs + trial.evaluation:
+            assert record["backend"] == client(done).get_run(record["run_id"]).data.tags["backend"]
         if trial.number in results.finalists:
             assert trial.seeds == [run["seed"] for run in trial.evaluation] == [5, 6]
             assert trial.mean is not None
