@@ -57,9 +57,9 @@ class BlockMLP(nn.Module):
     def tensors(self) -> Blocks:
         return Blocks(*parameters(self, _NAMES))
 
-    def exact(self, chosen: list[int] | slice = slice(None)) -> tuple[Blocks, nn.Module]:
-        """Some of the blocks, or all, and the activation without dropout, in float64."""
-        return Blocks(*(p[chosen].double() for p in self.tensors())), copy.deepcopy(self.hidden).double().eval()
+    def exact(self) -> tuple[Blocks, nn.Module]:
+        """The blocks, and the activation in float64, without dropout: what the functions of naive.py take."""
+        return self.tensors(), copy.deepcopy(self.hidden).double().eval()
 
     @property
     def scalars(self) -> int:  # of one block

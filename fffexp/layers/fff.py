@@ -190,11 +190,10 @@ class FFF(BlockLayer):
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         x, nodes = x.double(), (self.node_weight.double(), self.node_bias.double())
-        if decisions == "soft":
-            logits = nn.functional.linear(x, *nodes) * self.inverse_temperature.double()
-            return naive.fff_soft(x, logits, self.depth, *self.leaves.exact())
-        leaves = [naive.fff_leaf(row, *nodes, self.depth) for row in x]
-        return torch.stack([naive.block(x[i], 0, *self.leaves.exact([leaf])) for i, leaf in enumerate(leaves)])
+        if decisions == "hard":
+            return naive.fff_hard(x, *nodes, self.depth, *self.leaves.exact())
+        logits = nn.functional.linear(x, *nodes) * self.inverse_temperature.double()
+        return naive.fff_soft(x, logits, self.depth, *self.leaves.exact())
 
     def weights_read(self, x: Tensor) -> int:
         leaf = self.route(x)

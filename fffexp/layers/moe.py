@@ -46,10 +46,6 @@ class GatedExperts(BlockLayer):
     def _decide(self, rows: Tensor) -> tuple[Tensor, Tensor, Any]:
         """(B, in) -> (B, K) experts, (B, K) weights of their outputs, and in training what they leave as routing."""
 
-    @abstractmethod
-    def _gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
-        """(B, K) logits of the chosen, (B, E) all logits -> (B, K) weight of each chosen expert's output."""
-
     def forward(self, x: Tensor) -> Tensor:
         rows = self._rows(x, self.gate_weight.dtype)
         expert_BK, gates_BK, routing = self._decide(rows)
@@ -68,14 +64,6 @@ class GatedExperts(BlockLayer):
     def route(self, x: Tensor) -> Tensor:  # without noise, best first
         logits = decision_logits(self._rows(x, self.gate_weight.dtype), self.gate_weight)
         return logits.topk(self.top_k, dim=1).indices
-
-    def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
-        logits_BE = x.double() @ self.gate_weight.double().T
-        top = logits_BE.topk(self.top_k, dim=1)
-        rows = zip(x.double(), top.indices.tolist(), self._gates(top.values, logits_BE), strict=True)
-        return torch.stack(
-            [naive.weighted(row, range(len(gates)), gates, *self.experts.exact(chosen)) for row, chosen, gates in rows]
-        )
 
     def weights_read(self, x: Tensor) -> int:
         return self.gate_weight.numel() + len(self.route(x).unique()) * self.experts.scalars
@@ -135,7 +123,7 @@ class NoisyTopKMoE(GatedExperts):
             sigma = F.softplus(decision_logits(rows, self.noise_weight))
             logits = clean + normal_like(clean) * sigma
         top = logits.topk(self.top_k, dim=1)
-        gates = self._gates(top.values, logits)
+        gates = torch.softmax(top.values, dim=1)  # over the chosen alone
         if not self.training:
             return top.indices, gates, None
         loads = (
@@ -146,8 +134,9 @@ class NoisyTopKMoE(GatedExperts):
         dense = torch.zeros_like(logits).scatter(1, top.indices, gates)
         return top.indices, gates, GateRouting(dense, loads)
 
-    def _gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
-        return torch.softmax(chosen_BK, dim=1)  # over the chosen alone
+    def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+        x = x.double()
+        return naive.moe(x, x @ self.gate_weight.double().T, self.top_k, *self.experts.exact())
 
     def check_trainable(self) -> None:
         if self.top_k == 1 and self.num_experts > 1:
@@ -198,8 +187,10 @@ class SwitchMoE(GatedExperts):
     def _decide(self, rows: Tensor) -> tuple[Tensor, Tensor, Any]:
         logits = decision_logits(rows, self.gate_weight)
         top = logits.topk(1, dim=1)
+        gates = torch.exp(top.values - logits.logsumexp(1, keepdim=True))  # softmax over all
         routing = SwitchRouting(torch.softmax(logits, dim=1), top.indices.squeeze(1)) if self.training else None
-        return top.indices, self._gates(top.values, logits), routing
+        return top.indices, gates, routing
 
-    def _gates(self, chosen_BK: Tensor, logits_BE: Tensor) -> Tensor:
-        return torch.exp(chosen_BK - logits_BE.logsumexp(1, keepdim=True))  # softmax over all
+    def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
+        x = x.double()
+        return naive.switch(x, x @ self.gate_weight.double().T, *self.experts.exact())
