@@ -6,17 +6,28 @@ torch.export and autograd see them; gradients come from the products in grouped.
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from fffexp.kernels.activations import GRADIENTS
 from fffexp.kernels.build import BuildError, build
 from fffexp.kernels.grouped import grouped_mm, grouped_outer
 from fffexp.routing.blocks import block_counts
+
+_aten = torch.ops.aten
+# the activations that compiled kernels know: the value, and the gradient from (gradient, preactivation)
+GRADIENTS: dict[str, tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]] = {
+    "identity": (nn.Identity(), lambda g, z: g),
+    "relu": (nn.ReLU(), lambda g, z: _aten.threshold_backward(g, z, 0)),
+    "gelu": (nn.GELU(), lambda g, z: _aten.gelu_backward(g, z)),
+    "gelu_tanh": (nn.GELU("tanh"), lambda g, z: _aten.gelu_backward(g, z, approximate="tanh")),
+    "silu": (nn.SiLU(), lambda g, z: _aten.silu_backward(g, z)),
+    "tanh": (nn.Tanh(), lambda g, z: _aten.tanh_backward(g, torch.tanh(z))),
+}
+_NAMES = {(type(value), vars(value).get("approximate")): name for name, (value, _) in GRADIENTS.items()}
 
 _TREE = "Tensor x, Tensor node_weight, Tensor node_bias"
 _BLOCKS = "Tensor hidden_weight, Tensor hidden_bias, Tensor output_weight, Tensor output_bias, str activation"
@@ -52,6 +63,11 @@ selected = torch.ops.fffexp.selected.default
 def fff(x_BI: Tensor, *arguments: Any) -> Tensor:
     """(B, O) of hard inference; the arguments are those of the operator `fffexp::fff`."""
     return _FFF(x_BI, *arguments) if torch.is_grad_enabled() else _FFF_INFERENCE(x_BI, *arguments)
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """What the kernels call this activation, or None if they do not know it."""
+    return _NAMES.get((type(module), vars(module).get("approximate")))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # a graph is traced for one backend

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fffexp.kernels import eager, operators
-from fffexp.kernels.activations import activation_name
 from fffexp.kernels.naive import Blocks
 from fffexp.layers.random import Dropout
 
@@ -52,7 +51,7 @@ class BlockMLP(nn.Module):
     def compiled_activation(self) -> str | None:
         """What the compiled kernels call the hidden part as it is now, or None where they cannot compute it."""
         activation, dropout = self.hidden._modules.values()
-        return None if dropout.training and dropout.p else activation_name(activation)
+        return None if dropout.training and dropout.p else operators.activation_name(activation)
 
     def tensors(self) -> Blocks:
         return Blocks(*parameters(self, _NAMES))

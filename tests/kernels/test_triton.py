@@ -10,8 +10,8 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 from fffexp.kernels import naive
-from fffexp.kernels.activations import GRADIENTS
 from fffexp.kernels.naive import Blocks
+from fffexp.kernels.operators import GRADIENTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="triton is not installed")
