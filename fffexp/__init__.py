@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from fffexp.adapt.replace import replace_feedforward
     from fffexp.data import IDX, Digits, FashionMNIST, Hub
     from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE, feedforward_layers
-    from fffexp.models.mlp import LayerFactory
+    from fffexp.layers.base import LayerFactory
     from fffexp.training.classification import ClassificationTask
     from fffexp.training.losses import anneal, auxiliary_loss
     from fffexp.training.optim import LazyAdamW
@@ -28,7 +28,7 @@ _HOMES = {
     "adapt.replace": ("replace_feedforward",),
     "data": ("Digits", "FashionMNIST", "Hub", "IDX"),
     "layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "feedforward_layers"),
-    "models.mlp": ("LayerFactory",),
+    "layers.base": ("LayerFactory",),
     "training.classification": ("ClassificationTask",),
     "training.losses": ("anneal", "auxiliary_loss"),
     "training.optim": ("LazyAdamW",),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fffexp.adapt.find import MLP, Select, find_mlps, required, watched
-from fffexp.adapt.replace import LayerFactory, Replacement, build, put
-from fffexp.layers import FeedforwardLayer
+from fffexp.adapt.replace import Replacement, build, put
+from fffexp.layers.base import FeedforwardLayer, LayerFactory
 from fffexp.training.losses import anneal, auxiliary_loss
 from fffexp.training.schedules import Exponential
 

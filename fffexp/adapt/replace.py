@@ -1,16 +1,13 @@
 """Feedforward layers in models that exist: the MLPs of a model are found, checked and replaced."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import nan
 
 from torch import nn
 
 from fffexp.adapt.find import MLP, Select, find_mlps
-from fffexp.layers import FeedforwardLayer
-from fffexp.layers.base import SIZES
-
-LayerFactory = Callable[[int, int], FeedforwardLayer]
+from fffexp.layers.base import SIZES, FeedforwardLayer, LayerFactory
 
 
 @dataclass(frozen=True)

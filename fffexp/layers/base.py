@@ -289,6 +289,9 @@ class FeedforwardLayer(nn.Module, ABC):
         return {}
 
 
+LayerFactory = Callable[[int, int], FeedforwardLayer]  # (in_features, out_features) -> layer
+
+
 class BlockLayer(FeedforwardLayer):
     """A layer of two-layer networks, of all or some for a sample, and of neurons that decide which."""
 

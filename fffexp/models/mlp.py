@@ -1,13 +1,11 @@
 """The network of arXiv 2308.14711, section 4.1."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fffexp.layers import FeedforwardLayer
-
-LayerFactory = Callable[[int, int], FeedforwardLayer]
+from fffexp.layers.base import LayerFactory
 
 
 class MLP(nn.Module):

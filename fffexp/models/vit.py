@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fffexp.layers.base import whole
+from fffexp.layers.base import LayerFactory, whole
 from fffexp.layers.random import Dropout
-from fffexp.models.mlp import LayerFactory
 
 
 class TransformerBlock(nn.Module):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from fffexp.models.mlp import MLP, LayerFactory
+from fffexp.layers.base import LayerFactory
+from fffexp.models.mlp import MLP
 from fffexp.training.task import Task
 
 
