@@ -189,7 +189,7 @@ class FeedforwardLayer(nn.Module, ABC):
     @property
     def trains_all_experts(self) -> bool:
         """Whether a training pass evaluates all leaves or experts for each sample."""
-        return not self.sparse_gradients
+        return self._trained is None and not self.sparse_gradients
 
     @property
     def parameter_count(self) -> int:

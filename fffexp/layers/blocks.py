@@ -21,7 +21,6 @@ _ACTIVATIONS = (
     "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU SiLU Sigmoid"
     " Softplus Softsign Tanh"
 )
-_NAMES = ("hidden_weight", "hidden_bias", "output_weight", "output_bias")
 
 
 class BlockMLP(nn.Module):
@@ -54,7 +53,7 @@ class BlockMLP(nn.Module):
         return None if dropout.training and dropout.p else operators.activation_name(activation)
 
     def tensors(self) -> Blocks:
-        return Blocks(*parameters(self, _NAMES))
+        return Blocks(*parameters(self, Blocks._fields))
 
     def exact(self) -> tuple[Blocks, nn.Module]:
         """The blocks, and the activation in float64, without dropout: what the functions of naive.py take."""
@@ -72,7 +71,7 @@ class BlockMLP(nn.Module):
         """What the compiled operators take of the blocks, or None where eager serves; errors as of `backend`."""
         if requested == "eager":
             return None
-        tensors, activation = parameters(self, _NAMES), self.compiled_activation
+        tensors, activation = parameters(self, Blocks._fields), self.compiled_activation
         found = operators.backend_of(tensors[0], activation)
         if found and requested in ("auto", found):
             return (*tensors, activation)

@@ -24,7 +24,6 @@ class GatedExperts(BlockLayer):
 
     shape = ("num_experts", "expert_width", "top_k")
     metrics = MappingProxyType({"gate_entropy": gate_entropy})
-    trains_all_experts = False
 
     def __init__(
         self, sizes: tuple[int, int, int, int, int], activation: Activation, dropout: float, **factory: Any
