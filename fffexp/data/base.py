@@ -53,7 +53,11 @@ class Batches:
             batches = zip(*(torch.split(each, self.batch_size) for each in self.rows), strict=True)
         else:
             epoch, done = self.progress()  # not before the first batch is asked for: Lightning resets it late
-            chosen = torch.split(self._order(self.seed, epoch), self.batch_size)[done:]
+            # SeedSequence mixes the pair, so that (0, 1) and (1, 0) are unrelated;
+            # drawn on the CPU, so that the order does not depend on the device
+            state = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0])
+            order = torch.randperm(len(self.rows[0]), generator=torch.Generator().manual_seed(state))
+            chosen = torch.split(order.to(self.rows[0].device), self.batch_size)[done:]
             batches = (tuple(each.index_select(0, rows) for each in self.rows) for rows in chosen)
         for batch in batches:
             yield batch if len(batch) > 1 else batch[0]
@@ -66,13 +70,6 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Nothing, see `state_dict`."""
-
-    def _order(self, seed: int, epoch: int) -> Tensor:
-        # SeedSequence mixes the pair, so that (0, 1) and (1, 0) are unrelated;
-        # drawn on the CPU, so that the order does not depend on the device
-        state = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
-        order = torch.randperm(len(self.rows[0]), generator=torch.Generator().manual_seed(state))
-        return order.to(self.rows[0].device)
 
 
 class ClassificationData(LightningDataModule, ABC):
@@ -131,8 +128,7 @@ class ClassificationData(LightningDataModule, ABC):
         refuse((not len(train) or not len(val), f"{name}: {sizes}: use a data set with more rows"))
         parts = [(inputs[train], labels[train]), (inputs[val], labels[val]), self._checked("test")]
         if self.normalize == "standard":
-            dims = [0, *range(2, inputs.ndim)]  # all but the channel
-            std, mean = torch.std_mean(parts[0][0], dim=dims, correction=0, keepdim=True)
+            std, mean = torch.std_mean(parts[0][0], dim=[0, *range(2, inputs.ndim)], correction=0, keepdim=True)
             same = f"{name}: all pixels of a channel are the same, which cannot be standardised"
             refuse(((std == 0).any(), f"{same}: give --data.normalize unit or other data"))
             parts = [((x - mean) / std, y) for x, y in parts]

@@ -106,15 +106,16 @@ def _read(path: Path, kind: Kind, header_alone: bool = False) -> tuple[np.dtype[
 # the four files, all in the first folder that has any of them
 def _find(folders: tuple[str, ...]) -> dict[tuple[Part, Kind], Path]:
     for folder in map(Path, folders):
-        paths = {}
-        for key, name in FILES.items():
-            forms = (folder / (form + end) for end, form in product(("", ".gz"), (name, name.replace("-idx", ".idx"))))
-            paths[key] = [path for path in forms if path.is_file()]
-        missing = [FILES[key] for key, found in paths.items() if not found]
-        if len(missing) < len(FILES):
-            if missing:
-                raise UserError(f"{folder / missing[0]}[.gz] is missing: {FETCH}, or give --data.root FOLDER")
-            return {key: found[0] for key, found in paths.items()}
+        found = {
+            key: path
+            for key, name in FILES.items()
+            for end, form in product((".gz", ""), (name.replace("-idx", ".idx"), name))  # the last that is there
+            if (path := folder / (form + end)).is_file()
+        }
+        if missing := [name for key, name in FILES.items() if found and key not in found]:
+            raise UserError(f"{folder / missing[0]}[.gz] is missing: {FETCH}, or give --data.root FOLDER")
+        if found:
+            return found
     raise UserError(
         f"no IDX files (train-images-idx3-ubyte[.gz], ...) in {', '.join(folders)}:"
         " run make data, or give --data.root FOLDER"
