@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _generators: ContextVar[Sequence[torch.Generator]] = ContextVar("seed generators", default=())
-_Draw = Callable[[Tensor, torch.Generator | None], Tensor]  # without a generator from the default one
 
 
 @contextmanager
@@ -30,12 +29,12 @@ def seed_generators(generators: Sequence[torch.Generator]) -> Iterator[None]:
 
 def normal_like(x: Tensor) -> Tensor:
     """Standard normal numbers of the shape, dtype and device of x."""
-    return _draw(partial(_numbers, torch.randn, torch.randn_like), x)
+    return _draw(partial(torch.randn_like, memory_format=torch.contiguous_format), x)
 
 
 def uniform_like(x: Tensor) -> Tensor:
     """Numbers from [0, 1) of the shape, dtype and device of x."""
-    return _draw(partial(_numbers, torch.rand, torch.rand_like), x)
+    return _draw(partial(torch.rand_like, memory_format=torch.contiguous_format), x)
 
 
 class Dropout(nn.Dropout):
@@ -44,16 +43,10 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not self.p or torch.compiler.is_compiling() or not _generators.get():
             return F.dropout(input, self.p, self.training, self.inplace)
-        return input * _draw(partial(_mask, self.p), input)
+        return input * _draw(partial(_mask, p=self.p), input)
 
 
-def _numbers(draw: Any, draw_like: Any, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    if generator is None:  # torch.compile does not take a generator beside shapes that it does not know
-        return draw_like(x, memory_format=torch.contiguous_format)
-    return draw(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-
-
-def _mask(p: float, x: Tensor, generator: torch.Generator | None) -> Tensor:
+def _mask(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """0 or 1 / (1 - p), as F.dropout draws them."""
     ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
     if generator is None:
@@ -70,24 +63,24 @@ def _mask(p: float, x: Tensor, generator: torch.Generator | None) -> Tensor:
     return mask
 
 
-def _draw(draw: _Draw, x: Tensor) -> Tensor:
+def _draw(draw: Callable[..., Tensor], x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not _generators.get():
-        return draw(x, None)
+        return draw(x)  # torch.compile takes no generator
     return _PerSeed.apply(x.detach(), draw)
 
 
 class _PerSeed(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, draw: _Draw) -> Tensor:
-        return draw(x, None)
+    def forward(x: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+        return draw(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, draw: _Draw) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, int]:
         rows, generators = x.unbind(in_dims[0]), _generators.get()
         if len(rows) != len(generators):
             raise ValueError(f"there are {len(generators)} seed generators for {len(rows)} rows of torch.vmap")
-        return torch.stack([draw(*each) for each in zip(rows, generators, strict=True)]), 0
+        return torch.stack([draw(row, generator=each) for row, each in zip(rows, generators, strict=True)]), 0
