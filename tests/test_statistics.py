@@ -157,7 +157,7 @@ def test_format_difference(test: Paired, text: str) -> None:
 
 
 def test_format_difference_of_other_units() -> None:
-    assert format_difference(Paired(1.25, (1.0, 1.5), 3, 0.01), digits=1) == "+1.2 [+1.0, +1.5], p 0.01"
+    assert format_difference(Paired(1.25, (1.0, 1.5), 3, 0.01)) == "+1.25 [+1.00, +1.50], p 0.01"
 
 
 def test_paired_spread() -> None:
