@@ -36,9 +36,8 @@ def run_command(function: Callable[..., object], args: Sequence[str], name: str 
         values = parser.parse_args(list(args)).as_dict()
     except ArgumentError as error:
         raise UserError(f"{one_line(str(error))} (see {parser.prog} --help)") from error
-    groups = {name: each.default for name, each in inspect.signature(function).parameters.items()}
-    for name, group in groups.items():
-        if is_dataclass(group) and not isinstance(group, type):
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(group := parameter.default) and not isinstance(group, type):
             values[name] = type(group)(**{each.name: values.pop(each.name) for each in fields(group)})
     function(**values)
 

@@ -25,8 +25,10 @@ def environment(threads: list[int], device: str) -> dict[str, Any]:
 
     packages = ("fffexp", "numpy", "lightning", "optuna")  # whose release may change a result
     versions = {name: next((found.version for found in distributions(name=name)), None) for name in packages}
+    about = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", about.read_text() if about.exists() else "", re.MULTILINE)
     return {
-        "cpu": _cpu(),
+        "cpu": named[1].strip() if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
         "torch": torch.__version__,
@@ -67,10 +69,3 @@ def peak_memory_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
-
-
-@cache
-def _cpu() -> str:
-    about = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)$", about.read_text() if about.exists() else "", re.MULTILINE)
-    return named[1].strip() if named else platform.processor() or platform.machine()

@@ -64,9 +64,7 @@ class Batches:
 
     def state_dict(self) -> dict[str, int]:
         """Nothing: Lightning's progress is the position. A state, though empty, makes it resume a pass."""
-        # nor would it be of use: where the task asks for the number of steps, as for a one-cycle schedule, the loader
-        # is set up before the checkpoint is read, and Lightning then leaves its state out
-        return {}
+        return {}  # nor would more be read: a loader that is set up before the checkpoint is does not get its state
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Nothing, see `state_dict`."""
@@ -190,6 +188,5 @@ class ClassificationData(LightningDataModule, ABC):
 
 def pixels(array: np.ndarray[Any, Any]) -> Tensor:
     """Any numeric array as a float32 tensor of its shape; uint8 is brought to [0, 1], all else is kept."""
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is refused by name
-        inputs = torch.from_numpy(array.astype(np.float32))
+    inputs = torch.from_numpy(array).float()  # what float32 cannot hold becomes inf, which is refused by name
     return inputs.div_(255) if array.dtype == np.uint8 else inputs

@@ -106,16 +106,15 @@ def make_activation(activation: Activation) -> nn.Module:
         home, _, name = activation.rpartition(".")
         with suppress(ImportError, AttributeError, KeyError):
             made = getattr(import_module(home or "torch.nn"), name if home else known[name.lower().replace("_", "")])
-    if isinstance(made, nn.Module):
-        return copy.deepcopy(made)
-    with suppress(TypeError):
-        made = made()
+    if not isinstance(made, nn.Module):
+        with suppress(TypeError):
+            made = made()
     if not isinstance(made, nn.Module):
         raise ValueError(
             f"activation is {activation!r}; it must be a class or an instance of torch.nn, what makes one, or one of "
             f"{', '.join(sorted(known))}"
         )
-    return made
+    return copy.deepcopy(made)
 
 
 def reset_parts(module: nn.Module) -> None:
