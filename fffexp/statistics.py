@@ -105,7 +105,7 @@ def adjusted(ps: Sequence[float]) -> list[float]:
 
 
 def format_difference(test: Paired, scale: float = 1.0) -> str:
-    """`+1.93 [+1.75, +2.11], p 1.2e-05`, or `+0.10 [-0.20, +0.40], p 0.45, not significant`; a scale of 100 for points."""
+    """`+1.93 [+1.75, +2.11], p 1.2e-05`, or `+0.10 [-0.20, +0.40], p 0.45, not significant`, of scaled values."""
     difference, *bounds = (f"{scale * x:+.2f}" for x in (test.difference, *(test.interval or ())))
     interval = f" [{', '.join(bounds)}], p {test.p:.2g}" if bounds else ""
     return f"{difference}{interval}{'' if test.significant else ', not significant'}"
