@@ -15,15 +15,14 @@ from fffexp.kernels import eager, naive
 from fffexp.layers.base import BlockLayer, decision_logits, whole
 from fffexp.layers.blocks import Activation, BlockMLP, Device
 from fffexp.layers.random import normal_like
-from fffexp.routing.blocks import balance, block_counts, gate_entropy, importance, load
-from fffexp.routing.gate import GateRouting, SwitchRouting, chosen_probability
+from fffexp.routing import blocks
 
 
 class GatedExperts(BlockLayer):
     """A mixture of experts with a gate that is a product; k experts are evaluated for a sample, in training too."""
 
     shape = ("num_experts", "expert_width", "top_k")
-    metrics = MappingProxyType({"gate_entropy": gate_entropy})
+    metrics = MappingProxyType({"gate_entropy": blocks.gate_entropy})
 
     def __init__(
         self, sizes: tuple[int, int, int, int, int], activation: Activation, dropout: float, **factory: Any
@@ -83,7 +82,7 @@ class NoisyTopKMoE(GatedExperts):
             training pass raises, unless this is False (for timing).
     """
 
-    aux_losses = MappingProxyType({"importance": importance, "load": load})
+    aux_losses = MappingProxyType({"importance": blocks.importance, "load": blocks.load})
     default_aux_weights = MappingProxyType({"importance": 0.1})
     router_rows = 2
     baseline = "moe"
@@ -126,12 +125,12 @@ class NoisyTopKMoE(GatedExperts):
         if not self.training:
             return top.indices, gates, None
         loads = (
-            chosen_probability(clean, sigma, logits, self.top_k).sum(0)
+            blocks.chosen_probability(clean, sigma, logits, self.top_k).sum(0)
             if self.top_k < self.num_experts
-            else block_counts(top.indices, self.num_experts).to(gates.dtype)
+            else blocks.block_counts(top.indices, self.num_experts).to(gates.dtype)
         )
         dense = torch.zeros_like(logits).scatter(1, top.indices, gates)
-        return top.indices, gates, GateRouting(dense, loads)
+        return top.indices, gates, blocks.GateRouting(dense, loads)
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         x = x.double()
@@ -158,7 +157,7 @@ class SwitchMoE(GatedExperts):
         dropout: probability of dropping a hidden activation in training.
     """
 
-    aux_losses = MappingProxyType({"load_balance": balance})
+    aux_losses = MappingProxyType({"load_balance": blocks.balance})
     default_aux_weights = MappingProxyType({"load_balance": 0.3})
 
     def __init__(
@@ -187,7 +186,7 @@ class SwitchMoE(GatedExperts):
         logits = decision_logits(rows, self.gate_weight)
         top = logits.topk(1, dim=1)
         gates = torch.exp(top.values - logits.logsumexp(1, keepdim=True))  # softmax over all
-        routing = SwitchRouting(torch.softmax(logits, dim=1), top.indices.squeeze(1)) if self.training else None
+        routing = blocks.SwitchRouting(torch.softmax(logits, dim=1), top.indices.squeeze(1)) if self.training else None
         return top.indices, gates, routing
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:

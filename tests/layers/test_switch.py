@@ -9,8 +9,7 @@ from tolerances import assert_all_close, assert_close, gradients
 
 from fffexp.kernels import naive
 from fffexp.layers import FF, SwitchMoE
-from fffexp.routing.blocks import balance, gate_entropy
-from fffexp.routing.gate import SwitchRouting
+from fffexp.routing.blocks import SwitchRouting, balance, gate_entropy
 
 EXPERTS, WIDTH = 5, 3
 

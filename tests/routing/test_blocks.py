@@ -6,9 +6,8 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from fffexp.routing import gate
-from fffexp.routing.blocks import cv_squared, gate_entropy, importance, load
-from fffexp.routing.gate import GateRouting
+from fffexp.routing import blocks
+from fffexp.routing.blocks import GateRouting, cv_squared, gate_entropy, importance, load
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -48,7 +47,7 @@ def test_load_of_a_3_by_3_matrix_by_hand() -> None:
     logits = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     margins = torch.tensor([[1.0, -1.0, -1.0], [-2.0, 2.0, -2.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     expected = 0.5 * (1 + torch.erf(margins / math.sqrt(2)))
-    found = gate.chosen_probability(logits, torch.ones_like(logits), logits, k=1)
+    found = blocks.chosen_probability(logits, torch.ones_like(logits), logits, k=1)
     assert_close(found, expected)
     # Phi(1) = 0.841345, Phi(2) = 0.977250: loads 0.841345 + 0.022750 + 0.5, 0.158655 + 0.977250 + 0.5,
     # 0.158655 + 0.022750 + 0.5
@@ -58,7 +57,7 @@ def test_load_of_a_3_by_3_matrix_by_hand() -> None:
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_kth_excluding_by_brute_force(k: int) -> None:
     logits = random(20, 4)
-    found = gate.kth_excluding(logits, k)
+    found = blocks.kth_excluding(logits, k)
     for row, expert in itertools.product(range(20), range(4)):
         others = sorted((float(v) for i, v in enumerate(logits[row]) if i != expert), reverse=True)
         assert float(found[row, expert]) == others[k - 1]
@@ -66,15 +65,15 @@ def test_kth_excluding_by_brute_force(k: int) -> None:
 
 def test_kth_excluding_with_ties() -> None:
     # leaving one out of three equal logits, the largest of the rest is still that logit
-    assert gate.kth_excluding(torch.zeros(1, 3), 1).tolist() == [[0, 0, 0]]
-    assert gate.kth_excluding(torch.tensor([[1.0, 1.0, 0.0]]), 1).tolist() == [[1, 1, 1]]
+    assert blocks.kth_excluding(torch.zeros(1, 3), 1).tolist() == [[0, 0, 0]]
+    assert blocks.kth_excluding(torch.tensor([[1.0, 1.0, 0.0]]), 1).tolist() == [[1, 1, 1]]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_chosen_probability_against_redrawing_one_noise(k: int) -> None:
     draws, generator = 200_000, torch.Generator().manual_seed(1)
     clean, noise, eps = random(1, 4), random(1, 4, seed=2).exp(), random(1, 4, seed=3)
-    found = gate.chosen_probability(clean, noise, clean + eps * noise, k)
+    found = blocks.chosen_probability(clean, noise, clean + eps * noise, k)
     for expert in range(4):
         redrawn = eps.repeat(draws, 1)
         redrawn[:, expert] = torch.randn(draws, generator=generator, dtype=torch.float64)
@@ -87,7 +86,7 @@ def test_chosen_probability_against_redrawing_one_noise(k: int) -> None:
 def test_chosen_probability_without_noise_is_finite(dtype: torch.dtype, scale: float) -> None:
     clean = (scale * random(9, 4)).to(dtype).requires_grad_()
     noise = torch.zeros(9, 4, dtype=dtype, requires_grad=True)
-    found = gate.chosen_probability(clean, noise, clean, 2)
+    found = blocks.chosen_probability(clean, noise, clean, 2)
     found.sum().backward()
     assert ((found >= 0) & (found <= 1)).all()
     assert clean.grad.isfinite().all()
