@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 
 class UserError(ValueError):
@@ -62,14 +62,11 @@ def one_line(message: str) -> str:
 def handling(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
     """Give these signals to a function; they go to the main thread, in which alone this does anything."""
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in numbers if main}
-    try:  # a signal may come between two of these
-        for number in before:
+    with ExitStack() as stack:  # a signal may come between two of these
+        for number in numbers if main else ():
+            stack.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
             signal.signal(number, handler)
         yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former or signal.SIG_DFL)
 
 
 def terminated_by_signal() -> AbstractContextManager[None]:

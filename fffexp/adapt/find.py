@@ -145,11 +145,8 @@ def _in_block(name: str, block: nn.Module) -> list[MLP]:
 def _checked(name: str, module: nn.Module, model: nn.Module) -> list[MLP]:
     """The module, if it is an MLP and nothing else; the model itself has no place to put another in."""
     linears = {m: linear for m in module.modules() if (linear := _linear(m))}
-    if (
-        module is model
-        or len(linears) not in (2, 3)
-        or {*module.parameters()} != {p for m in linears for p in m.parameters()}
-    ):
+    weights = {parameter for m in linears for parameter in m.parameters()}
+    if module is model or len(linears) not in (2, 3) or {*module.parameters()} != weights:
         return []
     for _, weight, _ in linears.values():
         x = _probe_rows(weight.shape[1], weight)
