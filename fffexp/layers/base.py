@@ -269,9 +269,8 @@ class FeedforwardLayer(nn.Module, ABC):
         """
         sizes = {"width": 2**depth * leaf_width, "depth": depth, "leaf_width": leaf_width, "expert_width": leaf_width}
         sizes |= {"num_experts": 2**depth, "top_k": min(top_k, 2**depth), "trainable": top_k > 1}
-        return cls(
-            in_features, out_features, **{name: sizes[name] for name in sizes.keys() & signature(cls).parameters} | more
-        )
+        taken = {name: sizes[name] for name in sizes.keys() & signature(cls).parameters}
+        return cls(in_features, out_features, **taken | more)
 
     def share_experts(self, other: "FeedforwardLayer") -> None:
         """Take the other layer's leaves or experts for ours, if their shapes agree, to save memory."""

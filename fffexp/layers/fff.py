@@ -153,9 +153,8 @@ class FFF(BlockLayer):
 
     def _scale(self) -> Tensor:
         # a copy: schedules set the buffer between a pass and its backward
-        return self.inverse_temperature.to(
-            torch.promote_types(self.inverse_temperature.dtype, torch.float32), copy=True
-        )
+        scale = self.inverse_temperature
+        return scale.to(torch.promote_types(scale.dtype, torch.float32), copy=True)
 
     def inference_backend(self) -> str:
         return self.leaves.backend(self.backend)

@@ -124,11 +124,7 @@ class NoisyTopKMoE(GatedExperts):
         gates = torch.softmax(top.values, dim=1)  # over the chosen alone
         if not self.training:
             return top.indices, gates, None
-        loads = (
-            blocks.chosen_probability(clean, sigma, logits, self.top_k).sum(0)
-            if self.top_k < self.num_experts
-            else blocks.block_counts(top.indices, self.num_experts).to(gates.dtype)
-        )
+        loads = blocks.chosen_probability(clean, sigma, logits, self.top_k).sum(0)
         dense = torch.zeros_like(logits).scatter(1, top.indices, gates)
         return top.indices, gates, blocks.GateRouting(dense, loads)
 
@@ -172,9 +168,8 @@ class SwitchMoE(GatedExperts):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            (in_features, out_features, num_experts, expert_width, 1), activation, dropout, device=device, dtype=dtype
-        )
+        sizes = in_features, out_features, num_experts, expert_width, 1
+        super().__init__(sizes, activation, dropout, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -36,10 +36,12 @@ def kth_excluding(logits_BE: Tensor, k: int) -> Tensor:
 
 
 def chosen_probability(clean_BE: Tensor, noise_BE: Tensor, noisy_BE: Tensor, k: int) -> Tensor:
-    """P(x, i): probability that expert i is among the top k < E if its own noise alone is drawn again.
+    """P(x, i): probability that expert i is among the top k of E if its own noise alone is drawn again.
 
     Takes the logits without noise, the standard deviation of the noise, and the logits with the noise that was drawn.
     """
+    if k == clean_BE.shape[1]:
+        return torch.ones_like(clean_BE)
     # of no noise at all the load would not be finite
     return torch.special.ndtr((clean_BE - kth_excluding(noisy_BE, k)) / noise_BE.clamp_min(1e-6))
 
