@@ -6,7 +6,7 @@ torch.export and autograd see them; gradients come from the products in grouped.
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,17 +17,10 @@ from fffexp.kernels.build import BuildError, build
 from fffexp.kernels.grouped import grouped_mm, grouped_outer
 from fffexp.routing.blocks import block_counts
 
-_aten = torch.ops.aten
-# the activations that compiled kernels know: the value, and the gradient from (gradient, preactivation)
-GRADIENTS: dict[str, tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]] = {
-    "identity": (nn.Identity(), lambda g, z: g),
-    "relu": (nn.ReLU(), lambda g, z: _aten.threshold_backward(g, z, 0)),
-    "gelu": (nn.GELU(), lambda g, z: _aten.gelu_backward(g, z)),
-    "gelu_tanh": (nn.GELU("tanh"), lambda g, z: _aten.gelu_backward(g, z, approximate="tanh")),
-    "silu": (nn.SiLU(), lambda g, z: _aten.silu_backward(g, z)),
-    "tanh": (nn.Tanh(), lambda g, z: _aten.tanh_backward(g, torch.tanh(z))),
-}
-_NAMES = {(type(value), vars(value).get("approximate")): name for name, (value, _) in GRADIENTS.items()}
+# what compiled kernels know, by the names that they use
+ACTIVATIONS = {"identity": nn.Identity(), "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
+ACTIVATIONS |= {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}
+_NAMES = {(type(value), vars(value).get("approximate")): name for name, value in ACTIVATIONS.items()}
 
 _TREE = "Tensor x, Tensor node_weight, Tensor node_bias"
 _BLOCKS = "Tensor hidden_weight, Tensor hidden_bias, Tensor output_weight, Tensor output_bias, str activation"
@@ -139,21 +132,20 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     # of x, the weights and the blocks' four tensors; hidden activations are computed again, grouped by block
     w1, b1, w2, b2 = blocks
-    value, derivative = GRADIENTS[activation]
     k = block_BK.shape[1]
     block_R, order_R = block_BK.flatten().sort(stable=True)
     sample_R = order_R // k
     ends_G = block_counts(block_R, len(w1)).cumsum(0)
     x_RI, grad_RO = x_BI[sample_R], grad_BO[sample_R]
     z_RH = grouped_mm(x_RI, w1.mT, ends_G) + b1[block_R]
-    h_RH = value(z_RH)
+    h_RH, derive = torch.func.vjp(ACTIVATIONS[activation], z_RH)
     grad_weights = None
     if weights_BK is not None:
         y_RO = grouped_mm(h_RH, w2, ends_G) + b2[block_R]
         flat = (y_RO.float() * grad_RO.float()).sum(1)
         grad_weights = torch.zeros_like(flat).index_copy(0, order_R, flat).view_as(weights_BK).to(weights_BK.dtype)
         grad_RO = grad_RO * weights_BK.flatten()[order_R].to(grad_RO.dtype).unsqueeze(1)
-    grad_z = derivative(grouped_mm(grad_RO, w2.mT, ends_G), z_RH)
+    (grad_z,) = derive(grouped_mm(grad_RO, w2.mT, ends_G))
     grad_x = torch.zeros_like(x_BI).index_add(0, sample_R, grouped_mm(grad_z, w1, ends_G))
     grad_b1 = torch.zeros_like(b1).index_add(0, block_R, grad_z)
     grad_b2 = torch.zeros_like(b2).index_add(0, block_R, grad_RO)
