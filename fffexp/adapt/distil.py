@@ -68,9 +68,8 @@ def convert_feedforward(
     for mlp, (train, held_out) in zip(mlps, _watch(model, mlps, batches), strict=True):
         layer = build(mlp, layer_factory)
         if layer.sparse_gradients:
-            raise ValueError(
-                f"a {type(layer).__name__} with sparse gradients cannot be distilled: train all its leaves"
-            )
+            kind = type(layer).__name__
+            raise ValueError(f"a {kind} with sparse gradients cannot be distilled: train all its leaves")
         layer.check_trainable()
         mode, dtype = layer.training, next(layer.parameters()).dtype
         wide = torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
 """The MLPs of a model, whoever wrote it: what looks like one is run on a few rows, which shows whether it is one."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from inspect import Parameter, signature
 from itertools import pairwise, takewhile
@@ -208,10 +208,9 @@ def _run(module: nn.Module, *inputs: Tensor | None, training: bool = False) -> t
         module.train(training)
         nn.ModuleList(m for m in innermost if isinstance(m, nn.Dropout)).eval()
         given = tuple(None if x is None else x.clone() for x in inputs)
-        try:
+        with suppress(Exception):  # whatever a module of another kind raises
             return functional_call(module, _state(module), given), events
-        except Exception:  # whatever a module of another kind raises
-            return None, []
+    return None, []
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
