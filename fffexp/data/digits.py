@@ -34,6 +34,5 @@ class Digits(ClassificationData):
         from sklearn.model_selection import StratifiedKFold
 
         deal, fold = divmod(self.seed, 5)
-        folds = StratifiedKFold(5, shuffle=True, random_state=deal).split(labels, labels)
-        train, val = map(torch.from_numpy, list(folds)[fold])
-        return train, val
+        train, val = list(StratifiedKFold(5, shuffle=True, random_state=deal).split(labels, labels))[fold]
+        return torch.from_numpy(train), torch.from_numpy(val)

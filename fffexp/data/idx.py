@@ -70,10 +70,9 @@ class FashionMNIST(IDX):
 def read_idx(path: Path, kind: Kind) -> np.ndarray[Any, Any]:
     """The array in an IDX file, in native byte order; `kind` says how many dimensions it must have."""
     dtype, shape, body = _read(path, kind)
-    expected = math.prod(shape) * dtype.itemsize
-    problem = "is truncated" if len(body) < expected else "is too long"
-    counts = f"it holds {len(body)} bytes of data instead of {expected}"
-    refuse((len(body) != expected, f"{path} {problem}, {counts}: {FETCH}"))
+    size = math.prod(shape) * dtype.itemsize
+    problem = "is truncated" if len(body) < size else "is too long"
+    refuse((len(body) != size, f"{path} {problem}, it holds {len(body)} bytes of data instead of {size}: {FETCH}"))
     return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
