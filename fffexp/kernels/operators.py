@@ -138,7 +138,7 @@ def _gradients(
     ends_G = block_counts(block_R, len(w1)).cumsum(0)
     x_RI, grad_RO = x_BI[sample_R], grad_BO[sample_R]
     z_RH = grouped_mm(x_RI, w1.mT, ends_G) + b1[block_R]
-    h_RH, derive = torch.func.vjp(ACTIVATIONS[activation], z_RH)
+    h_RH, derive = torch.func.vjp(ACTIVATIONS[activation], z_RH)  # type: ignore[misc] # three with has_aux alone
     grad_weights = None
     if weights_BK is not None:
         y_RO = grouped_mm(h_RH, w2, ends_G) + b2[block_R]
