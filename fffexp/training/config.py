@@ -20,11 +20,8 @@ from fffexp.layers.base import SIZES
 from fffexp.training.task import Task
 
 CONFIG = "fffexp_config"  # key of the config in a checkpoint
-# options of the trainer, their least values, the one that means no limit, and these in words
-LIMITS = (
-    *(("max_epochs", 1, -1, "1, or -1 for no limit"), ("max_steps", 1, -1, "1, or -1 for no limit")),
-    *(("accumulate_grad_batches", 1, None, "1"), ("gradient_clip_val", 0, None, "0")),
-)
+# least values of options of the trainer; those of the length may also be -1, for no limit
+LEAST = {"max_epochs": 1, "max_steps": 1, "accumulate_grad_batches": 1, "gradient_clip_val": 0}
 
 
 def flat_params(config: Namespace, task: Task) -> dict[str, Any]:
@@ -69,17 +66,16 @@ def check_config(config: Namespace) -> None:
     known = re.fullmatch(r"\w[\w .+=-]{0,99}", name)
     # not by link_arguments, which would override a value of the user's without a word
     other = init_args(config.data).get("seed", 0) not in (0, seed)
-    trainer = [(f"trainer.{key} is {config.trainer[key]}", config.trainer[key], *limits) for key, *limits in LIMITS]
     refuse(
         (not known, f"name is {name[:40]!r}: give up to 100 letters, digits, spaces, or . _ - + ="),
         (not 0 <= seed < 2**32, f"seed_everything is {seed}: give 0 to {2**32 - 1}"),
-        *(
-            (value not in (None, unlimited) and not value >= least, f"{text}: give at least {words}")
-            for text, value, least, unlimited, words in trainer
-        ),
         (both, "init_from starts a new training and ckpt_path resumes one: give one of the two"),
         (other, "data.init_args.seed is linked to seed_everything and cannot be given: leave it out"),
     )
+    for key, least in LEAST.items():
+        value, unlimited = config.trainer[key], ", or -1 for no limit" * key.startswith("max_")
+        fits = value is None or value >= least or (unlimited and value == -1)
+        refuse((not fits, f"trainer.{key} is {value}: give at least {least}{unlimited}"))
 
 
 def read_checkpoint(key: str, path: str) -> dict[str, Any]:
@@ -102,25 +98,24 @@ def check_checkpoint(config: Namespace, resolved: str, subcommand: str) -> None:
 
     That is one of a training which is complete, or which had another optimizer, for Lightning restores that.
     """
-    missing = f"ckpt_path is missing: give the checkpoint to {subcommand} by --ckpt_path"
-    refuse((config.ckpt_path is None and subcommand != "fit", missing))
-    checkpoint = None if config.ckpt_path is None else read_checkpoint("ckpt_path", config.ckpt_path)
-    if checkpoint is None or subcommand != "fit":
+    if config.ckpt_path is None:
+        missing = f"ckpt_path is missing: give the checkpoint to {subcommand} by --ckpt_path"
+        return refuse((subcommand != "fit", missing))
+    checkpoint = read_checkpoint("ckpt_path", config.ckpt_path)
+    if subcommand != "fit":
         return
-    anew = "start a new training from its weights by --init_from"
+    begun, anew = "ckpt_path: that training", "start a new training from its weights by --init_from"
     texts = (checkpoint.get(CONFIG, resolved), resolved)
     before, now = (dict(flat(parse_yaml(text, "config").get("model") or {})) for text in texts)
-    begun, kept = "ckpt_path: that training began with model", f"leave it as it was, or {anew}"
-    names = sorted(name for name in {*before, *now} if name.startswith(("optimizer", "lr_scheduler")))
-    changes = [(old, new, f"{begun}.{n} {old}") for n in names for old, new in [(before.get(n), now.get(n))]]
+    for name in sorted(name for name in {*before, *now} if name.startswith(("optimizer", "lr_scheduler"))):
+        old, new = before.get(name), now.get(name)
+        changed = f"{begun} began with model.{name} {old}, which cannot become {new}"
+        refuse((old != new, f"{changed}: leave it as it was, or {anew}"))
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    lengths = (("steps", checkpoint["global_step"]), ("epochs", epochs))
-    limits = [(f"{n} {unit}: raise trainer.max_{unit}", n, config.trainer[f"max_{unit}"]) for unit, n in lengths]
-    ended = "ckpt_path: that training has all its"
-    refuse(
-        *((old != new, f"{text}, which cannot become {new}: {kept}") for old, new, text in changes),
-        *((limit is not None and 0 <= limit <= done, f"{ended} {text}, or {anew}") for text, done, limit in limits),
-    )
+    for unit, done in (("steps", checkpoint["global_step"]), ("epochs", epochs)):
+        limit = config.trainer[f"max_{unit}"]
+        ended = limit is not None and 0 <= limit <= done
+        refuse((ended, f"{begun} has all its {done} {unit}: raise trainer.max_{unit}, or {anew}"))
 
 
 @contextmanager
@@ -142,7 +137,7 @@ def user_errors() -> Iterator[None]:
         if (own := _own_code(error)) is not None:
             raise own from error
         # layers, schedules and the task check their arguments as they are made
-        callers = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)][:-1]
+        callers = [frame.name for frame in traceback.extract_tb(error.__traceback__)][:-1]
         if isinstance(error, ArgumentError) or (isinstance(error, ValueError) and "instantiate_classes" in callers):
             raise InvalidConfigError(one_line(str(error))) from error
         raise
@@ -153,11 +148,10 @@ def _own_code(error: BaseException | None) -> UserError | None:
     here, package = Path.cwd(), Path(fffexp.__file__).parent
     installed = [package, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))]
     while error is not None:
-        frames = () if isinstance(error, UserError) else traceback.walk_tb(error.__traceback__)
-        for frame, line in reversed([*frames]):
-            file = Path(frame.f_code.co_filename)
+        for frame in () if isinstance(error, UserError) else reversed(traceback.extract_tb(error.__traceback__)):
+            file = Path(frame.filename)
             if file.is_absolute() and file.is_relative_to(here) and not any(map(file.is_relative_to, installed)):
                 text = " ".join(str(error).split())
-                return UserError(f"{file.relative_to(here)}, line {line}: {type(error).__name__}: {text}")
+                return UserError(f"{file.relative_to(here)}, line {frame.lineno}: {type(error).__name__}: {text}")
         error = error.__cause__ or error.__context__
     return None

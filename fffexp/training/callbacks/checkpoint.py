@@ -34,9 +34,6 @@ class BestCheckpoint(ModelCheckpoint):
         # Lightning has collected the states of callbacks before this hook
         checkpoint["callbacks"][self.state_key]["metrics"] = self.metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "metrics": self.metrics}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: str) -> str:
             return str(Path(self.dirpath or "", Path(path).name)) if path else path
