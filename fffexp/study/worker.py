@@ -58,12 +58,13 @@ class StoredStudy:
         self.queues = [*self.searches.values(), store.Queue(storage, self.runs_study, self._other_jobs)]
         known: dict[str, list[int]] = self.attrs.get("known", {})  # seeds that the results file had at the start
         self.listed: dict[str, store.Job] = {}
-        for number, label, values in self.points.values():
+        for number, _, values in (point for point in self.points.values() if point.label not in self.searches):
             left = [seed for seed in spec.seeds if seed not in known.get(str(number), [])]
-            for seeds in [left] * bool(left) if spec.vectorize_seeds else [[seed] for seed in left]:
-                key = str(number) if spec.vectorize_seeds else f"{number}/{seeds[0]}"
-                if label not in self.searches:
-                    self.listed[key] = {}, {"number": number, "seeds": seeds, "values": values}
+            groups = {f"{number}/{seed}": [seed] for seed in left}
+            if spec.vectorize_seeds and left:
+                groups = {str(number): left}
+            for key, seeds in groups.items():
+                self.listed[key] = {}, {"number": number, "seeds": seeds, "values": values}
 
     def _other_jobs(self) -> dict[str, store.Job]:
         jobs = self.listed.copy()
@@ -109,9 +110,8 @@ class Worker:
         self.study, self.spec, self.uri = study, study.spec, uri
         self.client, self.experiment = tracking.open_store(uri, self.spec.name)
         self.environment = environment([study.attrs["threads"]], training_device())
-        if self.spec.vectorize_seeds:
-            # hardened choices multiply to numbers that are slow and as good as 0
-            torch.set_flush_denormal(True)
+        # hardened choices of stacked seeds multiply to numbers that are slow and as good as 0
+        torch.set_flush_denormal(self.spec.vectorize_seeds)
 
     def work(self) -> None:
         """Do all there is to do."""
@@ -137,12 +137,9 @@ class Worker:
             if self.environment not in known:
                 self.study.runs_study.set_user_attr("environments", [*known, self.environment])
         attrs = trial.user_attrs
-        _, label, values = self.study.points[attrs["number"]]
-        fresh, searched = attrs.get("fresh", False), label in self.study.searches and not attrs.get("fresh")
-        if searched:
-            values = {name: parameter.suggest(trial, name) for name, parameter in self.spec.layers[label].space.items()}
-        elif fresh:
-            values = attrs["values"]
+        label = self.study.points[attrs["number"]].label
+        searched, space = label in self.study.searches and not attrs.get("fresh"), self.spec.layers[label].space
+        values = {name: part.suggest(trial, name) for name, part in space.items()} if searched else attrs["values"]
         means = _means(self._train(trial, label, values, searched))
         wanted = [*self.study.attrs["objectives"]] if searched else [self.study.attrs["monitor"]]
         limits = self.spec.constraints if searched else {}
@@ -167,9 +164,8 @@ class Worker:
 
         def results(parent: str) -> Iterator[Result]:
             if together:
-                args, fit = self.spec.arguments(label, values, None)[1:], self.spec.fit
-                ends: dict[str, Any] = {"measure_fit": fit != "ignored", "fit_counts": fit == "awaited"}
-                yield from train_seeds(args, left, test=self.spec.test, patience=self.spec.patience, **ends)
+                args, spec = self.spec.arguments(label, values, None)[1:], self.spec
+                yield from train_seeds(args, left, test=spec.test, patience=spec.patience, fit=spec.fit)
                 return
             for seed in left:
                 args = self.spec.arguments(label, values, seed, fresh or self.spec.test)

@@ -8,7 +8,7 @@ seeds are trained one after another.
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, callbacks
@@ -74,8 +74,7 @@ def train_seeds(
     *,
     test: bool,
     patience: int | None = None,
-    measure_fit: bool = False,
-    fit_counts: bool = False,
+    fit: Literal["ignored", "measured", "awaited"] = "ignored",
 ) -> Iterator[Result]:
     """Train an experiment with several seeds and select each on validation; a seed is given as soon as it is done.
 
@@ -83,15 +82,13 @@ def train_seeds(
 
     Args:
         args: of `fffexp fit`, without a seed.
-        seeds: one training each.
         test: whether the test set is read, once for each seed, with the selected weights.
         patience: a seed stops when the monitored metric has not improved for so many epochs. The training goes on
             until all have stopped; results of a seed are those up to its own stop.
-        measure_fit: measure the monitored metric on the training data after each epoch as on validation: the best is
-            reported as `train/NAME`, its epoch as `epochs_to_fit`.
-        fit_counts: patience ends only when that has not improved either.
+        fit: "measured" after each epoch by the monitored metric on the training data, as on validation: the best is
+            reported as `train/NAME`, its epoch as `epochs_to_fit`; "awaited" by the patience too.
     """
-    selection = partial(_Selection, patience=patience, measure_fit=measure_fit, fit_counts=fit_counts)
+    selection = partial(_Selection, patience=patience, fit=fit)
     if len(seeds) > 1:
         try:
             made = [_Seed(args, seed) for seed in seeds]
@@ -140,9 +137,9 @@ def _check(seeds: Sequence[_Seed]) -> None:
 class _Selection(callbacks.EarlyStopping):
     # follows each seed: losses, metrics, best weights, patience; an EarlyStopping because Lightning calls those when
     # all metrics of an epoch are there
-    def __init__(self, seeds: Sequence[_Seed], patience: int | None, measure_fit: bool, fit_counts: bool) -> None:
+    def __init__(self, seeds: Sequence[_Seed], patience: int | None, fit: str) -> None:
         super().__init__(seeds[0].task.monitor)
-        self.epochs_without, self.measure_fit, self.fit_counts = patience, measure_fit, fit_counts
+        self.epochs_without, self.measure_fit, self.fit_counts = patience, fit != "ignored", fit == "awaited"
         self.seeds = self.live = seeds  # all, and those that have not stopped
         self.name = f"train/{self.monitor.partition('/')[2]}"
         self.losses: list[Tensor] = []  # (seeds,) of each step
@@ -218,13 +215,12 @@ class _Together(LightningModule):
     # several tasks and their data as one: its parameters are theirs, stacked, and theirs are views of these
     def __init__(self, seeds: Sequence[_Seed]) -> None:
         super().__init__()
-        task, own = seeds[0].task, [dict(seed.task.named_parameters()) for seed in seeds]
+        task, alike = seeds[0].task, zip(*(seed.task.parameters() for seed in seeds), strict=True)
         self.seeds, self.schedules, self.aux_weights = seeds, task.schedules, task.aux_weights
         self.objective = (_Objective(task),)  # in a tuple, so that its parameters are not this module's too
-        self.names = list(own[0])
+        self.names = [f"task.{name}" for name, _ in task.named_parameters()]  # in the objective
         self.stacked = nn.ParameterList(
-            nn.Parameter(torch.stack([each[name].detach() for each in own]), own[0][name].requires_grad)
-            for name in self.names
+            nn.Parameter(torch.stack(parameters).detach(), parameters[0].requires_grad) for parameters in alike
         )
         self.steps: list[tuple[Tensor, ...]] = []
 
@@ -270,9 +266,8 @@ class _Together(LightningModule):
     def on_fit_start(self) -> None:
         # ties the tasks to the stacked parameters, where they are now
         for i, seed in enumerate(self.seeds):
-            own = dict(seed.task.to(self.device).named_parameters())
-            for name, stacked in zip(self.names, self.stacked, strict=True):
-                own[name].data = stacked.data[i]
+            for parameter, stacked in zip(seed.task.to(self.device).parameters(), self.stacked, strict=True):
+                parameter.data = stacked.data[i]
             seed.task.kept_layers = seed.task.layers
             seed.task.log = seed.log  # type: ignore[method-assign] # tasks log to their seed, not to this module
 
@@ -291,7 +286,7 @@ class _Together(LightningModule):
         wait_for_timing()
 
     def training_step(self, batches: Sequence[Any], batch_idx: int) -> dict[str, Tensor]:
-        parameters = {f"task.{name}": p for name, p in zip(self.names, self.stacked, strict=True)}
+        parameters = dict(zip(self.names, self.stacked, strict=True))
         loss = partial(torch.func.functional_call, *self.objective)
         try:
             # the faster kernels of attention have no seed axis, or fail with one (on CUDA, torch 2.11)

@@ -178,23 +178,18 @@ def test_a_gpu_gives_the_same() -> None:
         assert there.metrics["val/accuracy"] == pytest.approx(here.metrics["val/accuracy"], abs=0.01)
 
 
-@pytest.mark.parametrize("fit_counts", [False, True])
-def test_patience_ends_the_training(fit_counts: bool) -> None:
+@pytest.mark.parametrize("fit", ["measured", "awaited"])
+def test_patience_ends_the_training(fit: str) -> None:
     # a learning rate of 0 improves nothing after the first epoch
-    seeds = train_seeds(
-        arguments("ff", *SGD, PLAIN, "--model.optimizer.lr=0"), [0, 1], test=False, patience=2, measure_fit=True,
-        fit_counts=fit_counts,
-    )  # fmt: skip
+    args = arguments("ff", *SGD, PLAIN, "--model.optimizer.lr=0")
+    seeds = train_seeds(args, [0, 1], test=False, patience=2, fit=fit)
     found = [(s.metrics["epochs"], s.metrics["epochs_to_best"], s.metrics["epochs_to_fit"]) for s in seeds]
     assert found == [(3, 1, 1)] * 2
 
 
 def test_a_better_fit_counts_where_asked_to() -> None:
     args = arguments("ff", PLAIN, "--trainer.max_epochs=30", "--trainer.limit_val_batches=1")
-    stopped, went_on = (
-        train_seeds(args, [0, 1], test=False, patience=2, measure_fit=True, fit_counts=fit_counts)
-        for fit_counts in (False, True)
-    )
+    stopped, went_on = (train_seeds(args, [0, 1], test=False, patience=2, fit=fit) for fit in ("measured", "awaited"))
     assert all(a.metrics["epochs"] <= b.metrics["epochs"] for a, b in zip(stopped, went_on, strict=True))
     assert all(s.metrics["epochs"] >= s.metrics["epochs_to_fit"] for s in went_on)
 
@@ -210,7 +205,7 @@ def test_a_seed_stops_by_itself(more: tuple[str, ...]) -> None:
 
 
 def test_the_fit_is_measured_as_on_validation() -> None:
-    (seed, _) = train_seeds(arguments("fff", "--trainer.max_epochs=3"), [0, 5], test=False, measure_fit=True)
+    (seed, _) = train_seeds(arguments("fff", "--trainer.max_epochs=3"), [0, 5], test=False, fit="measured")
     assert 0.3 < seed.metrics["train/accuracy"] <= 1
     with torch.no_grad():
         x, y = seed.data.train_data  # type: ignore[attr-defined] # of ours
