@@ -95,8 +95,8 @@ def _table(
     study = PaperStudy(file, table.data, table.seeds, **more)
     groups = dict.fromkeys(label.partition(" ")[0] for label in study.content["layers"])
     layers = table.layers or (rows.layers(name) if name != "table3" else [*groups])
-    has = f"studies/paper/{file}.yaml has {', '.join(groups)}"
-    refuse(*((True, f"--layers {layer}: {has}") for layer in layers if layer not in groups))
+    for layer in layers:
+        refuse((layer not in groups, f"--layers {layer}: studies/paper/{file}.yaml has {', '.join(groups)}"))
     widths = table.training_widths or study.values("training_width")
     leaf_widths = table.leaf_widths or study.values("leaf_width")
     trees = {f"{width}/{leaf}" for width in widths for leaf in leaf_widths}
@@ -206,8 +206,7 @@ def _hardening(name: str, data: str, epochs: int, json: Path | None, figure: Pat
             others = [each for each in results.trials if each.recipe != trial.recipe]
             results.trials = sorted([*others, trial], key=lambda each: each.number)
             results.extra.setdefault("trainings", {})[str(trial.number)] = watched
-            if json:
-                results.save(json)
+            results.save(json)
         print(hardening.report(results))
         hardening.draw(results, drawn)
 
@@ -236,8 +235,7 @@ def conversion(
         for seed in study.content["seeds"]:
             if seed not in results.trials[0].by_seed(results.test_monitor):
                 converted.measure(study.arguments(dense, seed), seed, results.trials)
-                if json:
-                    results.save(json)
+                results.save(json)
         print(converted.report(results))
 
 

@@ -134,10 +134,11 @@ class Results:
         """What the file says; numbers that are not finite are null."""
         return dict(strict_json({key: value for key, value in asdict(self).items() if key != "extra"} | self.extra))
 
-    def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+    def save(self, path: Path | None) -> None:
+        """Write the file, whole or not at all; without one compute the statistics alone."""
         self.update()
-        save_json(path, self.to_json())
+        if path is not None:
+            save_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -182,8 +183,6 @@ def answer(results: Results, max_latency_ms: float | None = None) -> Answer:
         )
     best = results.best_of(fitting)
     rivals = [t for t in fitting if (t.layer == results.baseline) != (best.layer == results.baseline)]
-    if not rivals:
-        return Answer(best, None, None, fitting)
-    rival = results.best_of(rivals)
-    a, b = (trial.by_seed(results.test_monitor) for trial in (best, rival))
+    rival = results.best_of(rivals) if rivals else None
+    a, b = (trial.by_seed(results.test_monitor) if trial else {} for trial in (best, rival))
     return Answer(best, rival, paired_tests([(a, b)])[0] if a.keys() & b.keys() else None, fitting)

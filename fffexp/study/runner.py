@@ -23,13 +23,10 @@ from fffexp.training.experiment import build
 
 
 class StudyRunner:
-    """One command's share in a study.
+    """One command's share in a study; `url` is of the Optuna storage, `uri` of the MLflow store.
 
-    Args:
-        url, uri: of the Optuna storage and the MLflow store.
-        path: file that is completed: runs that it has are not trained again, and new ones are written as soon as they
-            end. Points are recognised by their recipe. The study's folder is left alone then.
-        extra: further keys of that file; one that holds other values is of another measurement.
+    Results go to the study's folder, or complete the file `path`: runs that it has, by the recipe of their point, are
+    not trained again, and new ones are written as soon as they end. It must hold what `extra` says, and gets it.
     """
 
     def __init__(
@@ -179,12 +176,14 @@ class StudyRunner:
         results.trials = self._trials(results)
         if self.file is not None:
             results = merged(self.file, results)
-        results.update()
         complete = [t for t in results.trials if t.state == "COMPLETE" and t.values and self._feasible(results, t)]
         results.pareto = pareto(complete, results.directions)
-        seen = [(results.selected_by(t) or 0.0, results.selected_by(t, LATENCY) or 0.0) for t in complete]
-        ranks = [(results.sign * monitored, -latency_ms) for monitored, latency_ms in seen]
-        results.best = complete[ranks.index(max(ranks))].number if complete else None
+        best = max(
+            complete,
+            key=lambda t: (results.sign * (results.selected_by(t) or 0.0), -(results.selected_by(t, LATENCY) or 0.0)),
+            default=None,
+        )
+        results.best = None if best is None else best.number
         return results
 
     def _feasible(self, results: Results, trial: Trial) -> bool:
@@ -262,15 +261,15 @@ def _progress(study: StoredStudy, queues: Sequence[store.Queue]) -> Iterator[boo
         for key in new:
             seen.add(key)
             job, count = finished[key], len(seen)
+            attrs = job.user_attrs
             left_s = (time.monotonic() - begun) / (count - before) * (total - count)
-            label = study.points[job.user_attrs["number"]].label
-            kind = "final" if job.user_attrs.get("fresh") else "trial" if label in study.searches else "run"
-            values = {**job.params, **job.user_attrs.get("values", {})}
+            label = study.points[attrs["number"]].label
+            kind = "final" if attrs.get("fresh") else "trial" if label in study.searches else "run"
+            values = {**job.params, **attrs.get("values", {})}
             if kind != "trial":
-                values["seed"] = " ".join(map(str, job.user_attrs["seeds"]))
+                values["seed"] = " ".join(map(str, attrs["seeds"]))
             scores = [record[study.attrs["monitor"]] for record in _records([job])]
-            outcome = job.user_attrs.get("error", job.state.name)
-            score = value(fmean(scores), unit=study.attrs["unit"]) if scores else outcome
+            score = value(fmean(scores), unit=study.attrs["unit"]) if scores else attrs.get("error", job.state.name)
             where = f"{kind} {count} of {total}, {left_s:.0f} s left: {study.attrs['classes'][label]}"
             print(f"{where} {settings(values)}  {score}", flush=True)
         yield bool(new)

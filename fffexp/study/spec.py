@@ -67,9 +67,8 @@ class Parameter:
         """Value of this trial, or its name."""
         if self.choices is not None:
             return trial.suggest_categorical(name, list(self.choices))
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            return trial.suggest_int(name, self.low, self.high, log=self.log)
-        return trial.suggest_float(name, self.low, self.high, log=self.log)
+        whole = isinstance(self.low, int) and isinstance(self.high, int)
+        return (trial.suggest_int if whole else trial.suggest_float)(name, self.low, self.high, log=self.log)
 
     def setting(self, value: Any) -> Any:
         """What the config gets for a value or the name of one."""

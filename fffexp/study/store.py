@@ -101,8 +101,7 @@ class Surplus(Exception):  # no error
 
 def _finished(trial: FrozenTrial) -> bool:
     # its job needs no other: it has a result, or failed for a reason of its own
-    failed = trial.state == TrialState.FAIL and "error" in trial.user_attrs
-    return failed or trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    return trial.state.is_finished() and (trial.state != TrialState.FAIL or "error" in trial.user_attrs)
 
 
 def attempts(trial: FrozenTrial) -> int:
@@ -145,9 +144,7 @@ class Queue:
     def run_one(self, objective: Callable[[optuna.Trial], Any], errors: tuple[type[Exception], ...] = ()) -> bool:
         """Do a job that waits, if there is one; whether there was.
 
-        Args:
-            objective: of the trial; what it raises makes the trial fail, and unless it is of `errors` is raised here.
-            errors: the trial's own, which is then finished.
+        What the objective raises makes the trial fail: an error of `errors` finishes it, any other is raised here.
         """
         if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return False
