@@ -80,7 +80,7 @@ def layer_class(name: str) -> type[FeedforwardLayer]:
 
 
 def make(setting: Setting, depth: int, peers: bool = False) -> list[Contender]:
-    """The layers of a depth, and their peers; they share the weights of their leaves and experts where they can.
+    """The layers of a depth, for inference, and their peers; leaves and experts share weights where they can.
 
     UserError for an unknown layer, sizes that it refuses, or a peer that is not installed.
     """
@@ -94,7 +94,7 @@ def make(setting: Setting, depth: int, peers: bool = False) -> list[Contender]:
                 layer = kind.sized(*sizes, **setting.layer_args.get(name, {}))
         except (ValueError, TypeError) as error:
             raise UserError(f"--layers {name}, depth {depth}: {one_line(str(error))}") from error
-        layer = layer.to(getattr(torch, setting.dtype))
+        layer = layer.to(getattr(torch, setting.dtype)).eval()
         for other in contenders:
             layer.share_experts(other.layer)
         for parameter in layer.parameters():
@@ -119,12 +119,10 @@ def _peer(setting: Setting, tree: Any) -> Contender:
         raise UserError(f"--peers needs the package {package}: pip install 'fffexp[peers]'") from error
     refuse((setting.dtype != "float32", f"--peers: {package} computes in float32 alone, not in {setting.dtype}"))
     sizes = tree.in_features, tree.leaf_width, tree.out_features, tree.depth
-    peer = kind(*sizes, activation=nn.ReLU()).to(setting.device)
+    peer = kind(*sizes, activation=nn.ReLU()).to(setting.device).eval()
     copies = {"node_weights": tree.node_weight, "node_biases": tree.node_bias.unsqueeze(1), "b1s": leaves.hidden_bias}
     copies |= {"w1s": leaves.hidden_weight.mT, "w2s": leaves.output_weight, "b2s": leaves.output_bias}
-    with torch.no_grad():
-        for name, value in copies.items():
-            getattr(peer, name).copy_(value)
+    peer.load_state_dict(copies | {"depth": peer.depth})
 
     def truth(x: Tensor) -> Tensor:  # it leaves the output bias out at inference
         return tree.forward_reference(x) - leaves.output_bias[tree.route(x)[:, 0]].double()

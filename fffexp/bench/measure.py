@@ -90,8 +90,8 @@ def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
     # in float32 whatever the dtype: a sum in bfloat16 would be bound by its arithmetic
     memory = torch.ones(READ_BYTES // 4, device=device)
     calls: dict[str, Callable[[], object]] = {"gemm": lambda: a @ b, "read": memory.sum}
-    rounds: dict[str, Any] = {"device": device, "rounds": (REPEATS, REPEATS), "block_s": 0}
-    gemm, read = (min(interleaved({name: call}, 0.0, **rounds)[name]) for name, call in calls.items())
+    timed = partial(interleaved, seconds=0.0, device=device, rounds=(REPEATS, REPEATS), block_s=0)
+    gemm, read = (min(timed({name: call})[name]) for name, call in calls.items())
     return {"gemm_flops_per_s": 2 * GEMM_SIZE**3 / gemm, "read_bytes_per_s": READ_BYTES / read}
 
 
@@ -109,14 +109,10 @@ def measure(
     peers: bool = False,
     has: Callable[[Mapping[str, Any]], bool] = lambda _: False,
 ) -> Iterator[Record]:
-    """Records of all layers; one that the results already have, by what `describe` says, is timed only beside others.
+    """Records of all layers, of a task: inference, training or model.
 
-    Args:
-        task: inference, training or model.
-        setting: what is timed.
-        limits: what the machine can do, by number of threads; none for models.
-        peers: whether the reference package joins.
-        has: whether there is such a record.
+    Limits of the machine are by number of threads; models need none. A record that is there already, which `has` says
+    of what `describe` gives, is timed only beside others.
     """
     ways: dict[str, Callable[..., dict[str, Record]]] = {"": _training if task == "training" else _inference}
     if task == "model":
@@ -140,8 +136,6 @@ def measure(
 
 @torch.inference_mode()
 def _inference(contenders: Sequence[Contender], setting: Setting, batch_size: int, threads: int) -> dict[str, Record]:
-    for c in contenders:
-        c.module.eval()
     batches = beyond_caches([c.layer for c in contenders], setting, batch_size)
     errors = {c.name: c.check(batches[0]) for c in contenders}
     calls: dict[str, Callable[[Tensor], object]] = {c.name: c.module for c in contenders}
@@ -190,7 +184,6 @@ def visited_share(layer: Any, batches: Sequence[Tensor]) -> float:
 def _peak(module: Callable[[Tensor], object], x: Tensor) -> int:
     torch.cuda.reset_peak_memory_stats(x.device)
     module(x)
-    torch.cuda.synchronize(x.device)
     return torch.cuda.max_memory_allocated(x.device)
 
 
@@ -208,8 +201,8 @@ def _training(contenders: Sequence[Contender], setting: Setting, batch_size: int
     errors = {c.name: _check(c, batches[0]) for c in contenders}
     parts: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
     steps = {c.name: _step(c, batches, setting.out_features, parts[c.name]) for c in contenders}
-    timing: dict[str, Any] = {"device": setting.device, "threads": threads, "rounds": (5, 51), "block_s": 0}
-    seconds, found = interleaved(steps, setting.seconds, **timing), {}
+    seconds = interleaved(steps, setting.seconds, device=setting.device, threads=threads, rounds=(5, 51), block_s=0)
+    found = {}
     for c in contenders:
         layer, everything = c.layer, c.layer.trains_all_experts
         weights = layer.parameter_count if everything else layer.weights_read(batches[0])

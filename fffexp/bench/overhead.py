@@ -16,8 +16,7 @@ from fffexp.data.base import ClassificationData
 from fffexp.models.mlp import MLP
 from fffexp.timing import interleaved, median_ratio
 from fffexp.training.classification import ClassificationTask
-
-PLAIN = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+from fffexp.training.experiment import BARE
 
 
 def compare(layers: Sequence[str], epochs: int, rounds: int, threads: int) -> list[dict[str, Any]]:
@@ -52,5 +51,4 @@ def _bare(network: MLP, data: ClassificationData, epochs: int) -> None:
 
 
 def _fit(task: ClassificationTask, data: ClassificationData, epochs: int) -> None:
-    plain = dict[str, Any].fromkeys(PLAIN, False)
-    Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **plain).fit(task, datamodule=data)
+    Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **BARE).fit(task, datamodule=data)

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fffexp.bench.contenders import Contender, public_layers
@@ -22,10 +23,10 @@ SETTING = ("in_features", "out_features", "dtype", "device")
 # is of the leaves or experts, over all batches that were timed; `fastest_ff` is a form faster than `linear`; the parts
 # of a training step are apart; `operations_over_ff` are counted
 MEASURED = (
-    *("median_s", "p10_s", "p90_s", "flops", "bytes", "limit_s", "max_abs_error", "visited_share"),
-    *("speedup_over_ff", "speedup_over_moe", "speedup_over_peer", "fastest_ff", "fastest_ff_s"),
-    *("forward_s", "backward_s", "optimizer_s", "operations_over_ff", "peak_bytes"),
-)
+    "median_s", "p10_s", "p90_s", "flops", "bytes", "limit_s", "max_abs_error", "visited_share",
+    "speedup_over_ff", "speedup_over_moe", "speedup_over_peer", "fastest_ff", "fastest_ff_s",
+    "forward_s", "backward_s", "optimizer_s", "operations_over_ff", "peak_bytes",
+)  # fmt: skip
 
 
 def describe(task: str, contender: Contender, setting: Setting, batch_size: int, threads: int) -> Record:
@@ -57,15 +58,10 @@ def measured(c: Contender, contenders: Sequence[Contender], seconds: Mapping[str
 
 
 class ResultsFile:
-    """Records in a JSON file; those that it holds already are not measured again.
+    """Records in a JSON file, or in memory where none is given; those that it has already are not measured again.
 
-    Attributes:
-        records: as they are in the file, or in memory alone where there is none.
-        environment: where the records to come are measured.
-        limits: what the machine can do, by number of threads.
-
-    Raises:
-        UserError: it holds something else, or was measured in another setting or on another machine.
+    `environment` is where the records to come are measured, `limits` what that can do by number of threads. A UserError
+    if the file holds something else, or was measured in another setting or on another machine.
     """
 
     def __init__(self, task: str, setting: Setting) -> None:
@@ -73,25 +69,23 @@ class ResultsFile:
         self._head: dict[str, Any] = {"environment": self.environment}
         self.records: list[Record] = []
         if self.path is not None and self.path.exists():
-            self._load({"task": task} | {key: getattr(setting, key) for key in SETTING})
+            self._load(self.path, {"task": task} | {key: getattr(setting, key) for key in SETTING})
         self.limits: dict[str, dict[str, float]] = self._head.get("limits_by_threads", {})
 
-    def _load(self, setting: Mapping[str, Any]) -> None:
-        assert self.path is not None
+    def _load(self, path: Path, setting: Mapping[str, Any]) -> None:
         try:
-            self._head = json.loads(self.path.read_text())
+            self._head = json.loads(path.read_text())
             self.records, there = self._head.pop("records"), self._head["environment"]
             differing = [key for key in setting if {record[key] for record in self.records} - {setting[key]}]
             differing += [key for key in MACHINE if there[key] != self.environment[key]]
         except OSError as error:
-            raise UserError(f"--json {self.path}: {error.strerror}") from error
+            raise UserError(f"--json {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--json {self.path}: it holds no records of this benchmark: name another file") from error
-        other = f"--json {self.path}: measured with another {' and '.join(differing)}"
-        refuse((differing, f"{other}: name another file"))
-        added = self._head.setdefault("environments", [there])
-        added += [self.environment] * (self.environment not in added)
-        print(f"{len(self.records)} records of {self.path} ({there['date']}, commit {there['commit']}) are kept")
+            raise UserError(f"--json {path}: it holds no records of this benchmark: name another file") from error
+        refuse((differing, f"--json {path}: measured with another {' and '.join(differing)}: name another file"))
+        if self.environment not in self._head.setdefault("environments", [there]):
+            self._head["environments"].append(self.environment)
+        print(f"{len(self.records)} records of {path} ({there['date']}, commit {there['commit']}) are kept")
 
     def has(self, timed: Mapping[str, Any]) -> bool:
         """Whether there is a record of what these fields describe; UserError if it is of another backend."""

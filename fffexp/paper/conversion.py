@@ -25,12 +25,11 @@ from fffexp.paper.rows import name, note, size
 from fffexp.report.tables import table
 from fffexp.study.results import Results, Trial
 from fffexp.timing import wait_for_timing
-from fffexp.training.experiment import Context, run
+from fffexp.training.experiment import BARE, Context, run
 
 SETTING = yaml.safe_load(files("fffexp.paper").joinpath("conversion.yaml").read_text())
 MEAN = "mean output"  # in place of the class of the layer: all that is left of it
 FEATURES = 128  # of a token; the sizes that are compared do not depend on it
-QUIET = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
 
 
 def points(trees: Sequence[str], recipe: str | None) -> list[Trial]:
@@ -78,7 +77,7 @@ def measure(args: list[str], seed: int, trials: Sequence[Trial]) -> None:
 
     def tested(model: nn.Module) -> dict[str, Any]:
         task.network = model
-        (found,) = Trainer(devices=1, **dict[str, Any].fromkeys(QUIET, False)).test(task, data, verbose=False)
+        (found,) = Trainer(devices=1, **BARE).test(task, data, verbose=False)
         return {"seed": seed} | {key: value for key, value in found.items() if key.startswith("test/")}
 
     metrics = {key: value for key, value in result.metrics.items() if key.startswith(("test/", "val/"))}

@@ -36,15 +36,16 @@ from fffexp.training.latency import measure
 from fffexp.training.task import Task
 
 LINKED = ("in_shape", "num_classes")  # from the data to the task
+# options of a Trainer that neither writes nor prints
+BARE = dict[str, Any].fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 LATENCY_ROWS = 8192  # of the validation set, that latencies are measured on
 # what a run without tuning measures beside the task's own metrics
 MEASURED = (
-    *("epochs_to_best", "epochs_to_fit", "stability/loss_spikes", "stability/nonfinite_steps", "stability/dead_leaves"),
-    *("stability/val_monitor_std", "routing/used_leaves", "routing/usage_cv", "val/hardening_gap", "memory/peak_mb"),
-    *("speed/latency_b1_ms", "speed/reference_latency_b1_ms", "speed/latency_b1_ratio", "speed/throughput_b2048"),
-    *("speed/latency_b256_ms", "speed/reference_latency_b256_ms", "speed/latency_b256_ratio"),
-    "speed/train_samples_per_s",
-)
+    "epochs_to_best", "epochs_to_fit", "stability/loss_spikes", "stability/nonfinite_steps", "stability/dead_leaves",
+    "stability/val_monitor_std", "routing/used_leaves", "routing/usage_cv", "val/hardening_gap", "memory/peak_mb",
+    "speed/latency_b1_ms", "speed/reference_latency_b1_ms", "speed/latency_b1_ratio", "speed/throughput_b2048",
+    "speed/latency_b256_ms", "speed/reference_latency_b256_ms", "speed/latency_b256_ratio", "speed/train_samples_per_s",
+)  # fmt: skip
 
 
 @dataclass
@@ -143,8 +144,9 @@ class ExperimentCLI(LightningCLI):
             config.data.init_args.seed = config.seed_everything
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        twice = [name for name in LINKED if f"model.{name}" in self._given and hasattr(self.datamodule, name)]
-        refuse(*((True, f"model.{name} is linked to data.{name} and cannot be given: leave it out") for name in twice))
+        for name in LINKED:
+            twice = f"model.{name}" in self._given and hasattr(self.datamodule, name)
+            refuse((twice, f"model.{name} is linked to data.{name} and cannot be given: leave it out"))
         config = dict(self.config_init[self._wanted].trainer)
         given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         config["enable_progress_bar"] |= any(isinstance(callback, ProgressBar) for callback in given)
