@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from fffexp.paper import rows
@@ -119,11 +120,12 @@ def _kept(results: Results, shown: Iterable[Trial]) -> str:
     for trial in (trial for trial in shown if trial.runs):
         speed = speeds.get(rows.point_of(rows.describe(trial)), {})
         of_dense, recovered = map(percent, shares(results, trial, dense, nothing))
-        kinds = {"width, %": "inference_width", "size, %": "inference_size"}
-        line = {"layer": trial.layer, "w": rows.width(trial), "leaf": trial.params.get("leaf_width")}
-        line |= {title: 100 * rows.size(trial, kind) / rows.size(dense, kind) for title, kind in kinds.items()}
-        line |= {"of dense, %": of_dense, "recovered, %": recovered}
-        lines.append(line | {f"{part} x": speed.get(f"{part}_speedup") for part in ("layer", "model")})
+        width, size = (100 * rows.size(trial, k) / rows.size(dense, k) for k in ("inference_width", "inference_size"))
+        lines.append(
+            {"layer": trial.layer, "w": rows.width(trial), "leaf": trial.params.get("leaf_width"), "width, %": width}
+            | {"size, %": size, "of dense, %": of_dense, "recovered, %": recovered}
+            | {f"{part} x": speed.get(f"{part}_speedup") for part in ("layer", "model")}
+        )
     return rows.section(
         "accuracy kept",
         lines,
@@ -141,10 +143,6 @@ def _accuracy(run: Mapping[str, Any]) -> float:
     return 100 * run["test/accuracy"]
 
 
-def _difference(a: Sequence[float], b: Sequence[float]) -> float:
-    return p_of_mean([x - y for x, y in zip(a, b, strict=True)])
-
-
 def _ranks(a: Sequence[float], b: Sequence[float]) -> float:
     return 1.0 if a == b else float(stats.wilcoxon(a, b).pvalue)
 
@@ -152,7 +150,7 @@ def _ranks(a: Sequence[float], b: Sequence[float]) -> float:
 Rival = namedtuple("Rival", "trial rival measure means p")
 # what is compared: of a run, over the seeds, and by which paired test
 COMPARED: dict[str, tuple[Callable[..., float | None], Callable[..., float], Callable[..., float]]] = {
-    "test accuracy": (_accuracy, statistics.mean, _difference),
+    "test accuracy": (_accuracy, statistics.mean, lambda a, b: p_of_mean(np.subtract(a, b).tolist())),
     "std of test accuracy": (_accuracy, statistics.stdev, paired_spread),
     **{name: (rows.WITHIN[name], statistics.mean, _ranks) for name in ("late std", "spikes", "dead")},
 }
@@ -184,8 +182,7 @@ def _section(
     formats: Mapping[str, str] | None = None,
     other: Callable[[Any], Trial] | None = None,
 ) -> rows.Section:
-    """A table of what is found of the trials that are shown, where `other` is given with another that is shown too."""
-
+    # a table of what is found of the trials that are shown, where `other` is given with another that is shown too
     def report(results: Results, shown: Iterable[Trial]) -> str:
         numbers = {trial.number for trial in shown}
         mine = [c for c in found(results) if c.trial.number in numbers]

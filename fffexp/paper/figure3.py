@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.resources import files
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,22 @@ def measure(setting: Setting, ff_depth: int) -> dict[str, Any]:
     (threads,), path, where = setting.threads, setting.json, environment(setting.threads, setting.device)
     torch.set_num_threads(threads)
     sizes = [setting.in_features, setting.out_features, setting.leaf_width]
-    found: dict[str, Any] = {"figure": "figure3", "setting": {"sizes": sizes, "threads": threads, "ff_depth": ff_depth}}
-    kind, found = found, found | {"environment": where, "limits": {}, "records": []}
+    kind = {"figure": "figure3", "setting": {"sizes": sizes, "threads": threads, "ff_depth": ff_depth}}
+    found: dict[str, Any] = kind | {"environment": where, "limits": {}, "records": []}
     if path is not None and path.exists():
         try:
             found = json.loads(path.read_text())
-            differing = [f"another measurement ({key})" for key, value in kind.items() if found[key] != value]
+            differing = [key for key, value in kind.items() if found[key] != value]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--json {path} holds no records of this figure ({error}): give another file") from error
-        refuse(*((True, f"--json {path} holds {each}: give another file, or remove it") for each in differing))
+        another = f"holds another measurement ({' and '.join(differing)})"
+        refuse((differing, f"--json {path} {another}: give another file, or remove it"))
     done = {(r["depth_of_point"], r["batch_size"], r["k_of_point"]) for r in found["records"]}
     points = [each for each in itertools.product(setting.depths, setting.batch_sizes, (1, 2)) if each not in done]
     if not points:
         return found
-    other = (key for key in ("cpu", "torch", "instruction_set") if found["environment"][key] != where[key])
-    refuse(*((True, f"--json {path}: measured with another {key}: give another file, or remove it") for key in other))
+    other = [key for key in ("cpu", "torch", "instruction_set") if found["environment"][key] != where[key]]
+    refuse((other, f"--json {path}: measured with another {' and '.join(other)}: give another file, or remove it"))
     limits = measure_limits(torch.float32, "cpu")
     found |= {"environment": where, "limits": limits}
     for depth, batch_size, k in points:
@@ -74,15 +76,16 @@ def measure(setting: Setting, ff_depth: int) -> dict[str, Any]:
     return found
 
 
-def of(records: Iterable[Record], batch_size: int) -> dict[str, list[Record]]:
-    """Records of a batch size by line of the figure, in order of depth; each with its number of blocks."""
-    lines: dict[str, list[Record]] = {}
+def panels(records: Iterable[Record]) -> dict[int, dict[str, list[Record]]]:
+    """Records by batch size and line of the figure, in order of depth; each with its number of blocks."""
+    found: dict[int, dict[str, list[Record]]] = {}
     # with one expert, two cannot be chosen
-    mine = (r for r in records if r["batch_size"] == batch_size and r["top_k"] in (None, r["k_of_point"]))
-    for record in sorted(mine, key=lambda r: r["depth_of_point"]):
+    chosen = (r for r in records if r["top_k"] in (None, r["k_of_point"]))
+    for record in sorted(chosen, key=itemgetter("batch_size", "depth_of_point")):
         name = next(name for name, line in LINES.items() if line[:2] == (record["layer"], record["k_of_point"]))
+        lines = found.setdefault(record["batch_size"], {})
         lines.setdefault(name, []).append(record | {"blocks": 2 ** record["depth_of_point"]})
-    return lines
+    return found
 
 
 # Seconds of a call, operations and bytes per second that fit best, and how well: R^2 of the log times
@@ -127,8 +130,7 @@ def _fit(found: dict[str, Any], name: str, line: Sequence[Record]) -> Fit | None
 def report(found: dict[str, Any]) -> str:
     """Fits, local slopes, ratios and the break-even table."""
     lines = []
-    for batch_size in sorted({r["batch_size"] for r in found["records"]}):
-        by_name = of(found["records"], batch_size)
+    for batch_size, by_name in panels(found["records"]).items():
         lines.append(f"batch {batch_size}")
         for name, points in by_name.items():
             if len(points) > 1:
@@ -150,8 +152,8 @@ def report(found: dict[str, Any]) -> str:
 def break_even(records: Sequence[Record]) -> str:
     """One line a batch size."""
     lines = []
-    for batch_size in sorted({r["batch_size"] for r in records}):
-        compared = [r for r in of(records, batch_size).get(TREE, []) if r["speedup_over_ff"]]
+    for batch_size, by_name in panels(records).items():
+        compared = [r for r in by_name.get(TREE, []) if r["speedup_over_ff"]]
         slower = [r["training_width"] for r in compared if r["speedup_over_ff"] <= 1]
         first = next((r for r in compared if r["training_width"] > max(slower, default=0)), None)
         answer = f"w = {first['training_width']} ({first['speedup_over_ff']:.2f}x)" if first else "none measured"
@@ -161,11 +163,11 @@ def break_even(records: Sequence[Record]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Log-log, a panel a batch size; points are medians, lines the fitted cost."""
-    batch_sizes = sorted({r["batch_size"] for r in found["records"]})
-    figure = Figure(figsize=(6.2 * len(batch_sizes), 4.8), layout="constrained")
+    drawn = panels(found["records"])
+    figure = Figure(figsize=(6.2 * len(drawn), 4.8), layout="constrained")
     in_features, out_features, leaf_width = found["setting"]["sizes"]
-    for axes, batch_size in zip(figure.subplots(1, len(batch_sizes), squeeze=False)[0], batch_sizes, strict=True):
-        for name, points in of(found["records"], batch_size).items():
+    for axes, (batch_size, lines) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+        for name, points in lines.items():
             *_, colour, marker = LINES[name]
             blocks, us = ([scale * p[key] for p in points] for key, scale in (("blocks", 1), ("median_s", 1e6)))
             axes.plot(blocks, us, marker, color=colour, label=name)

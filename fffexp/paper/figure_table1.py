@@ -10,8 +10,6 @@ from fffexp.paper.rows import METRICS, is_dense, ordered, row, width
 from fffexp.report.figures import COLOURS
 from fffexp.study.results import Results, Trial
 
-DENSE_COLOUR = "0.3"
-
 
 def draw(results: Results, path: Path) -> None:
     """A panel a layer, with the dense one in each: means with their intervals, and hollow the paper's best of ten."""
@@ -24,7 +22,7 @@ def draw(results: Results, path: Path) -> None:
     panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     leaf_widths = sorted({leaf for trial in trials if (leaf := trial.params.get("leaf_width"))}, reverse=True)
     for axes, title in zip(panels, titles, strict=True):
-        _line(axes, results, dense, dense[0].layer if dense else "", DENSE_COLOUR, 0)
+        _line(axes, results, dense, dense[0].layer if dense else "", "0.3", 0)
         for index, leaf in enumerate(leaf_widths):
             of = [trial for trial in trials if _title(trial) == title and trial.params.get("leaf_width") == leaf]
             _line(axes, results, of, f"leaves or experts of {leaf}", COLOURS[index % len(COLOURS)], index + 1)

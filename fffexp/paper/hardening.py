@@ -3,8 +3,6 @@
 Curves of the mean entropy of the choices in nats, log 2 where all are undecided.
 """
 
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from fffexp.environment import environment, training_device
-from fffexp.layers import FeedforwardLayer
 from fffexp.paper.rows import section
 from fffexp.study.results import Results
+from fffexp.training.callbacks.routing import BlockCounter
 from fffexp.training.experiment import Context, run
 
 SHARES = (0, 0.1, 0.25, 0.5, 1)  # of the training
@@ -42,8 +40,7 @@ def train(args: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         keep(trainer, task)
         classes_by_leaf.update(_classes_by_leaf(task.eval(), trainer.val_dataloaders))
 
-    watch = LambdaCallback(on_train_epoch_start=keep, on_train_end=end)
-    result = run(args, Context(callbacks=[watch], quiet=True))
+    result = run(args, Context(callbacks=[LambdaCallback(on_train_epoch_start=keep, on_train_end=end)], quiet=True))
     assert result is not None
     where = environment([torch.get_num_threads()], training_device())
     return result.metrics, {"entropies": entropies, "classes_by_leaf": classes_by_leaf, "environment": where}
@@ -52,22 +49,14 @@ def train(args: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 @torch.no_grad()
 def _classes_by_leaf(task: Any, batches: Any) -> dict[str, list[list[int]]]:
     x, y = (torch.cat(part).to(task.device) for part in zip(*batches, strict=True))
-    counts = {path: y.new_zeros(layer.num_experts, int(y.max()) + 1) for path, layer in task.layers.items()}
-    leaves: dict[str, Tensor] = {}
-
-    def route(path: str, layer: FeedforwardLayer, args: tuple[Tensor]) -> None:
-        leaves[path] = layer.route(args[0]).squeeze(1)
-
-    with ExitStack() as hooks:
-        for path, layer in task.layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(partial(route, path)))
-        for rows, labels in zip(x.split(1024), y.split(1024), strict=True):
-            task(rows)
-            for path, leaf in leaves.items():
-                each = labels.repeat_interleave(len(leaf) // len(labels))  # the tokens of an image have its class
-                mine = counts[path]
-                mine += torch.bincount(leaf * mine.shape[1] + each, minlength=mine.numel()).view_as(mine)
-    return {path: mine.tolist() for path, mine in counts.items()}
+    counts: dict[str, list[Tensor]] = {path: [] for path in task.layers}  # of the leaves, for each class
+    for label in range(int(y.max()) + 1):
+        counter = BlockCounter(task.layers)
+        for rows in x[y == label].split(1024):
+            task(rows)  # the tokens of an image have its class
+        for path, mine in counter.finish().items():
+            counts[path].append(mine)
+    return {path: torch.stack(mine, dim=1).tolist() for path, mine in counts.items()}
 
 
 def _curves(results: Results) -> list[tuple[str, str, list[float], list[list[int]]]]:
@@ -90,8 +79,7 @@ def report(results: Results) -> str:
     return section(
         "",
         lines,
-        None,
-        "Mean entropy of the choices in nats (undecided: 0.693) after these shares of the training; leaves "
+        text="Mean entropy of the choices in nats (undecided: 0.693) after these shares of the training; leaves "
         "that validation inputs reach at its end; mutual information of leaf and class (of ten classes at most "
         "2.303).",
     )

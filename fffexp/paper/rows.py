@@ -131,8 +131,7 @@ def row(results: Results, trial: Trial, metric: Metric) -> Row:
 
 def _collapsed(trial: Trial) -> int:
     # fewer than half of the leaves or experts are used, or one alone
-    used = trial.by_seed("routing/used_leaves", trial.runs).values()
-    return sum(2 * n < _experts(trial) or n == 1 for n in used)
+    return sum(2 * n < _experts(trial) or n == 1 for n in trial.by_seed("routing/used_leaves", trial.runs).values())
 
 
 def verdict(row: Row) -> str:
@@ -213,7 +212,6 @@ WITHIN: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "nonfinite": lambda run: run["stability/nonfinite_steps"],
     "dead": lambda run: run.get("stability/dead_leaves"),
 }
-STABILITY = dict.fromkeys(("std", "mean - worst", *WITHIN), ".2f") | dict.fromkeys(("epochs", "epochs std"), ".1f")
 
 
 def measures(trial: Trial) -> Row:
@@ -234,7 +232,7 @@ def _report_stability(_: Results, shown: Iterable[Trial]) -> str:
     return section(
         "stability",
         [point(trial) | measures(trial) for trial in shown if len(trial.runs) > 1],
-        STABILITY,
+        dict.fromkeys(("std", "mean - worst", *WITHIN), ".2f") | dict.fromkeys(("epochs", "epochs std"), ".1f"),
         "std, mean - worst: test accuracy over seeds in points; epochs: to the best validation accuracy; late "
         "std: of validation accuracy over the last quarter of the epochs; spikes: steps an epoch; nonfinite: "
         "steps; dead: leaves or experts that no training sample reaches; means over seeds. epochs and late "

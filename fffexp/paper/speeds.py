@@ -20,9 +20,9 @@ BESIDE_S = 10.0  # of timing, for all dense widths beside one tree
 TIMING_S = 60.0  # for all models, and for all layers: a few rounds of models of 70 ms do not order them
 
 
+@torch.inference_mode()
 def _medians(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    with torch.inference_mode():
-        return {key: statistics.median(spent) for key, spent in interleaved(calls, seconds, threads=1).items()}
+    return {key: statistics.median(spent) for key, spent in interleaved(calls, seconds, threads=1).items()}
 
 
 def _timed(results: Results, key: str) -> set[Any]:

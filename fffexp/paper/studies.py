@@ -10,7 +10,7 @@ import yaml
 
 from fffexp import paths
 from fffexp.configs import given, read_yaml
-from fffexp.errors import refuse
+from fffexp.errors import UserError, refuse
 from fffexp.paper.rows import ordered
 from fffexp.study.results import Results, Trial
 
@@ -18,21 +18,16 @@ if TYPE_CHECKING:
     from fffexp.study.spec import Point, StudySpec
 
 FOLDER = Path(__file__).parents[2] / "studies/paper"
-DATA = {"fashion_mnist": "../../configs/data/fashion_mnist.yaml"}
-HUB = "../../configs/data/hub.yaml"  # has the others
+DATA = {"fashion_mnist": "../../configs/data/fashion_mnist.yaml"}  # the hub has the others
 KEYS = {"epochs": "trainer.max_epochs", "blocks": "model.network.init_args.num_blocks"}
 # pixels of a vision transformer's patch that divide the images
 PATCH, PATCHES = "model.network.init_args.patch_size", {"fashion_mnist": 7, "mnist": 7, "cifar10": 4, "usps": 4}
 
 
 class PaperStudy:
-    """A study of studies/paper/ with other data, seeds and settings, of which a part of the points is wanted.
+    """A study of studies/paper/, by its name, with other data, seeds and settings; a part of its points is wanted.
 
-    Args:
-        name: of the file, without its ending.
-        data: name of a data set.
-        seeds: how many, from 0 on; those of the file if None.
-        more: `epochs` and `blocks`; those of the file if None.
+    `seeds` says how many, from 0 on; `more` are `epochs` and `blocks`. What is None is as in the file.
     """
 
     def __init__(self, name: str, data: str, seeds: int | None = None, **more: int | None) -> None:
@@ -41,7 +36,7 @@ class PaperStudy:
         patch = {PATCH: PATCHES[data]} if PATCH in settings else {}
         settings |= {KEYS[name]: value for name, value in more.items() if value is not None} | patch
         settings |= {"data.init_args.name": data} if data not in DATA else {}
-        self.content["configs"][0] = DATA.get(data, HUB)
+        self.content["configs"][0] = DATA.get(data, "../../configs/data/hub.yaml")
         self.content["seeds"] = self.content["seeds"] if seeds is None else list(range(seeds))
 
     def values(self, name: str) -> list[int]:
@@ -101,7 +96,8 @@ class PaperStudy:
             for trial in results.trials
             if any(trial.params == each.params and trial.recipe != each.recipe for each in wanted)
         ]
-        refuse(*((True, f"--json {path}: {each}: give another file, or remove it") for each in differing))
+        if differing:
+            raise UserError(f"--json {path}: {differing[0]}: give another file, or remove it")
         return results
 
     def wanted(self, results: Results) -> list[Trial]:

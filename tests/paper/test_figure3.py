@@ -69,7 +69,7 @@ def test_the_command_measures_draws_and_goes_on_where_it_stopped(
     assert found["records"][: len(first)] == first, "what was measured was measured again"
     # at each of 4 depths and 2 batch sizes MoE twice and FFF; FF to depth 2
     assert len(found["records"]) == 4 * 2 * 3 + 2 * 2
-    assert {"FF", "MoE k=1", "MoE k=2", "FFF"} <= figure3.of(found["records"], 9).keys()
+    assert {"FF", "MoE k=1", "MoE k=2", "FFF"} <= figure3.panels(found["records"])[9].keys()
     for part in ("local slopes", "R^2", "break-even", "counted operations a sample"):
         assert part in printed
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
