@@ -87,9 +87,8 @@ def uninterrupted() -> Iterator[None]:
 class Run(Logger):
     """One MLflow run, and a logger of Lightning's that writes to it.
 
-    As a context it is FINISHED if the block ends well, KILLED if it was pruned, else FAILED at once. Not Lightning's
-    MLFlowLogger: that one writes every epoch, which costs as much as a short epoch, and calls a run FINISHED after
-    fit, before it is tested.
+    As a context it is FINISHED if the block ends well, KILLED if it was pruned, else FAILED at once. Lightning's
+    MLFlowLogger writes every epoch, which costs as much as a short one, and calls a run FINISHED before it is tested.
 
     A new run is of the experiment and below the parent, with these tags beside those of its environment. With `run_id`
     an earlier one goes on as it is, which has ended or whose process is gone.

@@ -19,11 +19,8 @@ def table(
 ) -> str:
     """The rows under the names of their columns; numbers to the right, a column without any value left out.
 
-    Args:
-        rows: cells by the name of their column; the first row has all names, in order.
-        formats: format specification of a column's numbers, such as {"mean": ".2f"}.
-        width: wraps what is wider; None never wraps.
-        wrap: columns that may be wrapped.
+    The first row has all names, in order. Formats are of a column's numbers, such as {"mean": ".2f"}. What is wider
+    than a width is wrapped, at first in the columns that `wrap` names.
     """
     if not rows:
         return ""

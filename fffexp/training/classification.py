@@ -14,7 +14,7 @@ from fffexp.training.task import Task
 
 
 class ClassificationTask(Task):
-    """Cross-entropy of (inputs, labels).
+    """Cross-entropy of (inputs, labels). ValueError for an argument out of range, or see Task.check.
 
     Args:
         layer: which feedforward layer, with all but its in_features and out_features; None for a network without.
@@ -23,9 +23,6 @@ class ClassificationTask(Task):
         label_smoothing: share of the target spread over all classes, in training.
         network: which network, with all but its layer, in_shape and num_classes; MLP unless given.
         kwargs: see Task.
-
-    Raises:
-        ValueError: an argument out of range, or see Task.check.
     """
 
     monitor, mode = "val/accuracy", "max"

@@ -33,8 +33,10 @@ def measure(network: nn.Module, inputs: Tensor) -> dict[str, float]:
             own, of_reference = map(statistics.median, times.values())
             if size == BATCH_SIZES[-1]:
                 results[f"speed/throughput_b{size}"] = size / own
-                break
-            results[f"speed/latency_b{size}_ms"] = 1e3 * own
-            results[f"speed/reference_latency_b{size}_ms"] = 1e3 * of_reference
-            results[f"speed/latency_b{size}_ratio"] = median_ratio(times[""], times["reference"])
+            else:
+                results |= {
+                    f"speed/latency_b{size}_ms": 1e3 * own,
+                    f"speed/reference_latency_b{size}_ms": 1e3 * of_reference,
+                    f"speed/latency_b{size}_ratio": median_ratio(times[""], times["reference"]),
+                }
     return results

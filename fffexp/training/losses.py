@@ -56,8 +56,7 @@ def auxiliary_loss(model: nn.Module, aux_weights: Mapping[str, float] | None = N
 def anneal(model: nn.Module, progress: float, schedule: Schedule = INVERSE_TEMPERATURE) -> None:
     """Set the choice scale of the trees in a model by its schedule; call it every step.
 
-    Raises:
-        ValueError: progress, the share of the training that is done, is not in [0, 1], or there is no layer.
+    ValueError if progress, the share of the training that is done, is not in [0, 1], or there is no layer.
     """
     scale = schedule(probability("progress", progress))
     for layer in _layers(model):

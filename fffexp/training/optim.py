@@ -13,9 +13,7 @@ class LazyAdamW(torch.optim.Optimizer):
 
     The moments and the weight decay of a row wait while it is not used ("lazy" Adam, as torch.optim.SparseAdam, which
     takes neither dense gradients beside sparse ones nor weight decay). Dense gradients are treated as by AdamW.
-
-    Raises:
-        ValueError: a negative lr, eps or weight_decay, or betas outside [0, 1).
+    ValueError for a negative lr, eps or weight_decay, or betas outside [0, 1).
     """
 
     def __init__(

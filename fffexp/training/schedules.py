@@ -18,7 +18,7 @@ class Schedule(ABC):
 
 
 class Constant(Schedule):
-    """The same value throughout."""
+    """The same value at any progress."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -52,8 +52,7 @@ class Exponential(Schedule):
 class Step(Schedule):
     """Phases: values[i] from milestones[i - 1] up to milestones[i], shares of the training that rise within (0, 1).
 
-    Raises:
-        ValueError: the milestones do not rise, or there is not one value more.
+    ValueError if the milestones do not rise, or there is not one value more.
     """
 
     def __init__(self, values: Sequence[float], milestones: Sequence[float]) -> None:
@@ -70,13 +69,11 @@ class Step(Schedule):
         return min(self.values), max(self.values)
 
 
-class Adaptive(Schedule):
+class Adaptive(Constant):
     """Raised by a factor, up to a maximum, after every epoch whose mean choice entropy is above the target, in nats.
 
-    Below 0.10 rounding the choices changes predictions very little (arXiv 2308.14711, section 3).
-
-    Raises:
-        ValueError: start is not above 0, factor not above 1, or maximum below start.
+    Below 0.10 rounding the choices changes predictions very little (arXiv 2308.14711, section 3). ValueError if start
+    is not above 0, factor not above 1, or maximum below start.
     """
 
     def __init__(self, start: float, factor: float, maximum: float, target: float = 0.10) -> None:
@@ -84,10 +81,8 @@ class Adaptive(Schedule):
             raise ValueError(f"start {start} must be above 0 and factor {factor} above 1, or nothing is raised")
         if maximum < start:
             raise ValueError(f"maximum {maximum} is below start {start}: the value would fall where it should rise")
-        self.value, self.factor, self.maximum, self.target = start, factor, maximum, target
-
-    def __call__(self, progress: float) -> float:
-        return self.value
+        super().__init__(start)
+        self.factor, self.maximum, self.target = factor, maximum, target
 
     def bounds(self) -> tuple[float, float]:
         return self.value, self.maximum

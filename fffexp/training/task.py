@@ -108,9 +108,6 @@ class Task(LightningModule, ABC):
         """What the network takes of a batch: (samples, ...)."""
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
-    def samples(self, batch: Any) -> int:
-        return len(self.inputs(batch))
-
     @property
     def unit_monitor(self) -> bool:  # whether what is monitored is a share, in [0, 1]
         metric = self.make_metrics().get(self.monitor.partition("/")[2])
@@ -127,10 +124,9 @@ class Task(LightningModule, ABC):
             layer.check_trainable()
         names = sorted({name for layer in layers for name in (*layer.aux_losses, *layer.annealed_buffers)})
         kind = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "the network"
-        adapts = any("entropy" in layer.metrics for layer in layers)
         for name, schedule in self.schedules.items():
             key, wrong = f"aux_weights.{name}", [bound for bound in schedule.bounds() if not 0 <= bound < float("inf")]
-            adaptive = isinstance(schedule, Adaptive) and not adapts
+            adaptive = isinstance(schedule, Adaptive) and not any("entropy" in layer.metrics for layer in layers)
             refuse(
                 (adaptive, f"{key}: {kind} has no choice entropy for an Adaptive schedule"),
                 (wrong, f"{key} is {wrong[0] if wrong else ''}; it must be finite and not negative"),
@@ -227,7 +223,7 @@ class Task(LightningModule, ABC):
 
     def _evaluate(self, prefix: str, batch: Any) -> None:
         loss, *found = self.loss(batch)
-        self._passes.setdefault(prefix, []).append((loss.expand(self.samples(batch)), *found))
+        self._passes.setdefault(prefix, []).append((loss.expand(len(self.inputs(batch))), *found))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val/", batch)
@@ -284,5 +280,4 @@ class Task(LightningModule, ABC):
 
 def _is_plain(value: Any) -> bool:
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    plain = isinstance(value, str | int | float | bool | None | Mapping | list | tuple)
-    return plain and all(map(_is_plain, parts))
+    return isinstance(value, str | int | float | bool | None | Mapping | list | tuple) and all(map(_is_plain, parts))

@@ -11,10 +11,7 @@ class WeightAveraging(callbacks.WeightAveraging):
     """Exponential moving average of the weights, which is validated, kept and tested.
 
     In step t the average keeps a share min(decay, (1 + t) / (10 + t)) of itself, so that in a short training it does
-    not reach back to the first weights.
-
-    Raises:
-        ValueError: decay is not at least 0 and below 1.
+    not reach back to the first weights. ValueError for a decay below 0 or not below 1.
     """
 
     def __init__(self, decay: float = 0.999) -> None:

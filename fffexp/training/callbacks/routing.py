@@ -24,13 +24,13 @@ class RoutingMonitor(Callback):
         self._readings: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         self._counter = BlockCounter({})
 
+    @torch.no_grad()
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # before the task clears the routing of the step
         if trainer.fit_loop.epoch_loop.batch_idx % reading_interval(trainer) == 0:
-            with torch.no_grad():
-                for path, layer in pl_module.layers.items():
-                    for name, metric in layer.metrics.items() if layer.routing is not None else ():
-                        self._readings[name][path].append(metric(layer.routing))
+            for path, layer in pl_module.layers.items():
+                for name, metric in layer.metrics.items() if layer.routing is not None else ():
+                    self._readings[name][path].append(metric(layer.routing))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, readings in self._readings.items():
@@ -74,12 +74,12 @@ class BlockCounter:
         return self.counts
 
 
+@torch.inference_mode()
 def dead_leaves(task: LightningModule, inputs: Iterable[Tensor]) -> dict[str, float]:
     """How many leaves or experts no row of these inputs reaches, over all layers; nothing where there is no choice."""
     counter = BlockCounter(task.eval().layers)
-    with torch.inference_mode():
-        for batch in inputs:
-            task(batch)
+    for batch in inputs:
+        task(batch)
     dead = [float((counts == 0).sum()) for counts in counter.finish().values()]
     return {"stability/dead_leaves": sum(dead)} if dead else {}
 

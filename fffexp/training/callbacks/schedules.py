@@ -30,7 +30,7 @@ class Schedules(Callback):
         self._adaptive = {name: schedule for name, schedule in schedules if isinstance(schedule, Adaptive)}
         for name, schedule in self._adaptive.items():  # a resumed run goes on where it was
             schedule.value = self._values.get(name, schedule.value)
-        moving = [name for name, schedule in schedules if not isinstance(schedule, (Adaptive, Constant))]
+        moving = [name for name, schedule in schedules if not isinstance(schedule, Constant)]
         self._moving, self._steps = ", ".join(moving), trainer.estimated_stepping_batches
         callbacks = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
         self._timers = [each for each in callbacks if isinstance(each, Timer) and each.time_remaining() is not None]

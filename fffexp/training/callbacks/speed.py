@@ -21,9 +21,8 @@ class TrainingSpeed(Callback):
         # the clock stands while another process times, and after a validation within the epoch
         before = time.perf_counter()
         wait_for_timing()
-        waited = time.perf_counter() - before
-        self._start = (before if self._start is None else self._start) + waited
-        self._samples += pl_module.samples(batch)
+        self._start = (before if self._start is None else self._start) + time.perf_counter() - before
+        self._samples += len(pl_module.inputs(batch))
 
     def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._start is not None:

@@ -42,8 +42,7 @@ class Course:
 class Stability(Course, Callback):
     """Tracks gradient norms, loss spikes and the course of what a task monitors; `results` after training.
 
-    Raises:
-        NonFiniteLossError: a loss is NaN or infinite; on the CPU before it reaches the weights.
+    NonFiniteLossError for a loss that is NaN or infinite; on the CPU before it reaches the weights.
     """
 
     def __init__(self, task: Any) -> None:
