@@ -37,7 +37,9 @@ from fffexp.training.task import Task
 
 LINKED = ("in_shape", "num_classes")  # from the data to the task
 # options of a Trainer that neither writes nor prints
-BARE = dict[str, Any].fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+BARE: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
 LATENCY_ROWS = 8192  # of the validation set, that latencies are measured on
 # what a run without tuning measures beside the task's own metrics
 MEASURED = (
