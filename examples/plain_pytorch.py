@@ -12,7 +12,7 @@ from torch import nn
 
 from fffexp import FFF, anneal, auxiliary_loss, replace_feedforward
 
-EPOCHS, BATCH_SIZE = 30, 128
+EPOCHS, BATCH_SIZE = 15, 128
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
 LAYERS = sorted(path for path in (CONFIGS / "layer").glob("*.yaml") if path.stem != "none")
 RECIPES = sorted((CONFIGS / "recipe").glob("*.yaml"))
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+HEADLINES = ("digits_depth_leaf", "fashion_depth_leaf")
+STUDIES_IN_TIERS = [pytest.param(p, marks=[] if p.stem in HEADLINES else pytest.mark.slow) for p in STUDIES]
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
 IMAGES = {"train": 600, "t10k": 100}
 
@@ -153,7 +155,7 @@ def test_every_config_is_run_here() -> None:
     assert STUDIES
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STUDIES_IN_TIERS, ids=lambda path: path.stem)
 def test_a_study_is_sound_to_the_corners_of_its_space(path: Path, fashion: Path) -> None:
     spec = load(path)
     assert spec.name == path.stem

@@ -314,7 +314,8 @@ class TestBuilding:
         assert "out of coffee" in done.stderr
         assert not list(tmp_path.rglob("*.so"))
 
-    @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("real", [False, True])
     def test_two_processes_on_an_empty_cache_build_once(self, tmp_path: Path, real: bool) -> None:
         env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
         if not real:  # all that it makes is a copy of the library that is built already

@@ -274,14 +274,8 @@ def interrupted(number: signal.Signals, folder: Path) -> int:
         return status
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [
-        (signal.SIGKILL, -9),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_study_is_resumed(
     number: signal.Signals, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +374,7 @@ ACCURACY = {"objectives": {"val/accuracy": "maximize"}}
 MEDIAN = {"class_path": "optuna.pruners.MedianPruner", "init_args": {"n_startup_trials": 1}}
 
 
+@pytest.mark.slow
 def test_one_objective_with_a_constraint_and_a_pruner(work: Callable[..., Results], tmp_path: Path) -> None:
     overrides = CONTENT["overrides"] | {"trainer.max_epochs": 3}
     results = work(**ACCURACY, constraints={LATENCY: 1000.0}, pruner=MEDIAN, overrides=overrides)
@@ -395,6 +390,7 @@ def test_one_objective_with_a_constraint_and_a_pruner(work: Callable[..., Result
     assert all(r.data.tags["pruned"] == "true" for r in pruned)
 
 
+@pytest.mark.slow
 def test_another_objective_than_the_monitored_metric(work: Callable[..., Results]) -> None:
     results = work(objectives={LATENCY: "minimize", "epochs_to_best": "minimize"}, trials_per_layer=1)
     assert (results.metrics, results.directions) == ([LATENCY, "epochs_to_best"], ["minimize", "minimize"])
@@ -437,6 +433,7 @@ def test_seeds_that_train_at_once(
     assert main(["study", "trials", "tiny", "--baseline", "7"]) == 2
 
 
+@pytest.mark.slow
 def test_seeds_that_train_at_once_fail_at_a_loss_that_is_not_finite(work: Callable[..., Results]) -> None:
     lr = {"lr": {"keys": ["model.optimizer.init_args.lr"], "choices": [0.01, 1e30]}}
     initial = [{"lr": 1e30}, {"lr": 0.01}]
@@ -539,6 +536,7 @@ def test_files_that_show_cannot_list(
     assert message in line
 
 
+@pytest.mark.slow
 def test_a_constraint_that_nothing_meets(work: Callable[..., Results], capsys: pytest.CaptureFixture[str]) -> None:
     results = work(**ACCURACY, constraints={LATENCY: 1e-9}, trials_per_layer=1)
     assert {t.state for t in results.trials} == {"COMPLETE"}
@@ -626,6 +624,7 @@ def test_report_is_written_again(done: Path, capsys: pytest.CaptureFixture[str])
     assert "difference to the" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_delete_frees_the_name(
     work: Callable[..., Results], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -188,7 +188,7 @@ def test_patience_ends_the_training(fit: str) -> None:
 
 
 def test_a_better_fit_counts_where_asked_to() -> None:
-    args = arguments("ff", PLAIN, "--trainer.max_epochs=30", "--trainer.limit_val_batches=1")
+    args = arguments("ff", PLAIN, "--trainer.max_epochs=12", "--trainer.limit_val_batches=1")
     stopped, went_on = (train_seeds(args, [0, 1], test=False, patience=2, fit=fit) for fit in ("measured", "awaited"))
     assert all(a.metrics["epochs"] <= b.metrics["epochs"] for a, b in zip(stopped, went_on, strict=True))
     assert all(s.metrics["epochs"] >= s.metrics["epochs_to_fit"] for s in went_on)
