@@ -137,7 +137,8 @@ class ExperimentCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.resolved = self.config[self._wanted]
-        # all that a rerun needs, without what it has anew: where it is tracked, which may hold a password
+        # all that a rerun needs, without what it has anew: where it is tracked, which may hold a password;
+        # the parser of a subcommand has no public name
         parser, rerun = self._parser(self._wanted), Namespace({**config, "tracking_uri": None})
         self.resolved_yaml: str = parser.dump(rerun, skip_none=True)
         config.weights_only = True  # whatever a checkpoint from elsewhere may hold
@@ -163,7 +164,7 @@ class ExperimentCLI(LightningCLI):
             extra += [RandomState(), *[self.best] * (saving and self.has_batches("val")), *[self.last] * saving]
         if not self.context.quiet and not config["enable_progress_bar"]:
             extra.append(EpochLines())
-        trainer = self._instantiate_trainer(config, extra)
+        trainer = self._instantiate_trainer(config, extra)  # the public method above takes no callbacks
         several = f"{trainer.world_size} devices: a run trains on one for now: give --trainer.devices 1"
         refuse((trainer.world_size > 1, several))
         return trainer
