@@ -188,5 +188,6 @@ class ClassificationData(LightningDataModule, ABC):
 
 def pixels(array: np.ndarray[Any, Any]) -> Tensor:
     """Any numeric array as a float32 tensor of its shape; uint8 is brought to [0, 1], all else is kept."""
-    inputs = torch.from_numpy(array).float()  # what float32 cannot hold becomes inf, which is refused by name
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is refused by name
+        inputs = torch.from_numpy(array.astype(np.float32))
     return inputs.div_(255) if array.dtype == np.uint8 else inputs

@@ -63,7 +63,7 @@ def how_measured(results: Results) -> str:
         "Differences: paired by seed, p of a t-test adjusted for all lines (Benjamini and Hochberg). "
         "The test set was read once a training, after selection on validation. "
         "Latencies: ratio to a dense layer timed in turn, times that layer's median over the study."
-        + f" Latencies come from {results.machines} machines, and compare only within one."
+        + f" Latencies come from {results.machines} machines, whose ratios may differ."
         * (results.machines > 1)
     )
 

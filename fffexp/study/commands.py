@@ -200,5 +200,7 @@ def _run(spec: "StudySpec", jobs: int, url: str, tracking_uri: str | None) -> No
     folder = paths.outputs("studies", spec.name)
     print(f"\n{summary(results)}\n")
     print(f"took {results.wall_s:.0f} s; written to {folder}: report.html, pareto.png, history.png")
-    following = f"show {spec.name} --max_latency_ms 0.5" if results.finalists else f"trials {spec.name}"
+    latencies = [t.latency_ms for t in results.finalist_trials() if t.latency_ms]
+    within = f" --max_latency_ms {latencies[len(latencies) // 2]:.2g}" if latencies else ""
+    following = f"show {spec.name}{within}" if results.finalists else f"trials {spec.name}"
     print(f"next: make ui, or fffexp study {following}")

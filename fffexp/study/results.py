@@ -170,6 +170,8 @@ class Answer(NamedTuple):
 def answer(results: Results, max_latency_ms: float | None = None) -> Answer:
     """The best finalist within a latency budget, by the mean over fresh seeds; UserError if there is none."""
     trained = [t for t in results.finalist_trials() if t.mean is not None and (t.latency_ms or max_latency_ms is None)]
+    if not trained and any(t.mean is not None for t in results.finalist_trials()):
+        raise UserError(f"no finalist of study {results.study} has a {LATENCY}: leave --max_latency_ms out")
     if not trained:
         raise UserError(f"no finalist is retrained yet: go on with `fffexp study resume {results.study}`")
     # from the fastest on, so that max takes the faster of two that are equal

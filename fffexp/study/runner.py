@@ -1,5 +1,6 @@
 """Running a study: workers that share a storage, progress, and the results."""
 
+import math
 import multiprocessing
 import os
 import time
@@ -180,7 +181,10 @@ class StudyRunner:
         results.pareto = pareto(complete, results.directions)
         best = max(
             complete,
-            key=lambda t: (results.sign * (results.selected_by(t) or 0.0), -(results.selected_by(t, LATENCY) or 0.0)),
+            key=lambda t: (
+                results.sign * (results.selected_by(t) or 0.0),
+                -(results.selected_by(t, LATENCY) or math.inf),
+            ),
             default=None,
         )
         results.best = None if best is None else best.number

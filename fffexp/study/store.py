@@ -166,7 +166,8 @@ class Queue:
                 raise
 
         try:
-            self.study.optimize(checked, n_trials=1, catch=(Surplus, *errors))
+            # the collection frees a trainer and its data, which refer to each other
+            self.study.optimize(checked, n_trials=1, catch=(Surplus, *errors), gc_after_trial=True)
         except (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError) as error:
             # a trial that was given up in the meantime, because this machine slept, say, cannot end a second time;
             # Optuna then says so by any of these

@@ -116,11 +116,11 @@ class Worker:
     def work(self) -> None:
         """Do all there is to do."""
         filled, queues = float("-inf"), self.study.queues
+        gc.collect()
         gc.freeze()  # all modules: a collection is then a matter of milliseconds
         while True:
             # one of each queue in turn
             if sum(queue.run_one(self._objective, (NonFiniteLossError, InvalidConfigError)) for queue in queues):
-                gc.collect()  # a trainer and its data refer to each other, and would stay
                 continue
             if all(queue.all_finished() for queue in queues):
                 return

@@ -15,12 +15,16 @@ from fffexp.timing import exclusive_timing, interleaved, median_ratio, rotating
 REFERENCE_WIDTH = 128
 BATCH_SIZES = (1, 256, 2048)  # the latency of the smaller ones is measured, and the throughput of the last
 ROUNDS = (15, 300)  # enough for a steady median of a fast layer, few for a slow one
+# calls of one network follow each other for so long: the first after another network finds its caches cold, which made
+# the reference up to 40% slower beside a mixture than beside a dense layer
+BLOCK_S = 0.005
 
 
 def measure(network: nn.Module, inputs: Tensor) -> dict[str, float]:
     """Speed metrics of a network on inputs (samples, ...), of which batches are taken in rotation."""
     network.eval()
-    width, like, results = REFERENCE_WIDTH, next(network.parameters(), torch.empty(())), dict[str, float]()
+    floats = (parameter for parameter in network.parameters() if parameter.is_floating_point())
+    like, width, results = next(floats, torch.empty((), device=inputs.device)), REFERENCE_WIDTH, dict[str, float]()
     reference = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)).to(like)
     with exclusive_timing(), torch.inference_mode():
         for size in BATCH_SIZES:
@@ -29,7 +33,7 @@ def measure(network: nn.Module, inputs: Tensor) -> dict[str, float]:
             batches = [batch for batch in repeated.split(size)[:64] if len(batch) == size]
             calls: dict[str, Callable[[], object]]
             calls = {"": rotating(network, batches), "reference": partial(reference, like.new_ones(size, width))}
-            times = interleaved(calls, 0.1, device=inputs.device, rounds=ROUNDS, block_s=0)
+            times = interleaved(calls, 0.1, device=inputs.device, rounds=ROUNDS, block_s=BLOCK_S)
             own, of_reference = map(statistics.median, times.values())
             if size == BATCH_SIZES[-1]:
                 results[f"speed/throughput_b{size}"] = size / own
