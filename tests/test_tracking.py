@@ -117,3 +117,12 @@ def test_a_signal_in_the_middle_of_a_write_fails_the_run(
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             write_on()
         assert store[0].get_run(ids[-1]).info.status == "FAILED", f"attempt {attempt}"
+
+
+def test_metrics_of_an_epoch_are_written_at_its_end_unless_it_is_short(store: tuple[MlflowClient, str]) -> None:
+    with tracking.Run(*store, "one", {}) as run:
+        for step in range(3):
+            run.log_metrics({"loss": 1.0 - step}, step)
+            run.save()
+        assert len(store[0].get_metric_history(run.id, "loss")) == 2
+    assert len(store[0].get_metric_history(run.id, "loss")) == 3

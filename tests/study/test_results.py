@@ -218,3 +218,10 @@ def test_nothing_fits_and_how_much_is_enough() -> None:
 def test_no_answer_before_finalists_are_retrained() -> None:
     with pytest.raises(UserError, match="fffexp study resume tiny"):
         answer(results_of([trial(0, {"layer": "FF"}, [0.9, 0.1])]))
+
+
+def test_a_budget_where_nothing_was_timed() -> None:
+    results = results_of([trial(0, {"layer": "FF"}, [0.9, 0.1], [0.9, 0.91])])
+    assert answer(results).best is results.trials[0]
+    with pytest.raises(UserError, match="leave --max_latency_ms out"):
+        answer(results, 0.5)

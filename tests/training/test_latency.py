@@ -37,3 +37,5 @@ def test_measure(samples: int) -> None:
 def test_a_network_of_tokens_and_one_without_parameters() -> None:
     assert set(measure(nn.Embedding(5, 3), torch.randint(5, (300, 7)))) == MEASURED
     assert set(measure(nn.Identity(), torch.randint(5, (300, 7)))) == MEASURED
+    quantised = nn.Embedding(5, 3, _weight=torch.ones(5, 3, dtype=torch.int8), _freeze=True)
+    assert set(measure(quantised, torch.randint(5, (300, 7)))) == MEASURED
