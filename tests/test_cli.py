@@ -346,6 +346,7 @@ def only_run(folder: Path, name: str) -> Run:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["terminated", "interrupted"])
 def test_a_stopped_fit_is_failed_at_once(name: str, stopped: tuple[Path, dict[str, Process]]) -> None:
     folder, processes = stopped
@@ -356,6 +357,7 @@ def test_a_stopped_fit_is_failed_at_once(name: str, stopped: tuple[Path, dict[st
     assert len(history(folder, run.info.run_id, "val/accuracy")) >= 2, "what it had measured is kept"
 
 
+@pytest.mark.slow
 def test_a_killed_fit_is_failed_by_the_next(
     stopped: tuple[Path, dict[str, Process]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

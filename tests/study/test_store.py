@@ -198,6 +198,7 @@ def assert_each_done_once(queue: Queue) -> None:
     assert not [t for t in queue.study.trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
 
 
+@pytest.mark.slow
 def test_processes_that_work_at_once(tmp_path: Path) -> None:
     url, keys = url_in(tmp_path), [str(i) for i in range(30)]
     optuna.create_study(storage=store.open_storage(url), study_name="s")

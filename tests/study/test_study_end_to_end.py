@@ -398,6 +398,7 @@ def test_another_objective_than_the_monitored_metric(work: Callable[..., Results
     assert accuracies[results.best or 0] == max(accuracies.values()), "the best is so by the monitored metric"
 
 
+@pytest.mark.slow
 def test_seeds_that_train_at_once(
     work: Callable[..., Results], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -471,7 +472,7 @@ def run_listed(path: Path | None, **changes: Any) -> Results:
     return runner.run()
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_listed_points(together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(with_store(tmp_path), monkeypatch)
     results = run_listed(None, vectorize_seeds=together, seeds=[0, 1])

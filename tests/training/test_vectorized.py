@@ -91,23 +91,31 @@ def test_a_seed_gives_what_fit_gives(
         same(seed, alone(args, number))
 
 
+WEIGHT = "--model.aux_weights.importance"
+INCREASING = (f"{WEIGHT}=Adaptive", f"{WEIGHT}.start=0.1", f"{WEIGHT}.factor=1.1", f"{WEIGHT}.maximum=1")
+LAZY = ("--model.layer.trained=chosen_leaf", "--model.optimizer=fffexp.LazyAdamW", "--model.aux_weights=null")
+STOP = "--trainer.callbacks"
+STOPPING = (f"{STOP}=EarlyStopping", f"{STOP}.monitor=val/accuracy", f"{STOP}.mode=max")
+
+
 @pytest.mark.parametrize(
     ("layer", "more", "reason"),
     [
         ("ff", ADAFACTOR, "Adafactor is not known to update each element for itself"),
-        ("ff", PLATEAU, "ReduceLROnPlateau differs from seed to seed"),
-        ("moe", ("--model.layer.dropout=0.3",), "NoisyTopKMoE cannot run under torch.vmap"),
-        ("fff", ("--model.aux_weights.importance=Adaptive", "--model.aux_weights.importance.start=0.1",
-                 "--model.aux_weights.importance.factor=1.1",
-                 "--model.aux_weights.importance.maximum=1"), "an Adaptive"),
-        ("fff", ("--model.layer.trained=chosen_leaf", "--model.optimizer=fffexp.LazyAdamW", "--model.aux_weights=null"),
-         "LazyAdamW is not known"),
-        ("ff", ("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/accuracy",
-                "--trainer.callbacks.mode=max"), "EarlyStopping is not known"),
-        ("ff", (*VIT, "--model.network.input_dropout=0.5"), None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("ff", PLATEAU, "ReduceLROnPlateau differs from seed to seed"),
+                ("moe", ("--model.layer.dropout=0.3",), "NoisyTopKMoE cannot run under torch.vmap"),
+                ("fff", INCREASING, "an Adaptive"),
+                ("fff", LAZY, "LazyAdamW is not known"),
+                ("ff", STOPPING, "EarlyStopping is not known"),
+                ("ff", (*VIT, "--model.network.input_dropout=0.5"), None),
+            )
+        ),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_cannot_be_trained_at_once_is_trained_one_after_another(
     layer: str,
     more: tuple[str, ...],
