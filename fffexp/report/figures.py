@@ -136,7 +136,8 @@ def _limit(axes: Axes, results: Results, trials: Sequence[float], finalists: Seq
 
 def _scatter(axes: Axes, points: Sequence[tuple[float, float]], colour: str, marker: str, name: str = "") -> None:
     low, high = axes.get_ylim()
-    xs, ys = ([point[i] for point in points if low <= point[1] <= high] for i in (0, 1))
+    inside = [(x, y) for x, y in points if low <= y <= high]
+    xs, ys = [x for x, _ in inside], [y for _, y in inside]
     axes.scatter(xs, ys, 26, colour, marker=marker, alpha=0.4, linewidth=0, label=name if points else "")
     for x, y in points:
         number = axes.yaxis.get_major_formatter()(float(f"{y:.3g}"))

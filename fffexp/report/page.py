@@ -20,7 +20,10 @@ def write(results: Results, folder: Path) -> list[Path]:
     A reader never sees half a file.
     """
     results.save(folder / "summary.json")
-    contents = {f"{draw.__name__}.png": figures.png(draw(results)) for draw in (figures.pareto, figures.history)}
+    contents = {
+        "pareto.png": figures.png(figures.pareto(results)),
+        "history.png": figures.png(figures.history(results)),
+    }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {f.__name__: f for f in (text.latency, text.settings, text.title, text.value, shlex.quote)}
     # 812, 12.3k, 1.23M

@@ -74,7 +74,6 @@ def show(results: Results, max_latency_ms: float | None = None) -> str:
     best, rival = found.best, found.rival
     within = "with any latency" if max_latency_ms is None else f"within {max_latency_ms:g} ms"
     other = results.baseline if best.layer != results.baseline else "other layer"
-    nobody = f"No {other} is among the finalists {within}."
     texts = to_best(results, found.fitting)
     equal = [f"{t.layer} (trial {t.number})" for t in found.fitting if "not significant" in texts.get(t.number, "")]
     lines = [
@@ -84,9 +83,12 @@ def show(results: Results, max_latency_ms: float | None = None) -> str:
         *([f"  MLflow run: {best.run_id} (its config.yaml reruns it)"] if best.run_id else []),
         *([f"  not significantly worse: {', '.join(equal)}"] if equal else []),
         "",
-        *(_measured(results, rival, f"best {other} {within}: ") if rival else ()),
-        *(("", verdict(results, found), "", how_measured(results)) if rival else (nobody,)),
     ]
+    if rival is None:
+        lines.append(f"No {other} is among the finalists {within}.")
+    else:
+        lines += _measured(results, rival, f"best {other} {within}: ")
+        lines += ["", verdict(results, found), "", how_measured(results)]
     return "\n".join(line for long in lines for line in textwrap.wrap(long, COLUMNS, subsequent_indent="  ") or [""])
 
 

@@ -86,6 +86,8 @@ def main(text: str, folder: Path, name: str, url: str, uri: str, keep_seed: bool
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which then stops its workers
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    gc.collect()
+    gc.freeze()  # all modules: a collection after a trial is then a matter of milliseconds
     try:
         with terminated_by_signal():
             study = StoredStudy(parse(text, folder, "in the storage"), name, store.open_storage(url), keep_seed)
@@ -116,8 +118,6 @@ class Worker:
     def work(self) -> None:
         """Do all there is to do."""
         filled, queues = float("-inf"), self.study.queues
-        gc.collect()
-        gc.freeze()  # all modules: a collection is then a matter of milliseconds
         while True:
             # one of each queue in turn
             if sum(queue.run_one(self._objective, (NonFiniteLossError, InvalidConfigError)) for queue in queues):
