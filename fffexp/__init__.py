@@ -10,16 +10,18 @@ if TYPE_CHECKING:
     from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE, feedforward_layers
     from fffexp.layers.base import LayerFactory
     from fffexp.training.classification import ClassificationTask
+    from fffexp.training.language_model import LanguageModelTask
     from fffexp.training.losses import anneal, auxiliary_loss
     from fffexp.training.optim import LazyAdamW
+    from fffexp.training.regression import RegressionTask
     from fffexp.training.schedules import Adaptive, Constant, Exponential, Linear, Schedule, Step
     from fffexp.training.task import Task
 
 __all__ = [
     "FF", "FFF", "IDX", "Adaptive", "ClassificationTask", "Constant", "Digits", "Exponential", "FashionMNIST",
-    "FeedforwardLayer", "Forest", "Hub", "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE", "Schedule", "Step",
-    "SwitchMoE", "Task", "anneal", "auxiliary_loss", "convert_feedforward", "feedforward_layers",
-    "replace_feedforward",
+    "FeedforwardLayer", "Forest", "Hub", "LanguageModelTask", "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE",
+    "RegressionTask", "Schedule", "Step", "SwitchMoE", "Task", "anneal", "auxiliary_loss", "convert_feedforward",
+    "feedforward_layers", "replace_feedforward",
 ]  # fmt: skip
 
 # imported when first asked for: torch and lightning take seconds, which --help and reports should not pay
@@ -30,8 +32,10 @@ _HOMES = {
     "layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "feedforward_layers"),
     "layers.base": ("LayerFactory",),
     "training.classification": ("ClassificationTask",),
+    "training.language_model": ("LanguageModelTask",),
     "training.losses": ("anneal", "auxiliary_loss"),
     "training.optim": ("LazyAdamW",),
+    "training.regression": ("RegressionTask",),
     "training.schedules": ("Adaptive", "Constant", "Exponential", "Linear", "Schedule", "Step"),
     "training.task": ("Task",),
 }

@@ -14,7 +14,7 @@ EXPERIMENT = {
     "fit": "Train a layer by its configs, and test the checkpoint that was best on validation.",
     "validate": "Validate a checkpoint (--ckpt_path).",
     "test": "Test a checkpoint (--ckpt_path).",
-    "predict": "Print what a checkpoint (--ckpt_path) predicts for the test inputs.",
+    "predict": "Print what a checkpoint (--ckpt_path) predicts for the test inputs, or continue a text (--prompt).",
 }
 STUDY = ("run", "resume", "show", "trials", "best", "delete", "clean")
 TABLES = ("table1", "table2", "table3", "figure3", "figure5", "figure6", "conversion")

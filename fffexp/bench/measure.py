@@ -25,7 +25,7 @@ from fffexp.commandline import check_file
 from fffexp.errors import UserError, one_line, refuse
 from fffexp.files import hold
 from fffexp.layers import FeedforwardLayer
-from fffexp.models.vit import TransformerBlock
+from fffexp.models.transformer import TransformerBlock
 from fffexp.timing import interleaved, median_ratio, rotating, synchronize
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")

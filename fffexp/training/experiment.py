@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ from torch import Tensor
 
 import fffexp.data
 import fffexp.layers
-import fffexp.training.schedules  # noqa: F401, with these imported their class names need no module path
+
+# with these imported the names of their classes need no module path
+import fffexp.training.language_model
+import fffexp.training.regression
+import fffexp.training.schedules  # noqa: F401
 from fffexp import configs, paths, tracking
 from fffexp.environment import peak_memory_mb
 from fffexp.errors import handling, refuse
@@ -33,9 +38,10 @@ from fffexp.training.callbacks.speed import EpochLines, TrainingSpeed
 from fffexp.training.callbacks.stability import Stability
 from fffexp.training.classification import ClassificationTask
 from fffexp.training.latency import measure
+from fffexp.training.predictions import continuation, write_table
 from fffexp.training.task import Task
 
-LINKED = ("in_shape", "num_classes")  # from the data to the task
+LINKED = ("in_shape", "num_classes", "num_outputs", "vocab_size")  # from the data to the task
 # options of a Trainer that neither writes nor prints
 BARE: dict[str, Any] = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -114,12 +120,20 @@ class ExperimentCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": f"{ClassificationTask.__module__}.{ClassificationTask.__name__}"}})
         for name in LINKED:  # left out where task or data have no such thing
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-        for option, default, text in (
+        options: list[tuple[str, Any, str]] = [
             ("name", "default", "MLflow experiment that runs go to"),
             ("tracking_uri", None, "MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in outputs/)"),
             ("test", True, "read the test set once, with the best checkpoint, after fit"),
             ("init_from", None, "checkpoint whose weights a new training starts from; --ckpt_path resumes one"),
-        ):
+        ]
+        if self._wanted == "predict":
+            options += [
+                ("out", None, "CSV file for the predictions of the test inputs (default: lines on stdout)"),
+                ("prompt", None, "text that a language model continues, in the place of predictions"),
+                ("new_tokens", 200, "length of that continuation"),
+                ("temperature", 1.0, "its randomness: 0 takes the likeliest token"),
+            ]
+        for option, default, text in options:
             kind: Any = str | None if default is None else type(default)
             parser.add_argument(f"--{option}", type=kind, default=default, help=text)
 
@@ -218,9 +232,16 @@ class ExperimentCLI(LightningCLI):
                 shutil.rmtree(folder, ignore_errors=True)
         self.result.run_id, self.result.backend, self.result.metrics = run.id, backend, metrics
 
-    def predict(self, model: Task, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        for outputs in self.trainer.predict(model, datamodule=datamodule, **kwargs) or []:
-            print(*outputs.tolist(), sep="\n")  # type: ignore[union-attr] # a tensor
+    def predict(self, model: Task, datamodule: LightningDataModule, ckpt_path: str, **kwargs: Any) -> None:
+        config = self.resolved
+        if config.prompt is None:
+            options = {**kwargs, "ckpt_path": ckpt_path, "return_predictions": True}
+            outputs: Any = self.trainer.predict(model, datamodule=datamodule, **options)
+            return write_table(datamodule, torch.cat(outputs), config.out)
+        model.load_state_dict(checks.read_checkpoint("ckpt_path", ckpt_path)["state_dict"])
+        datamodule.prepare_data()
+        datamodule.setup("predict")
+        print(continuation(model, datamodule, config.prompt, config.new_tokens, config.temperature))
 
     def _measure(self, model: Task) -> dict[str, float]:
         train = self.trainer.train_dataloader
@@ -231,7 +252,7 @@ class ExperimentCLI(LightningCLI):
                     break
                 rows.append(inputs)
             dead = dead_leaves(model, self._inputs(model, train))
-            return dead | (measure(model.network, torch.cat(rows)[:LATENCY_ROWS]) if rows else {})
+            return dead | (measure(model.network, partial(model.timed, torch.cat(rows)[:LATENCY_ROWS])) if rows else {})
 
     def _inputs(self, model: Task, loader: Any) -> Iterator[Tensor]:
         loader = loader[0] if isinstance(loader, (list, tuple)) else loader

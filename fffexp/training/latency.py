@@ -20,20 +20,25 @@ ROUNDS = (15, 300)  # enough for a steady median of a fast layer, few for a slow
 BLOCK_S = 0.005
 
 
-def measure(network: nn.Module, inputs: Tensor) -> dict[str, float]:
-    """Speed metrics of a network on inputs (samples, ...), of which batches are taken in rotation."""
+def in_rotation(network: nn.Module, rows: Tensor, batch_size: int) -> Callable[[], object]:
+    """A call of the network on the next batch of rows (samples, ...), of up to 64 different ones."""
+    # rows that do not fill one batch are repeated
+    repeated = rows.repeat(math.ceil(batch_size / len(rows)), *[1] * (rows.dim() - 1))
+    return rotating(network, [batch for batch in repeated.split(batch_size)[:64] if len(batch) == batch_size])
+
+
+def measure(network: nn.Module, timed: Callable[[int], Callable[[], object]]) -> dict[str, float]:
+    """Speed metrics of a network, of which `timed` makes a call for a batch size."""
     network.eval()
-    floats = (parameter for parameter in network.parameters() if parameter.is_floating_point())
-    like, width, results = next(floats, torch.empty((), device=inputs.device)), REFERENCE_WIDTH, dict[str, float]()
+    tensors = [*network.parameters(), *network.buffers(), torch.empty(())]
+    floats = (each for each in tensors if each.is_floating_point())
+    like, width, results = next(floats).to(tensors[0].device), REFERENCE_WIDTH, dict[str, float]()
     reference = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)).to(like)
     with exclusive_timing(), torch.inference_mode():
         for size in BATCH_SIZES:
-            # up to 64 different batches; data that does not fill one is repeated
-            repeated = inputs.repeat(math.ceil(size / len(inputs)), *[1] * (inputs.dim() - 1))
-            batches = [batch for batch in repeated.split(size)[:64] if len(batch) == size]
             calls: dict[str, Callable[[], object]]
-            calls = {"": rotating(network, batches), "reference": partial(reference, like.new_ones(size, width))}
-            times = interleaved(calls, 0.1, device=inputs.device, rounds=ROUNDS, block_s=BLOCK_S)
+            calls = {"": timed(size), "reference": partial(reference, like.new_ones(size, width))}
+            times = interleaved(calls, 0.1, device=like.device, rounds=ROUNDS, block_s=BLOCK_S)
             own, of_reference = map(statistics.median, times.values())
             if size == BATCH_SIZES[-1]:
                 results[f"speed/throughput_b{size}"] = size / own

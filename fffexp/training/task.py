@@ -1,7 +1,7 @@
 """What every task has in common: losses, metrics, optimizer and schedules."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -20,6 +20,7 @@ from fffexp.training.callbacks.routing import RoutingMonitor
 from fffexp.training.callbacks.schedules import Schedules
 from fffexp.training.callbacks.speed import TrainingSpeed
 from fffexp.training.callbacks.stability import Stability
+from fffexp.training.latency import in_rotation
 from fffexp.training.losses import weighted_aux_losses
 from fffexp.training.schedules import Adaptive, Constant, Schedule
 
@@ -107,6 +108,10 @@ class Task(LightningModule, ABC):
     def inputs(self, batch: Any) -> Tensor:
         """What the network takes of a batch: (samples, ...)."""
         return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+    def timed(self, rows: Tensor, batch_size: int) -> Callable[[], object]:
+        """A call that the speed metrics time, of a batch of rows as `inputs` gives them."""
+        return in_rotation(self.network, rows, batch_size)
 
     @property
     def unit_monitor(self) -> bool:  # whether what is monitored is a share, in [0, 1]

@@ -8,6 +8,7 @@ seeds are trained one after another.
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -64,8 +65,9 @@ class _Seed(Course):
         batch = self.data.transfer_batch_to_device(batch, device, dataloader_idx)
         return self.data.on_after_batch_transfer(batch, dataloader_idx)
 
-    def train_batches(self) -> Iterator[Any]:
-        return (self.move(batch, self.task.device) for batch in self.data.train_dataloader())
+    def train_batches(self, trainer: Trainer) -> Iterator[Any]:  # those of an epoch of the trainer that trained
+        batches = islice(self.data.train_dataloader(), int(min(trainer.num_training_batches, 2**31)))
+        return (self.move(batch, self.task.device) for batch in batches)
 
 
 def train_seeds(
@@ -160,7 +162,7 @@ class _Selection(callbacks.EarlyStopping):
             metrics = {**metrics, **seed.results(), "epochs": seed.epochs}
             if self.measure_fit:
                 metrics[self.name] = seed.best(seed.fitted)[1]
-            metrics |= dead_leaves(seed.task, map(seed.task.inputs, seed.train_batches()))
+            metrics |= dead_leaves(seed.task, map(seed.task.inputs, seed.train_batches(trainer)))
             if test:
                 metrics |= seed.trainer.test(seed.task, datamodule=seed.data, verbose=False)[0]
             seed.result.metrics = {name: float(value) for name, value in metrics.items()}
@@ -175,7 +177,8 @@ class _Selection(callbacks.EarlyStopping):
         for seed in () if trainer.sanity_checking else self.live:
             seed.candidate = {name: value.clone() for name, value in seed.task.state_dict().items()}
             if self.measure_fit:
-                measured = seed.task.measure("train/", *zip(*map(seed.task.loss, seed.train_batches()), strict=True))
+                passes = map(seed.task.loss, seed.train_batches(trainer))
+                measured = seed.task.measure("train/", *zip(*passes, strict=True))
                 seed.fitted.append((trainer.current_epoch + 1, float(measured[self.name])))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

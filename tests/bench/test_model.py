@@ -10,7 +10,7 @@ import torch
 from fffexp import FF, FFF
 from fffexp.bench.measure import mlp
 from fffexp.cli import main
-from fffexp.models.vit import TransformerBlock
+from fffexp.models.transformer import TransformerBlock
 
 SIZES = [
     "--leaf_width",

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from tolerances import assert_close
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
 from fffexp.errors import NonFiniteLossError
 from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
@@ -118,6 +119,42 @@ def test_k_1_is_refused_unless_there_is_one_expert() -> None:
 def test_label_smoothing_is_checked(smoothing: float) -> None:
     with pytest.raises(ValueError, match="label_smoothing is"):
         make(label_smoothing=smoothing)
+
+
+def test_class_weights_weigh_the_loss_of_each_class() -> None:
+    task, (x, y) = make("FF", class_weights=[1.0, 0.0, 3.0]), samples()
+    log_p, weights = task.network(x).detach().double().log_softmax(1), torch.tensor([1.0, 0.0, 3.0])[y]
+    expected = -(log_p[torch.arange(len(y)), y] * weights).sum() / weights.sum()
+    assert float(task.eval().loss((x, y))[0]) == pytest.approx(float(expected), rel=1e-5)
+    assert "class_weights" not in task.state_dict()
+
+
+@pytest.mark.parametrize("weights", [[], [1.0, 2.0], [1.0, 1.0, -1.0], [0.0] * 3, [1.0, math.nan, 1.0], [math.inf] * 3])
+def test_class_weights_are_checked(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="give 3 numbers that are not negative"):
+        make("FF", class_weights=weights)
+
+
+def test_further_metrics_get_probabilities() -> None:
+    metrics = {"f1": partial(MulticlassF1Score, average="macro"), "calibration": MulticlassCalibrationError}
+    task, (x, y) = make("FF", metrics=metrics).eval(), samples()
+    _, *found = task.loss((x, y))
+    results = {name: float(metric(*found)) for name, metric in task.make_metrics().items()}
+    logits = task.network(x).detach()
+    predicted = logits.argmax(1)
+    f1 = [
+        2 * float(((predicted == c) & (y == c)).sum()) / max(1, float((predicted == c).sum() + (y == c).sum()))
+        for c in range(CLASSES)
+    ]
+    assert results["f1"] == pytest.approx(sum(f1) / CLASSES, abs=1e-6)
+    assert results["accuracy"] == pytest.approx(float((predicted == y).double().mean()))
+    confidence, bins = logits.softmax(1).amax(1), 15
+    gaps = [
+        float((confidence[inside] - (predicted == y)[inside].float()).sum().abs())
+        for b in range(bins)
+        if (inside := (confidence > b / bins) & (confidence <= (b + 1) / bins)).any()
+    ]
+    assert results["calibration"] == pytest.approx(sum(gaps) / len(y), abs=1e-5)
 
 
 def test_an_optimizer_that_takes_no_sparse_gradients_is_named() -> None:

@@ -1,12 +1,13 @@
 """Speed metrics of a network."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from fffexp.training.latency import measure
+from fffexp.training.latency import in_rotation, measure
 
 MEASURED = {
     *("speed/latency_b1_ms", "speed/latency_b256_ms", "speed/throughput_b2048"),
@@ -21,7 +22,7 @@ def test_measure(samples: int) -> None:
     shapes: Counter[tuple[int, ...]] = Counter()
     network.register_forward_pre_hook(lambda _, inputs: shapes.update([tuple(inputs[0].shape)]))
     inputs = torch.randn(samples, 3, 4)
-    results = measure(network, inputs)
+    results = measure(network, partial(in_rotation, network, inputs))
     assert set(results) == MEASURED
     assert set(shapes) == {(1, 3, 4), (256, 3, 4), (2048, 3, 4)}
     assert min(shapes.values()) >= 15
@@ -34,8 +35,13 @@ def test_measure(samples: int) -> None:
     network(inputs).sum().backward()
 
 
-def test_a_network_of_tokens_and_one_without_parameters() -> None:
-    assert set(measure(nn.Embedding(5, 3), torch.randint(5, (300, 7)))) == MEASURED
-    assert set(measure(nn.Identity(), torch.randint(5, (300, 7)))) == MEASURED
-    quantised = nn.Embedding(5, 3, _weight=torch.ones(5, 3, dtype=torch.int8), _freeze=True)
-    assert set(measure(quantised, torch.randint(5, (300, 7)))) == MEASURED
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Embedding(5, 3),
+        nn.Identity(),
+        nn.Embedding(5, 3, _weight=torch.ones(5, 3, dtype=torch.int8), _freeze=True),
+    ],
+)
+def test_a_network_of_tokens_and_one_without_floats(network: nn.Module) -> None:
+    assert set(measure(network, partial(in_rotation, network, torch.randint(5, (300, 7))))) == MEASURED
