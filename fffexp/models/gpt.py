@@ -33,7 +33,7 @@ class GPT(nn.Module):
         super().__init__()
         if len(in_shape) != 1:
             raise ValueError(f"a sample has shape {tuple(in_shape)}; a GPT takes (context,) tokens")
-        (self.context,) = in_shape
+        (self.context,), self.heads = in_shape, heads
         self.embedding = nn.Embedding(vocab_size, features)
         nn.init.normal_(self.embedding.weight, std=0.02)
         blocks = whole("num_blocks", num_blocks)
@@ -53,8 +53,7 @@ class GPT(nn.Module):
     def make_caches(self, batch_size: int, context: int | None = None) -> list[Cache]:
         """Empty caches of the blocks, for the model's context or another number of tokens."""
         like, context = self.embedding.weight, context or self.context
-        heads = self.blocks[0].heads  # type: ignore[union-attr] # a block's
-        shape = (batch_size, heads, context, like.shape[1] // heads)
+        shape = (batch_size, self.heads, context, like.shape[1] // self.heads)
         return [Cache(like.new_zeros(shape)) for _ in self.blocks]
 
     @torch.inference_mode()

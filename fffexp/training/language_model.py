@@ -78,6 +78,8 @@ class LanguageModelTask(Task):
 class _PerUnit(Metric):
     # (samples,) nats of a sample, over what column `unit` of (samples, units) counts in it
     is_differentiable, higher_is_better, unit = False, False, 0
+    nats: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
