@@ -8,7 +8,7 @@ def outputs(*parts: str) -> Path:
     """A path below the folder of all that is written without being given a path.
 
     "checkpoints" has a folder for each run, by its id; "studies" one for each study, by its name; "artifacts" is what
-    MLflow keeps beside a local database.
+    MLflow keeps beside a local database; "cache" what data had to unpack or tokenize, which is made anew if missing.
     """
     return Path(os.environ.get("FFFEXP_OUTPUTS") or "outputs", *parts)
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from fffexp.bench.contenders import layer_class, public_layers
 from fffexp.data import FashionMNIST
-from fffexp.data.base import ClassificationData
+from fffexp.data.base import InMemoryData
 from fffexp.models.mlp import MLP
 from fffexp.timing import interleaved, median_ratio
 from fffexp.training.classification import ClassificationTask
@@ -40,7 +40,7 @@ def compare(layers: Sequence[str], epochs: int, rounds: int, threads: int) -> li
     return rows
 
 
-def _bare(network: MLP, data: ClassificationData, epochs: int) -> None:
+def _bare(network: MLP, data: InMemoryData, epochs: int) -> None:
     optimizer, batches = torch.optim.AdamW(network.parameters()), data.train_dataloader()
     for _ in range(epochs):
         for x, y in batches:
@@ -50,5 +50,5 @@ def _bare(network: MLP, data: ClassificationData, epochs: int) -> None:
             optimizer.step()
 
 
-def _fit(task: ClassificationTask, data: ClassificationData, epochs: int) -> None:
+def _fit(task: ClassificationTask, data: InMemoryData, epochs: int) -> None:
     Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **BARE).fit(task, datamodule=data)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fffexp.data.base import ClassificationData, Part, Rows, pixels
+from fffexp.data.base import InMemoryData, Part, Rows, pixels
 
 
-class Digits(ClassificationData):
+class Digits(InMemoryData):
     """1797 handwritten digits of 8 x 8 pixels (UCI repository, the copy inside scikit-learn).
 
     The test part is a fixed, stratified fifth. Of the rest, stratified fold `seed % 5` is for validation;

@@ -1,15 +1,17 @@
 """Image data sets from the Hugging Face hub; they need a network once, then they are in its cache."""
 
 import logging
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from typing_extensions import override
 
-from fffexp.data.base import ClassificationData, Kind, Part, Rows, pixels
-from fffexp.errors import UserError
+from fffexp.data.base import InMemoryData, Kind, Part, Rows, pixels
+from fffexp.errors import UserError, refuse
 
+HUB_FILES = "hf://datasets/"  # how the path of a file there begins
 Name = Literal["mnist", "fashion_mnist", "usps", "svhn", "cifar10", "cifar100"]
 # where each lies on the hub, its config there, the shape of an image, and the number of classes
 REPOSITORIES: dict[Name, tuple[str, str | None, tuple[int, int, int], int]] = {
@@ -22,7 +24,7 @@ REPOSITORIES: dict[Name, tuple[str, str | None, tuple[int, int, int], int]] = {
 }
 
 
-class Hub(ClassificationData):
+class Hub(InMemoryData):
     """One of the data sets of the FFF paper, through Hugging Face `datasets`.
 
     Args:
@@ -74,3 +76,16 @@ def to_rows(split: Any, name: str) -> Rows:
     inputs = pixels(np.stack([np.asarray(image) for image in columns[0]]))
     inputs = inputs.unsqueeze(1) if inputs.ndim == 3 else inputs.movedim(-1, 1).contiguous()
     return inputs, torch.from_numpy(np.asarray(columns[1], np.int64))
+
+
+def download(path: str) -> Path:
+    """The file hf://datasets/OWNER/NAME/FILE of the hub, downloaded or from its cache."""
+    parts = path.removeprefix(HUB_FILES).split("/", 2)
+    refuse((len(parts) < 3 or not all(parts), f"{path}: give hf://datasets/OWNER/NAME/FILE"))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset"))
+    except Exception as error:  # each library below has its own for a hub that is out of reach
+        problem = f"{path} cannot be fetched from the Hugging Face hub ({type(error).__name__})"
+        raise UserError(f"{problem}: check its name and the network connection, or use a file on disk") from error

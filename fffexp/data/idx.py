@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from fffexp.data.base import ClassificationData, Kind, Part, Rows, pixels
+from fffexp.data.base import InMemoryData, Kind, Part, Rows, pixels
 from fffexp.errors import UserError, refuse
 
 FILES: dict[tuple[Part, Kind], str] = {
@@ -27,7 +27,7 @@ DIMENSIONS: dict[Kind, int] = {"images": 3, "labels": 1}
 FETCH = "fetch it again (make data)"
 
 
-class IDX(ClassificationData):
+class IDX(InMemoryData):
     """A folder with the four files of the MNIST family (MNIST, Fashion-MNIST, KMNIST, EMNIST, ...).
 
     They are named {train,t10k}-{images-idx3,labels-idx1}-ubyte or, with a dot, train-images.idx3-ubyte, each

@@ -7,12 +7,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from fffexp.data import Batches, ClassificationData
+from fffexp.data import Batches, InMemoryData
 from fffexp.data.base import Part, Rows
 from fffexp.errors import UserError
 
 
-class Numbered(ClassificationData):
+class Numbered(InMemoryData):
     """Each input is its row number."""
 
     in_shape = (1, 1, 1)

@@ -3,16 +3,17 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from fffexp.data import ClassificationData
+from fffexp.data import InMemoryData
+from fffexp.data.base import Data
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
-SHARED = {"batch_size", "seed", "normalize"}
+SHARED = {"batch_size", "seed"}
 
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_subclass_arguments(ClassificationData, "data")
+    parser.add_subclass_arguments(Data, "data")
     return parser
 
 
@@ -27,5 +28,5 @@ def test_short_names_and_shared_arguments_on_the_command_line() -> None:
     line = ["--data", "Digits", "--data.seed", "3", "--data.normalize", "standard"]
     arguments = parser().parse_args(line)
     data = parser().instantiate(arguments).data
-    assert isinstance(data, ClassificationData)
+    assert isinstance(data, InMemoryData)
     assert (data.seed, data.normalize, data.in_shape) == (3, "standard", (1, 8, 8))

@@ -164,14 +164,14 @@ def test_swapped_files(folder: Path, part: str) -> None:
 def test_counts_differ(folder: Path) -> None:
     (folder / "train-labels-idx1-ubyte").write_bytes(encode(np.zeros(39, "u1")))
     message = error(folder)
-    assert f"{folder / 'train-images-idx3-ubyte'} has 40 images" in message
-    assert f"{folder / 'train-labels-idx1-ubyte'} has 39 labels" in message
+    assert f"{folder / 'train-images-idx3-ubyte'} has 40 rows" in message
+    assert f"{folder / 'train-labels-idx1-ubyte'} has 39 targets" in message
 
 
 def test_train_and_test_images_of_different_shapes(folder: Path) -> None:
     path = folder / "t10k-images-idx3-ubyte"
     path.write_bytes(encode(np.zeros((10, 5, 5), "u1")))
-    assert f"{path} has images of shape (1, 5, 5), not (1, 4, 3)" in error(folder)
+    assert f"{path} has rows of shape (1, 5, 5), not (1, 4, 3)" in error(folder)
 
 
 @pytest.mark.parametrize(("dtype", "label"), [("u1", 10), ("i1", -1)])
