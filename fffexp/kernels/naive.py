@@ -22,6 +22,15 @@ class Blocks(NamedTuple):
     output_bias: Tensor
 
 
+class Trees(NamedTuple):
+    """Parameters of T trees whose N = 2^depth - 1 nodes are the neurons; their outputs are summed."""
+
+    node_weight: Tensor  # (T, N, in), breadth first
+    node_bias: Tensor  # (T, N)
+    output_weight: Tensor  # (T, N, out)
+    output_bias: Tensor  # (out)
+
+
 def block(x: Tensor, index: int, blocks: Blocks, activation: Activation) -> Tensor:
     """(in,) -> (out,): output of one leaf or expert for one sample."""
     w1, b1, w2, b2 = (tensor[index].to(x.dtype) for tensor in blocks)
@@ -80,3 +89,26 @@ def switch(x_BI: Tensor, logits_BE: Tensor, blocks: Blocks, activation: Activati
     """(B, in) -> (B, out): the expert of the largest logit, weighted by its softmax over all."""
     chosen = logits_BE.argmax(dim=1, keepdim=True)
     return selected(x_BI, chosen.tolist(), torch.softmax(logits_BE, dim=1).gather(1, chosen), blocks, activation)
+
+
+def tree_path(x: Tensor, node_weight: Tensor, node_bias: Tensor) -> list[tuple[int, Tensor]]:
+    """(in,) -> each neuron from the root down and its pre-activation; one of 0 goes right."""
+    node, found = 0, []
+    while node < len(node_weight):
+        logit = node_weight[node] @ x + node_bias[node]
+        found.append((node, logit))
+        node = 2 * node + 1 + int(logit >= 0)
+    return found
+
+
+def tree_ff(x_BI: Tensor, trees: Trees, activation: Activation) -> Tensor:
+    """(B, in) -> (B, out): the neurons on the path of each tree, activation times output weight."""
+    trees = Trees(*(tensor.to(x_BI.dtype) for tensor in trees))
+    rows = []
+    for x in x_BI:
+        row = trees.output_bias
+        for node_weight, node_bias, output_weight in zip(*trees[:3], strict=True):
+            for node, logit in tree_path(x, node_weight, node_bias):
+                row = row + activation(logit.unsqueeze(0)) * output_weight[node]
+        rows.append(row)
+    return torch.stack(rows) if rows else x_BI.new_zeros(0, len(trees.output_bias))
