@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fffexp.adapt.distil import convert_feedforward
     from fffexp.adapt.replace import replace_feedforward
-    from fffexp.data import IDX, Digits, FashionMNIST, Hub
-    from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE, feedforward_layers
+    from fffexp.data import IDX, Digits, FashionMNIST, Hub, Text
+    from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE, TreeFF, feedforward_layers
     from fffexp.layers.base import LayerFactory
     from fffexp.training.classification import ClassificationTask
     from fffexp.training.language_model import LanguageModelTask
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 __all__ = [
     "FF", "FFF", "IDX", "Adaptive", "ClassificationTask", "Constant", "Digits", "Exponential", "FashionMNIST",
     "FeedforwardLayer", "Forest", "Hub", "LanguageModelTask", "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE",
-    "RegressionTask", "Schedule", "Step", "SwitchMoE", "Task", "anneal", "auxiliary_loss", "convert_feedforward",
-    "feedforward_layers", "replace_feedforward",
+    "RegressionTask", "Schedule", "Step", "SwitchMoE", "Task", "Text", "TreeFF", "anneal", "auxiliary_loss",
+    "convert_feedforward", "feedforward_layers", "replace_feedforward",
 ]  # fmt: skip
 
 # imported when first asked for: torch and lightning take seconds, which --help and reports should not pay
 _HOMES = {
     "adapt.distil": ("convert_feedforward",),
     "adapt.replace": ("replace_feedforward",),
-    "data": ("Digits", "FashionMNIST", "Hub", "IDX"),
-    "layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "feedforward_layers"),
+    "data": ("IDX", "Digits", "FashionMNIST", "Hub", "Text"),
+    "layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "TreeFF", "feedforward_layers"),
     "layers.base": ("LayerFactory",),
     "training.classification": ("ClassificationTask",),
     "training.language_model": ("LanguageModelTask",),

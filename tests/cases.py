@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fffexp.kernels.naive import Blocks
-from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE
+from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE, TreeFF
 
 IN, OUT = 6, 4
 
@@ -116,6 +116,8 @@ CASES = (
     # 2 trees * (3 nodes * (6 + 1) + 4 leaves * (6*3 + 3 + 3*4 + 4)) + 6*2 + 2 + 2*4 + 4
     # 2 trees * 2 * (2*6 + 3*10) + 2 * 2*10
     Case(Forest, {"trees": 2, "depth": 2, "leaf_width": 3, "master_width": 2}, (26, 32, 8, 12, 364, 208)),
+    # 2 trees * 7 neurons * (6 + 1 + 4) + 4; 2 * 2*3*10
+    Case(TreeFF, {"depth": 3, "num_trees": 2}, (14, 14, 6, 6, 158, 120)),
 )
 
 # Options to draw, and the parameters they should give: (inputs, outputs, **options) -> scalars.
@@ -158,6 +160,10 @@ DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Cal
             trees * ((2**depth - 1) * (i + 1) + 2**depth * (leaf_width * (i + 1) + (leaf_width + 1) * o))
             + (master_width * (i + 1 + o) + o if master_width else 0)
         ),
+    ),
+    TreeFF: (
+        st.fixed_dictionaries({"depth": st.integers(1, 8), "num_trees": st.integers(1, 3)}),
+        lambda i, o, depth, num_trees: num_trees * (2**depth - 1) * (i + 1 + o) + o,
     ),
     SwitchMoE: (
         st.fixed_dictionaries({"num_experts": st.integers(1, 6), "expert_width": st.integers(1, 5)}),

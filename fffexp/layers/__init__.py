@@ -5,5 +5,6 @@ from fffexp.layers.ff import FF
 from fffexp.layers.fff import FFF
 from fffexp.layers.forest import Forest
 from fffexp.layers.moe import NoisyTopKMoE, SwitchMoE
+from fffexp.layers.tree_ff import TreeFF
 
-__all__ = ["FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "feedforward_layers"]
+__all__ = ["FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "TreeFF", "feedforward_layers"]

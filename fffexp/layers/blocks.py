@@ -49,8 +49,7 @@ class BlockMLP(nn.Module):
     @property
     def compiled_activation(self) -> str | None:
         """What the compiled kernels call the hidden part as it is now, or None where they cannot compute it."""
-        activation, dropout = self.hidden._modules.values()
-        return None if dropout.training and dropout.p else operators.activation_name(activation)
+        return compiled_activation(self.hidden)
 
     def tensors(self) -> Blocks:
         return Blocks(*parameters(self, Blocks._fields))
@@ -69,24 +68,38 @@ class BlockMLP(nn.Module):
 
     def compiled(self, requested: str) -> tuple[Any, ...] | None:
         """What the compiled operators take of the blocks, or None where eager serves; errors as of `backend`."""
-        if requested == "eager":
-            return None
-        tensors, activation = parameters(self, Blocks._fields), self.compiled_activation
-        found = operators.backend_of(tensors[0], activation)
-        if found and requested in ("auto", found):
-            return (*tensors, activation)
-        if requested == "auto":
-            return None
-        raise ValueError(
-            f"backend is {requested!r}, which does not serve {type(self.hidden[0]).__name__} in {tensors[0].dtype} on "
-            f"{tensors[0].device.type} here; of 'auto', 'native', 'triton' or 'eager', 'auto' always does"
-        )
+        return compiled(requested, parameters(self, Blocks._fields), self.hidden)
 
     def selected(self, x: Tensor, block: Tensor, weights: Tensor | None = None, requested: str = "eager") -> Tensor:
         """(B, in), (B, k), (B, k) -> (B, out): only the chosen blocks, summed by weight, on the requested backend."""
         if arguments := self.compiled(requested):
             return operators.selected(x, block, weights, *arguments)
         return eager.selected(x, block, weights, self.tensors(), self.hidden)
+
+
+def compiled_activation(hidden: nn.Sequential) -> str | None:
+    """What the compiled kernels call activation and dropout as they are now, or None where they cannot compute them."""
+    activation, dropout = hidden._modules.values()
+    return None if dropout.training and dropout.p else operators.activation_name(activation)
+
+
+def compiled(requested: str, tensors: list[Tensor], hidden: nn.Sequential) -> tuple[Any, ...] | None:
+    """These weights and the activation's name for a compiled operator, or None where eager serves.
+
+    A ValueError if the backend requested cannot run them.
+    """
+    if requested == "eager":
+        return None
+    activation = compiled_activation(hidden)
+    found = operators.backend_of(tensors[0], activation)
+    if found and requested in ("auto", found):
+        return (*tensors, activation)
+    if requested == "auto":
+        return None
+    raise ValueError(
+        f"backend is {requested!r}, which does not serve {type(hidden[0]).__name__} in {tensors[0].dtype} on "
+        f"{tensors[0].device.type} here; of 'auto', 'native', 'triton' or 'eager', 'auto' always does"
+    )
 
 
 def parameters(module: nn.Module, names: tuple[str, ...]) -> list[Tensor]:

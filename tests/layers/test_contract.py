@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fffexp.layers
 from fffexp import auxiliary_loss
-from fffexp.layers import FFF, FeedforwardLayer, Forest
+from fffexp.layers import FFF, FeedforwardLayer, Forest, TreeFF
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -365,7 +365,7 @@ def test_printed_with_its_sizes(case: Case) -> None:
     printed = str(case.make())
     width, size, used, evaluated, parameters, flops = case.sizes
     assert f"training width {width} (size {size}), inference width {used} (size {evaluated})" in printed
-    assert f"{parameters} parameters, {flops} FLOPs per sample" in printed
+    assert f"{parameters:,} parameters, {flops:,} FLOPs per sample" in printed
     assert f"in_features={IN}, out_features={OUT}" in printed
 
 
@@ -376,7 +376,7 @@ def test_flops_are_counted(case: Case, backend: str) -> None:
     layer.backend = backend
     with FlopCounterMode(display=False) as counter:
         layer(x)
-    if case.layer in (FFF, Forest) and (backend == "eager" or layer.inference_backend() == "eager"):
+    if case.layer in (FFF, Forest, TreeFF) and (backend == "eager" or layer.inference_backend() == "eager"):
         # all nodes of the upper levels, in one product
         assert counter.get_total_flops() >= 9 * layer.flops_per_sample
     else:
@@ -455,7 +455,8 @@ def test_weights_read(case: Case) -> None:
 def test_mistakes_are_named(case: Case) -> None:
     sizes = {"in_features": IN, "out_features": OUT, **case.options}
     for name in sizes:
-        low = -1 if name in ("depth", "master_width") else 0
+        may_be_0 = name in ("depth", "master_width") and case.layer is not TreeFF
+        low = -1 if may_be_0 else 0
         with pytest.raises(ValueError, match=f"{name} is {low}; it must be at least {low + 1}"):
             case.layer(**sizes | {name: low})
         for wrong in (2.5, "4", True, None):
