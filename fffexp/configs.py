@@ -69,9 +69,18 @@ def load_config(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _merged(below: Any, above: Any) -> Any:
     mappings = isinstance(below, Mapping) and isinstance(above, Mapping)
-    if not mappings or above.get("class_path", below.get("class_path")) != below.get("class_path"):
+    if mappings and "class_path" in {*below, *above}:
+        below, above = _with_init_args(below), _with_init_args(above)
+    if not mappings or len({content["class_path"] for content in (below, above) if "class_path" in content}) > 1:
         return above
     return {**below, **above, **{key: _merged(below[key], above[key]) for key in below.keys() & above}}
+
+
+def _with_init_args(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    # arguments that are given without their class stand beside its path, where another file names that
+    arguments = {key: value for key, value in content.items() if key not in ("class_path", "init_args")}
+    rest = {key: value for key, value in content.items() if key not in arguments}
+    return rest | {"init_args": {**content.get("init_args", {}), **arguments}} if arguments else content
 
 
 def _options(args: Sequence[str]) -> Iterator[tuple[int, str, str]]:

@@ -29,6 +29,15 @@ def test_pieces_are_merged_from_below(tmp_path: Path) -> None:
     }
 
 
+def test_arguments_may_stand_beside_a_class_or_without_it(tmp_path: Path) -> None:
+    write(tmp_path / "plain.yaml", "model: {layer: {class_path: L, init_args: {w: 1}}, noise: 2}")
+    write(tmp_path / "task.yaml", "model: {class_path: T, init_args: {network: n}}")
+    expected = {"layer": {"class_path": "L", "init_args": {"w": 1}}, "noise": 2, "network": "n"}
+    for order in ("plain.yaml, task.yaml", "task.yaml, plain.yaml"):
+        whole = write(tmp_path / "whole.yaml", f"configs: [{order}]")
+        assert load_config(whole) == {"model": {"class_path": "T", "init_args": expected}}, order
+
+
 def test_a_command_line_gets_what_the_file_means(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain.yaml", "x: 1")
     whole = write(tmp_path / "whole.yaml", "{configs: [plain.yaml], y: 2}")

@@ -1,8 +1,10 @@
 """Every file in configs/ and studies/ goes through the real command line."""
 
 import gzip
+import math
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 HEADLINES = ("digits_depth_leaf", "fashion_depth_leaf")
 STUDIES_IN_TIERS = [pytest.param(p, marks=[] if p.stem in HEADLINES else pytest.mark.slow) for p in STUDIES]
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+Arguments = Callable[[Path], list[str]]
 IMAGES = {"train": 600, "t10k": 100}
 
 
@@ -39,6 +42,14 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of the same form as GCIDE, but short."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{number} is the number after {number - 1}.\n" for number in range(2000)))
+    return path
+
+
+@pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_store(tmp_path_factory.mktemp("configs"))
 
@@ -52,23 +63,36 @@ def content(path: Path) -> Any:
     return load_config(path)
 
 
-def data_arguments(path: Path, fashion: Path) -> list[str]:
-    uses_files = content(path).get("data", {}).get("class_path") == "fffexp.data.FashionMNIST"
-    return [f"--data.init_args.root={fashion}"] if uses_files else []
+@pytest.fixture(scope="module")
+def data_arguments(fashion: Path, text: Path) -> Callable[[Path], list[str]]:
+    """What a config needs beside itself, for its data are not here."""
+    found = {
+        "fffexp.data.FashionMNIST": [f"--data.init_args.root={fashion}"],
+        "fffexp.data.Text": [f"--data.init_args.path={text}"],
+    }
+    return lambda path: found.get(content(path).get("data", {}).get("class_path"), [])
+
+
+def model_of(path: Path) -> Any:
+    model = content(path)["model"]
+    return model.get("init_args", model)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_stands_alone(path: Path, fashion: Path, workplace: Path) -> None:
-    result = run(["fit", f"--config={path}", *SHORT, *data_arguments(path, fashion)], Context(quiet=True))
+def test_an_experiment_stands_alone(path: Path, data_arguments: Arguments, workplace: Path) -> None:
+    result = run(["fit", f"--config={path}", *SHORT, *data_arguments(path)], Context(quiet=True))
     assert result is not None
-    assert 1.5 < result.metrics["test/loss"] < 3.5, "two batches from where all ten classes are as likely"
+    if path.stem.startswith("text"):
+        assert 3.5 < result.metrics["test/loss"] < math.log(256) + 0.5, "of 256 bytes the text has some 30"
+    else:
+        assert 1.5 < result.metrics["test/loss"] < 3.5, "two batches from where all ten classes are as likely"
     (ours,) = (r for r in runs(workplace) if r.info.run_id == result.run_id)
     assert ours.info.status == "FINISHED"
     written = yaml.safe_load(artifact(workplace, result.run_id, "config.yaml").read_text())
     said = content(path)
     assert written["name"] == said["name"]
-    assert result.params["layer"] == said["model"]["layer"]["class_path"].rsplit(".", 1)[-1]
-    assert written["model"]["init_args"]["layer"]["init_args"].items() >= said["model"]["layer"]["init_args"].items()
+    assert result.params["layer"] == model_of(path)["layer"]["class_path"].rsplit(".", 1)[-1]
+    assert written["model"]["init_args"]["layer"]["init_args"].items() >= model_of(path)["layer"]["init_args"].items()
 
 
 @pytest.mark.parametrize("network", [(), ("model/vit",)], ids=["mlp", "vit"])
@@ -95,16 +119,19 @@ def test_a_network_without_layers() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_go_on_top(recipe: Path) -> None:
+def test_recipes_go_on_top(recipe: Path, data_arguments: Arguments) -> None:
     layer = recipe.stem.removesuffix("_narrow")
     layer = layer if (CONFIGS / "layer" / f"{layer}.yaml").is_file() else "fff"
     pieces = ["data/digits", "model/one_cycle", "trainer/averaged", f"layer/{layer}"]
     if recipe.stem.startswith("paper"):  # a whole protocol, not ours
         pieces = ["data/digits", "layer/fff"]
+    data = []
+    if recipe.stem == "text":
+        pieces, data = ["data/text_gcide", "layer/fff"], data_arguments(CONFIGS / "data/text_gcide.yaml")
     configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
-    result = run(["fit", *configs, f"--config={recipe}", *SHORT, "--test=false"], Context(quiet=True))
+    result = run(["fit", *configs, f"--config={recipe}", *SHORT, *data, "--test=false"], Context(quiet=True))
     assert result is not None
-    recipe_model = content(recipe)["model"]
+    recipe_model = model_of(recipe)
     if "optimizer" in recipe_model:
         assert result.params["optimizer.lr"] == recipe_model["optimizer"]["init_args"]["lr"]
         if recipe_model["optimizer"].get("class_path") == "torch.optim.SGD":
@@ -130,15 +157,17 @@ def test_an_optimizer_of_ones_own_takes_nothing_from_the_default(model: list[str
 
 @pytest.mark.parametrize("data", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_data_config_is_accepted_without_a_network(
-    data: Path, fashion: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, data_arguments: Arguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    pieces = ("model/one_cycle", "layer/fff", "trainer/averaged")
+    if data.stem == "text_tinystories":
+        pytest.skip("its text is on the hub, and its length is known only there")
+    pieces = ("recipe/text", "layer/fff") if data.stem.startswith("text") else ("recipe/common", "layer/fff")
     configs = [f"--config={path}" for path in (data, *(CONFIGS / f"{piece}.yaml" for piece in pieces))]
-    build(["fit", *configs, *data_arguments(data, fashion)])
+    build(["fit", *configs, *data_arguments(data)])
 
 
 def test_every_config_is_run_here() -> None:
@@ -150,18 +179,17 @@ def test_every_config_is_run_here() -> None:
         *(CONFIGS / "recipe" / "weights").glob("*.yaml"),
         *(CONFIGS / "data").glob("*.yaml"),
     }
-    known |= {CONFIGS / f"{piece}.yaml" for piece in ("model/one_cycle", "model/vit", "trainer/averaged")}
+    known |= {CONFIGS / f"{piece}.yaml" for piece in ("model/gpt", "model/one_cycle", "model/vit", "trainer/averaged")}
     assert set(CONFIGS.rglob("*.yaml")) == known
     assert STUDIES
 
 
 @pytest.mark.parametrize("path", STUDIES_IN_TIERS, ids=lambda path: path.stem)
-def test_a_study_is_sound_to_the_corners_of_its_space(path: Path, fashion: Path) -> None:
+def test_a_study_is_sound_to_the_corners_of_its_space(path: Path, data_arguments: Arguments) -> None:
     spec = load(path)
     assert spec.name == path.stem
     assert spec.text == path.read_text()
-    uses_files = any("fashion" in config for config in spec.configs)
-    extra = [f"--data.init_args.root={fashion}"] if uses_files else []
+    extra = [arg for config in spec.configs for arg in data_arguments(spec.folder / config)]
     for layer, part in spec.layers.items():
         corners = spec.corners(layer)
         assert len(corners) > 1
@@ -175,5 +203,5 @@ def test_the_layers_of_a_study_are_those_of_its_configs() -> None:
         spec = load(path)
         for layer, part in spec.layers.items():
             (config, *_) = part.files
-            class_path = content(spec.folder / config)["model"]["layer"]["class_path"]
+            class_path = model_of(spec.folder / config)["layer"]["class_path"]
             assert class_path == f"fffexp.layers.{layer}"

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from fffexp.layers.base import LayerFactory
 from fffexp.models.mlp import MLP
-from fffexp.training.task import Task
+from fffexp.training.task import Task, from_data
 
 
 class ClassificationTask(Task):
@@ -46,6 +46,7 @@ class ClassificationTask(Task):
         super().__init__(**kwargs)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
+        num_classes = from_data("num_classes", num_classes)
         weights = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
         if len(weights) != num_classes or not (weights.min() >= 0 and 0 < weights.sum() < float("inf")):
             raise ValueError(f"class_weights are {class_weights}; give {num_classes} numbers that are not negative")

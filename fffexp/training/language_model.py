@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from fffexp.errors import refuse
 from fffexp.layers.base import LayerFactory
 from fffexp.models.gpt import GPT
-from fffexp.training.task import Task
+from fffexp.training.task import Task, from_data
 
 TIMED_CONTEXT = 64  # tokens that the cache holds at most where the decoding of one more is timed
 
@@ -43,7 +43,7 @@ class LanguageModelTask(Task):
     ) -> None:
         super().__init__(**kwargs)
         refuse((self.input_noise_std > 0, "input_noise_std: tokens take no noise: leave it out"))
-        self.network = (network or GPT)(layer, in_shape, vocab_size)
+        self.network = (network or GPT)(layer, in_shape, from_data("vocab_size", vocab_size))
         self.check()
 
     def make_metrics(self) -> dict[str, Metric]:

@@ -9,7 +9,7 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, R2Score
 
 from fffexp.layers.base import LayerFactory
 from fffexp.models.mlp import MLP
-from fffexp.training.task import Task
+from fffexp.training.task import Task, from_data
 
 
 class RegressionTask(Task):
@@ -34,8 +34,7 @@ class RegressionTask(Task):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_outputs = num_outputs
-        self.network = (network or MLP)(layer, in_shape, num_outputs)
+        self.network = (network or MLP)(layer, in_shape, from_data("num_outputs", num_outputs))
         self.check()
 
     def make_metrics(self) -> dict[str, Metric]:

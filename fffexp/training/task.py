@@ -283,6 +283,13 @@ class Task(LightningModule, ABC):
         self.log_dict(self._results("test/"))
 
 
+def from_data(name: str, value: int | None) -> int:
+    """What a task gets from its data, or a ValueError if they do not have it."""
+    if value is None:
+        raise ValueError(f"{name} is missing, for the data have none: give another task or other data")
+    return value
+
+
 def _is_plain(value: Any) -> bool:
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return isinstance(value, str | int | float | bool | None | Mapping | list | tuple) and all(map(_is_plain, parts))
