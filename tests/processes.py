@@ -27,7 +27,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-LIMIT_S = 180.0  # for a process on a busy machine
+LIMIT_S = 600.0  # for a process on a busy machine
 
 
 def user_environment() -> dict[str, str]:

@@ -145,13 +145,13 @@ def test_the_tree_ends_hardened(options: dict[str, Any], steps: int, validations
 
 class Pause(Callback):
     def on_validation_batch_end(self, *_: Any) -> None:
-        time.sleep(0.2)
+        time.sleep(1.0)  # long beside the training, on a busy machine too
 
 
 def test_the_clock_goes_on_after_a_validation_within_an_epoch(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path, None, Pause(), max_epochs=1, val_check_interval=0.5)
     watch = next(c for c in trainer.callbacks if isinstance(c, TrainingSpeed))  # type: ignore[attr-defined]
-    assert ROWS / 0.2 < watch.results()["speed/train_samples_per_s"] < math.inf
+    assert ROWS / 1.0 < watch.results()["speed/train_samples_per_s"] < math.inf
 
 
 def test_a_training_that_ends_by_time_hardens(tmp_path: Path) -> None:
