@@ -235,6 +235,8 @@ class ExperimentCLI(LightningCLI):
     def predict(self, model: Task, datamodule: LightningDataModule, ckpt_path: str, **kwargs: Any) -> None:
         config = self.resolved
         if config.prompt is None:
+            text = hasattr(datamodule, "encode")
+            refuse((text, "a language model predicts by continuing a text: give --prompt"))
             options = {**kwargs, "ckpt_path": ckpt_path, "return_predictions": True}
             outputs: Any = self.trainer.predict(model, datamodule=datamodule, **options)
             return write_table(datamodule, torch.cat(outputs), config.out)

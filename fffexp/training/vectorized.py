@@ -162,6 +162,7 @@ class _Selection(callbacks.EarlyStopping):
             metrics = {**metrics, **seed.results(), "epochs": seed.epochs}
             if self.measure_fit:
                 metrics[self.name] = seed.best(seed.fitted)[1]
+            seed.data.trainer = trainer  # of which the order of its batches, and so which they are, depends
             metrics |= dead_leaves(seed.task, map(seed.task.inputs, seed.train_batches(trainer)))
             if test:
                 metrics |= seed.trainer.test(seed.task, datamodule=seed.data, verbose=False)[0]
