@@ -232,15 +232,20 @@ class InMemoryData(Data):
         inputs, targets = parts[0]
         same = f"a target is the same in all {counts[0]} training rows, so that there is nothing to learn"
         refuse(((targets == targets[0]).all(0).any(), f"{name}: {same}: use other data"))
-        if self.normalize == "standard":
-            mean, std = self.statistics(inputs)
-            parts = [((x - mean) / std, y) for x, y in parts]
+        self._scale = self.statistics(inputs) if self.normalize == "standard" else None
         if targets.is_floating_point():
             std, mean = torch.std_mean(targets.double(), 0, correction=0)
             self.target_std = std if self.normalize_targets else torch.ones_like(std)
             self.target_mean = mean if self.normalize_targets else torch.zeros_like(mean)
             parts = [(x, ((y - self.target_mean) / self.target_std).float()) for x, y in parts]
-        self.train_data, self.val_data, self.test_data = ((x.float(), y) for x, y in parts)
+        self.train_data, self.val_data, self.test_data = ((self.normalized(x), y) for x, y in parts)
+
+    def normalized(self, inputs: Tensor) -> Tensor:
+        """Inputs as `load` gives them, in the form in which batches have them; after `setup`."""
+        if self._scale is not None:
+            mean, std = self._scale
+            inputs = (inputs - mean) / std
+        return inputs.float()
 
     def decode(self, outputs: Tensor) -> dict[str, list[Any]]:
         """The columns of a table of what a task predicts: names of classes, or numbers in their own unit.
