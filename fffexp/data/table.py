@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet
 from torch import Tensor

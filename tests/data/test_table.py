@@ -12,6 +12,7 @@ from fffexp.data import Table
 from fffexp.errors import UserError
 
 ROWS = 100
+COLOURS = ["blue", "green", "red"]
 HEADER = "age,colour,income,label"
 
 
@@ -19,7 +20,7 @@ def lines(rows: int = ROWS, seed: int = 0) -> list[str]:
     """Rows of a CSV; the label depends on the income, of which line 2 has the least."""
     random = np.random.default_rng(seed)
     return [
-        f"{random.integers(20, 70)},{random.choice(['red', 'green', 'blue'])},{1000.5 + row},{'yes' if row % 3 else 'no'}"
+        f"{random.integers(20, 70)},{random.choice(COLOURS)},{1000.5 + row},{'yes' if row % 3 else 'no'}"
         for row in range(rows)
     ]
 
