@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from fffexp.data.base import Rows, name_classes
+from fffexp.data.base import name_classes
 from fffexp.errors import UserError, refuse
 
 TargetKind = Literal["classification", "regression"]
@@ -42,99 +43,121 @@ class Frame:
             raise UserError(f"{self.name}, {self.place(row)}: column {column!r} {problem(value)}")
 
 
-class Schema:
-    """Which columns of a table are inputs and which targets, and what they hold; learned from a first table.
-
-    An input column holds numbers, or texts: these become a column for each different text, 1 where it stands, else 0.
+class Targets:
+    """The columns of a table to predict, learned from a table that has the training part.
 
     Args:
-        frame: the table that has the training part, whole.
-        targets: names of the columns to predict.
-        inputs: names of the columns to predict from; None takes all others.
-        exclude: names of columns that are left out.
-        categorical: names of input columns whose numbers are names.
-        kind: of the targets. None: texts and whole numbers are classes, other numbers are to regress on.
+        frame: that table.
+        names: of the columns.
+        kind: classes, or quantities to regress on. None: texts and whole numbers are classes, other numbers quantities.
+        class_names: names of all classes in their order; None takes those that the table has.
 
     Attributes:
-        in_shape: (columns of the inputs,).
-        class_names: names of the classes, as they stand in the table; empty for regression.
-        num_texts: columns of the inputs, the last ones, that stand for texts.
+        class_names: as they stand in the table; empty for regression.
 
     Raises:
-        UserError: the table does not hold what is asked for, or something that cannot be used.
+        UserError: the columns cannot be used so.
     """
 
     def __init__(
         self,
         frame: Frame,
-        targets: Sequence[str],
-        inputs: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        categorical: Sequence[str] = (),
+        names: Sequence[str],
         kind: TargetKind | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
-        given = {"target": targets, "inputs": inputs or (), "exclude": exclude, "categorical": categorical}
-        for option, names in given.items():
-            unknown = next((name for name in names if name not in frame.columns), None)
-            there = f"it has {', '.join(frame.columns)}"
-            refuse((unknown is not None, f"{frame.name} has no column {unknown!r} (--data.{option}): {there}"))
-        twice = next((name for name in targets if name in (*exclude, *(inputs or ()))), None)
-        names = [each for each in inputs or frame.columns if each not in (*targets, *exclude)]
-        stray = next((name for name in categorical if name not in names), None)
+        self.names, self.kind = list(names), kind or ("classification" if class_names else _guess(frame, names))
+        self.class_names: list[str] = []
+        if self.kind == "regression":
+            return
+        several = f"{', '.join(names)}: only one column can hold classes"
+        refuse((len(names) > 1, f"{several}: give one target, or --data.kind regression"))
+        self.class_names = list(class_names or name_classes(_texts(frame, names[0]))[0])
+        count, column = len(self.class_names), f"{frame.name}: column {names[0]!r}"
+        one = f"{column} holds {self.class_names[0]!r} in every row, so that there is nothing to learn"
+        many = f"{column} has {count} different values in {len(frame)} rows, too many for classes"
         refuse(
-            (not targets, "no target is given: name the column to predict by --data.target"),
-            (not len(frame), f"{frame.name} has no rows: give a file with some"),
-            (twice is not None, f"column {twice!r} is a target and cannot be an input or excluded: give it once"),
-            (stray is not None, f"column {stray!r} is categorical, but no input: leave it out of --data.categorical"),
-            (not names, f"{frame.name} has no column to predict from: exclude fewer, or give other inputs"),
+            (count == 1, f"{one}: give another target"),
+            (count > 0.5 * len(frame), f"{many}: give --data.kind regression for a quantity, or another target"),
         )
-        unnamed = "has a column without a name: name it, or leave it out by --data.exclude '[\"\"]'"
-        refuse(("" in names, f"{frame.name} {unnamed}"))
-        self.targets = list(targets)
-        self.kind = kind or _guess(frame, targets)
-        regression = self.kind == "regression"
-        several = f"{', '.join(targets)}: only one column can hold classes"
-        refuse((not regression and len(targets) > 1, f"{several}: give one target, or --data.kind regression"))
+
+    def of(self, frame: Frame) -> Tensor:
+        """Targets of a table: int64 (rows,), or float64 (rows, targets)."""
+        _check_columns(frame, self.names)
+        if self.kind == "regression":
+            return torch.from_numpy(np.stack([_numbers(frame, name) for name in self.names], 1))
+        (name,) = self.names
+        return torch.from_numpy(_places(frame, name, self.class_names, "class"))
+
+
+class Inputs:
+    """The columns of a table to predict from, learned from a table that has the training part.
+
+    Args:
+        frame: that table.
+        names: of the columns.
+        categorical: names of those whose numbers are names.
+
+    Attributes:
+        width: columns of the tensor: one for each column of numbers, then one for each different text of the others.
+        num_texts: how many of these, the last ones, stand for texts.
+
+    Raises:
+        UserError: a column cannot be used.
+    """
+
+    def __init__(self, frame: Frame, names: Sequence[str], categorical: Sequence[str] = ()) -> None:
         texts = [name for name in names if name in categorical or not _is_numeric(frame, name)]
         self.numbers = [name for name in names if name not in texts]
         self.texts = {name: name_classes(_texts(frame, name))[0] for name in texts}
         self.num_texts = sum(map(len, self.texts.values()))
-        self.in_shape = (len(self.numbers) + self.num_texts,)
-        self.class_names = [] if regression else name_classes(_texts(frame, targets[0]))[0]
-        if not regression:
-            count, fix = len(self.class_names), "--data.kind regression if it is a quantity, or another target"
-            one = f"{frame.name}: column {targets[0]!r} holds {self.class_names[0]!r} in every row"
-            many = f"{frame.name}: column {targets[0]!r} has {count} different values in {len(frame)} rows"
-            refuse(
-                (count == 1, f"{one}, so that there is nothing to learn: give another target"),
-                (count > 0.5 * len(frame), f"{many}, too many for classes: give {fix}"),
-            )
+        self.width = len(self.numbers) + self.num_texts
 
-    def rows(self, frame: Frame) -> Rows:
-        """Inputs float64 (rows, *in_shape) and targets of a table: int64 (rows,) or float64 (rows, targets)."""
-        inputs = self.inputs(frame)
-        self._check_columns(frame, self.targets)
-        if self.kind == "regression":
-            return inputs, torch.from_numpy(np.stack([_numbers(frame, name) for name in self.targets], 1))
-        (target,) = self.targets
-        return inputs, torch.from_numpy(_places(frame, target, _texts(frame, target), self.class_names, "class"))
-
-    def inputs(self, frame: Frame) -> Tensor:
-        """Inputs alone, of a table that need not have the targets."""
-        self._check_columns(frame, [*self.numbers, *self.texts])
-        numbers = [torch.from_numpy(_numbers(frame, name))[:, None] for name in self.numbers]
+    def of(self, frame: Frame) -> Tensor:
+        """Inputs of a table, float64 (rows, width)."""
+        _check_columns(frame, [*self.numbers, *self.texts])
+        columns = [torch.from_numpy(_numbers(frame, name))[:, None] for name in self.numbers]
         for name, known in self.texts.items():
-            places = torch.from_numpy(_places(frame, name, _texts(frame, name), known, "text"))
-            numbers.append(torch.nn.functional.one_hot(places, len(known)).double())
-        return torch.cat(numbers, 1)
+            places = torch.from_numpy(_places(frame, name, known, "text"))
+            columns.append(one_hot(places, len(known)).double())
+        return torch.cat(columns, 1)
 
-    def _check_columns(self, frame: Frame, names: Sequence[str]) -> None:
-        missing = next((name for name in names if name not in frame.columns), None)
-        has = f"it has {', '.join(frame.columns)}"
-        refuse(
-            (missing is not None, f"{frame.name} has no column {missing!r}, which the training data have: {has}"),
-            (not len(frame), f"{frame.name} has no rows: give a file with some"),
-        )
+
+def input_names(
+    frame: Frame,
+    targets: Sequence[str],
+    inputs: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    categorical: Sequence[str] = (),
+) -> list[str]:
+    """The columns to predict from: the given ones, or all that are neither targets nor excluded; else a UserError."""
+    given = {"target": targets, "inputs": inputs or (), "exclude": exclude, "categorical": categorical}
+    for option, names in given.items():
+        unknown = next((name for name in names if name not in frame.columns), None)
+        there = f"it has {', '.join(frame.columns)}"
+        refuse((unknown is not None, f"{frame.name} has no column {unknown!r} (--data.{option}): {there}"))
+    twice = next((name for name in targets if name in (*exclude, *(inputs or ()))), None)
+    names = [each for each in inputs or frame.columns if each not in (*targets, *exclude)]
+    stray = next((name for name in categorical if name not in names), None)
+    unnamed = f"{frame.name} has a column without a name: name it, or leave it out by --data.exclude '[\"\"]'"
+    refuse(
+        (not targets, "no target is given: name the column to predict by --data.target"),
+        (not len(frame), f"{frame.name} has no rows: give a file with some"),
+        (twice is not None, f"column {twice!r} is a target and cannot be an input or excluded: give it once"),
+        (stray is not None, f"column {stray!r} is categorical, but no input: leave it out of --data.categorical"),
+        (not names, f"{frame.name} has no column to predict from: exclude fewer, or give other inputs"),
+        ("" in names, unnamed),
+    )
+    return names
+
+
+def _check_columns(frame: Frame, names: Sequence[str]) -> None:
+    missing = next((name for name in names if name not in frame.columns), None)
+    has = f"it has {', '.join(frame.columns)}"
+    refuse(
+        (missing is not None, f"{frame.name} has no column {missing!r}, which the training data have: {has}"),
+        (not len(frame), f"{frame.name} has no rows: give a file with some"),
+    )
 
 
 # a single text or gap among numbers is a fault of theirs, which is refused later
@@ -208,9 +231,10 @@ def _texts(frame: Frame, name: str) -> Values:
     return np.asarray(pc.cast(column, pa.string()).to_pylist(), dtype=str)
 
 
-def _places(frame: Frame, name: str, values: Values, known: Sequence[str], what: str) -> Values:
+# where in what is known each value stands
+def _places(frame: Frame, name: str, known: Sequence[str], what: str) -> Values:
     places = {value: place for place, value in enumerate(known)}
-    found = np.asarray([places.get(value, -1) for value in values.tolist()], dtype=np.int64)
+    found = np.asarray([places.get(value, -1) for value in _texts(frame, name).tolist()], dtype=np.int64)
     fix = f"a {what} that the training data do not have: fix or remove the row"
     frame.refuse_rows(pa.chunked_array([found < 0]), name, lambda value: f"holds {value!r}, {fix}")
     return found

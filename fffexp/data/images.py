@@ -13,6 +13,7 @@ from typing_extensions import override
 from fffexp.data.base import InMemoryData, Kind, Part, Rows, pixels
 from fffexp.errors import UserError, refuse
 
+Pixels = np.ndarray[Any, Any]
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa")
 
 
@@ -61,8 +62,7 @@ class ImageFolder(InMemoryData):
             self._validation = len(validation)
             files += validation
         images = np.stack([self._image(path) for path, _ in files])
-        images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-        return pixels(images).contiguous(), torch.tensor([label for _, label in files])
+        return channels_first(images), torch.tensor([label for _, label in files])
 
     @override
     def split(self, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,18 +89,33 @@ class ImageFolder(InMemoryData):
         refuse((not found, f"{place} has no images in it: add folders of classes with some"))
         return found
 
-    def _image(self, path: Path) -> "np.ndarray[Any, Any]":
+    def _image(self, path: Path) -> Pixels:
         try:
             with Image.open(path) as image:
-                deep = f"{path} has pixels of mode {image.mode}, not of 8 bits: convert it"
-                refuse((image.mode not in EIGHT_BITS, deep))
-                upright = ImageOps.exif_transpose(image).convert(self.mode)
+                return prepare(image, self.size, self.mode, str(path))
         except UserError:
             raise
         except Exception as error:  # each format has its own
             problem = " ".join(str(error).split()).replace(f" '{path}'", "")
             raise UserError(f"{path} cannot be read as an image ({problem}): remove or replace it") from error
-        return np.asarray(ImageOps.fit(upright, self.size[::-1], Image.Resampling.BILINEAR))
+
+
+def prepare(image: Image.Image, size: tuple[int, int] | None, mode: str | None, name: str) -> Pixels:
+    """The bytes of an image, (height, width) or (height, width, channels), brought to a size and a mode if given.
+
+    It is turned upright, scaled, and its longer side cut equally at both ends.
+    """
+    deep = f"{name} has pixels of mode {image.mode}, not of 8 bits: convert it"
+    refuse((image.mode not in EIGHT_BITS, deep))
+    upright = ImageOps.exif_transpose(image)
+    converted = upright.convert(mode) if mode else upright
+    return np.asarray(ImageOps.fit(converted, size[::-1], Image.Resampling.BILINEAR) if size else converted)
+
+
+def channels_first(images: Pixels) -> Tensor:
+    """Images (rows, height, width) or (rows, height, width, channels) as float32 (rows, channels, height, width)."""
+    inputs = pixels(images)
+    return inputs.unsqueeze(1) if inputs.ndim == 3 else inputs.movedim(-1, 1).contiguous()
 
 
 def _folders(place: Path) -> Sequence[str]:

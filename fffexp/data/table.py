@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fffexp.data.base import Batches, InMemoryData, Kind, Part, Rows
-from fffexp.data.columns import Frame, Schema, TargetKind
+from fffexp.data.columns import Frame, Inputs, TargetKind, Targets, input_names
 from fffexp.errors import UserError, refuse
 
 EMBEDDED = "sklearn:"  # how the path of a table inside scikit-learn begins
@@ -24,30 +24,28 @@ SETS = ("breast_cancer", "diabetes", "iris", "linnerud", "wine")
 
 
 class TableData(InMemoryData):
-    """What tables have in common, wherever they come from; a subclass sets `schema` and `frames`.
+    """What data with named columns have in common, wherever they come from.
 
-    Args:
-        kwargs: see InMemoryData.
+    A subclass sets `inputs`, if they are columns, and `targets`, by `set_targets`, where it is constructed.
     """
 
-    schema: Schema
+    inputs: Inputs | None = None
+    targets: Targets
 
-    def __init__(self, normalize: Literal["unit", "standard"] = "standard", **kwargs: Any) -> None:
-        super().__init__(normalize=normalize, **kwargs)
-
-    def use(self, schema: Schema) -> None:
-        """Take what a schema says of the data."""
-        self.schema, self.in_shape, self.target_names = schema, schema.in_shape, schema.targets
-        if schema.kind == "regression":
-            self.num_outputs = len(schema.targets)
+    def set_targets(self, targets: Targets) -> None:
+        """Take what is known of the targets."""
+        self.targets, self.target_names = targets, targets.names
+        if targets.kind == "regression":
+            self.num_outputs = len(targets.names)
         else:
-            self.num_classes, self.class_names = len(schema.class_names), schema.class_names
+            self.class_names, self.num_classes = targets.class_names, len(targets.class_names)
 
     @override
     def statistics(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = super().statistics(inputs)
-        numbers = inputs.shape[1] - self.schema.num_texts  # what stands for a text stays 0 or 1
-        mean[:, numbers:], std[:, numbers:] = 0, 1
+        if self.inputs is not None:
+            numbers = self.inputs.width - self.inputs.num_texts  # what stands for a text stays 0 or 1
+            mean[:, numbers:], std[:, numbers:] = 0, 1
         return mean, std
 
 
@@ -68,8 +66,11 @@ class Table(TableData):
         test_path: A file of the same columns that is the test.
         predict_path: A file to predict for, which need not have the targets; the test part without it.
         delimiter: What separates the fields of a CSV.
-        kwargs: see InMemoryData; the inputs are standardised unless `normalize` says otherwise.
+        normalize: See InMemoryData; columns that stand for texts are not changed.
+        kwargs: See InMemoryData.
     """
+
+    inputs: Inputs
 
     def __init__(
         self,
@@ -81,14 +82,18 @@ class Table(TableData):
         test_path: str | None = None,
         predict_path: str | None = None,
         delimiter: str = ",",
+        normalize: Literal["unit", "standard"] = "standard",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(normalize=normalize, **kwargs)
         refuse((len(delimiter) != 1, f"delimiter is {delimiter!r}: give one character"))
         self.path, self.test_path, self.predict_path, self.delimiter = path, test_path, predict_path, delimiter
         targets = [target] if isinstance(target, str) else target
         self._frame = read(path, delimiter)
-        self.use(Schema(self._frame, targets, None, exclude or (), categorical or (), kind))
+        names = input_names(self._frame, targets, None, exclude or (), categorical or ())
+        self.set_targets(Targets(self._frame, targets, kind))
+        self.inputs = Inputs(self._frame, names, categorical or ())
+        self.in_shape = (self.inputs.width,)
 
     @override
     def source(self, part: Part, kind: Kind) -> str:
@@ -96,15 +101,16 @@ class Table(TableData):
 
     @override
     def load(self, part: Part) -> Rows | None:
-        if part == "train":
-            return self.schema.rows(self._frame)
-        return self.schema.rows(read(self.test_path, self.delimiter)) if self.test_path else None
+        if part == "test" and self.test_path is None:
+            return None
+        frame = read(self.test_path, self.delimiter) if part == "test" and self.test_path else self._frame
+        return self.inputs.of(frame), self.targets.of(frame)
 
     @override
     def predict_dataloader(self) -> Batches:
         if self.predict_path is None:
             return super().predict_dataloader()
-        return self._batches([self.normalized(self.schema.inputs(read(self.predict_path, self.delimiter)))])
+        return self._batches([self.normalized(self.inputs.of(read(self.predict_path, self.delimiter)))])
 
 
 def read(path: str, delimiter: str = ",") -> Frame:
@@ -123,7 +129,7 @@ def read(path: str, delimiter: str = ",") -> Frame:
     return _parquet(path, content) if is_parquet else _csv(path, content, delimiter)
 
 
-def frame(name: str, table: pa.Table, place: Callable[[int], str]) -> Frame:
+def to_frame(name: str, table: pa.Table, place: Callable[[int], str]) -> Frame:
     """Columns of simple types: texts without spaces around them, no dictionaries, missing texts empty."""
     columns = {}
     for title, column in zip(table.column_names, table.columns, strict=True):
@@ -141,7 +147,7 @@ def _embedded(path: str) -> Frame:
     from sklearn import datasets
 
     table = getattr(datasets, f"load_{name}")(as_frame=True).frame
-    return frame(path, pa.Table.from_pandas(table, preserve_index=False), lambda row: f"row {row + 1}")
+    return to_frame(path, pa.Table.from_pandas(table, preserve_index=False), lambda row: f"row {row + 1}")
 
 
 def _parquet(path: str, content: bytes) -> Frame:
@@ -151,7 +157,7 @@ def _parquet(path: str, content: bytes) -> Frame:
         problem = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is damaged, or no Parquet file ({problem}): write it again") from error
     _check_names(path, table.column_names)
-    return frame(path, table, lambda row: f"row {row + 1}")
+    return to_frame(path, table, lambda row: f"row {row + 1}")
 
 
 def _csv(path: str, content: bytes, delimiter: str) -> Frame:
@@ -176,7 +182,7 @@ def _csv(path: str, content: bytes, delimiter: str) -> Frame:
         records = _records(path, content, delimiter)
         return f"line {next(line for number, (line, _) in enumerate(records) if number == row + 1)}"
 
-    return frame(path, table.rename_columns([name.strip() for name in header]), place)
+    return to_frame(path, table.rename_columns([name.strip() for name in header]), place)
 
 
 # the first line of each record, as an editor counts, and its fields; what is wrong is refused by its line
