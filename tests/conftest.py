@@ -24,15 +24,24 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whichever test comes first
 
 
-@pytest.fixture(scope="session")
-def fashion_mnist() -> Path:
-    """Folder of the real Fashion-MNIST, fetched once; for tests that are slow."""
-    from fffexp.data.fetch import fetch
+def fetched(name: str) -> Path:
+    """Folder of a real data set of `make data`, fetched once; for tests that are slow."""
+    from fffexp.data.fetch import DATA_SETS, fetch
     from fffexp.errors import UserError
 
-    with FileLock(CACHE / "fashion_mnist.lock"):
+    with FileLock(CACHE / f"{name}.lock"):
         try:
-            fetch(CACHE / "fashion_mnist")
+            fetch(DATA_SETS[name], CACHE / name)
         except UserError as error:
-            pytest.skip(f"Fashion-MNIST cannot be fetched: {error}")
-    return CACHE / "fashion_mnist"
+            pytest.skip(f"{name} cannot be fetched: {error}")
+    return CACHE / name
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Path:
+    return fetched("fashion_mnist")
+
+
+@pytest.fixture(scope="session")
+def gcide() -> Path:
+    return fetched("gcide")

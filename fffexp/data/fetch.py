@@ -1,10 +1,17 @@
-"""`make data`: Fashion-MNIST into data/fashion_mnist, from Debian's package where apt is there, else the hub."""
+"""`make data`: real data into data/, from Debian's packages where apt is there, else from elsewhere."""
 
 import gzip
+import hashlib
+import io
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,65 +20,153 @@ from fffexp.data.hub import Hub
 from fffexp.data.idx import FILES, IDX
 from fffexp.errors import UserError
 
-TARGET = Path("data/fashion_mnist")
-PACKAGE = "dataset-fashion-mnist"
+# the edition of Debian 12, 39,952,321 bytes: bits per byte of different texts cannot be compared
+GCIDE = "802beb667e1fb666203e750f1faea60d5c202ac5430c2083c4180494609f10a7"
+MIRROR = "http://deb.debian.org/debian/pool/main/d/dict-gcide/dict-gcide_0.48.5+nmu2_all.deb"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One that `make data` fetches.
+
+    Args:
+        files: how the names of its files in data/ look; what else is there stays.
+        is_whole: whether a folder holds all of it, undamaged.
+        sources: by name, in the order to try: each fills a folder, or raises a UserError.
+    """
+
+    files: str
+    is_whole: Callable[[Path], bool]
+    sources: Mapping[str, Callable[[Path], None]]
 
 
 def main() -> int:
-    """Fetch, unless it is there."""
-    try:
-        print(f"{TARGET} is {fetch(TARGET)}")
-    except UserError as error:
-        print(f"make data: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Fetch each that is not there; the exit status."""
+    status = 0
+    for name, data in DATA_SETS.items():
+        folder = Path("data") / name
+        try:
+            print(f"{folder} is {fetch(data, folder)}")
+        except UserError as error:
+            print(f"make data: {name}: {error}", file=sys.stderr)
+            status = 2
+    return status
 
 
-def fetch(folder: Path) -> str:
-    """Bring the four files into a folder, in place of damaged ones; "complete" if all were there, or from where."""
-    if _is_whole(folder):
+def fetch(data: DataSet, folder: Path) -> str:
+    """Bring a data set into a folder, in place of damaged files; "complete" if it was there, or from where."""
+    if data.is_whole(folder):
         return "complete"
-    with tempfile.TemporaryDirectory() as made:
-        source = "Debian's package" if _from_debian(Path(made)) else _from_hub(Path(made))
-        if not _is_whole(Path(made)):
-            raise UserError(f"what {source} holds is damaged: try again")
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*-ubyte*"):
-            old.unlink()
-        shutil.copytree(made, folder, dirs_exist_ok=True)
-    return f"from {source}"
+    problems = []
+    for source, bring in data.sources.items():
+        with tempfile.TemporaryDirectory() as made:
+            try:
+                bring(Path(made))
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if data.is_whole(Path(made)):
+                folder.mkdir(parents=True, exist_ok=True)
+                for old in folder.glob(data.files):
+                    old.unlink()
+                shutil.copytree(made, folder, dirs_exist_ok=True)
+                return f"from {source}"
+            problems.append(f"what {source} holds is damaged, or another edition")
+    raise UserError("; ".join(problems))
 
 
-def _is_whole(folder: Path) -> bool:
+def _by_apt(folder: Path, package: str, take: Callable[[Path, Path], None]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)  # apt downloads as a user of its own
+        there = shutil.which("apt-get")
+        if not there or subprocess.run([there, "download", package], cwd=place, capture_output=True).returncode:
+            raise UserError(f"apt-get cannot download {package} (apt-get update may help)" if there else "no apt-get")
+        (downloaded,) = Path(place).glob("*.deb")
+        _unpack(downloaded, Path(place))
+        take(Path(place), folder)
+
+
+def _by_mirror(folder: Path, url: str, take: Callable[[Path, Path], None]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        package = Path(place) / "package.deb"
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response, package.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            _unpack(package, Path(place))
+        except OSError as error:  # urllib's own are such
+            problem = getattr(error, "reason", error)
+            raise UserError(f"{url} cannot be fetched ({problem}): check the network connection") from error
+        take(Path(place), folder)
+
+
+def _unpack(package: Path, into: Path) -> None:
+    # needs no root and installs nothing; without Debian's tool: an ar archive, which behind 8 bytes has headers of 60
+    # (name; from 48 on, size), each before contents of an even length
+    if shutil.which("dpkg-deb"):
+        subprocess.run(["dpkg-deb", "-x", package, into], check=True)
+        return
+    with package.open("rb") as archive:
+        archive.seek(8)
+        while header := archive.read(60):
+            content = archive.read(int(header[48:58]))
+            archive.seek(len(content) % 2, io.SEEK_CUR)
+            if header.startswith(b"data.tar"):
+                with tarfile.open(fileobj=io.BytesIO(content)) as files:
+                    files.extractall(into, filter="data")
+
+
+def _fashion_is_whole(folder: Path) -> bool:
     try:
         return [len(IDX(str(folder)).load(part)[1]) for part in ("train", "test")] == [60_000, 10_000]
     except UserError:
         return False
 
 
-def _from_debian(folder: Path) -> bool:
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        return False
-    # download and unpack, which needs no root and installs nothing
-    with tempfile.TemporaryDirectory() as place:
-        Path(place).chmod(0o755)
-        if subprocess.run(["apt-get", "download", PACKAGE], cwd=place, capture_output=True).returncode:
-            print(f"apt-get cannot download {PACKAGE} (apt-get update may help); trying the hub", file=sys.stderr)
-            return False
-        subprocess.run(["dpkg-deb", "-x", *Path(place).glob("*.deb"), place], check=True)
-        for file in Path(place).rglob("*-ubyte.gz"):
-            shutil.copy(file, folder)
-    return True
+def _take_fashion(unpacked: Path, folder: Path) -> None:
+    for file in unpacked.rglob("*-ubyte.gz"):
+        shutil.copy(file, folder)
 
 
-def _from_hub(folder: Path) -> str:
-    rows = {part: Hub("fashion_mnist").load(part) for part, _ in FILES}
-    for (part, kind), name in FILES.items():
-        inputs, labels = rows[part]
-        array = (labels if kind == "labels" else (inputs.squeeze(1) * 255).round()).byte().numpy()
-        header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">i4").tobytes()
-        (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    return "the Hugging Face hub"
+def _fashion_from_hub(folder: Path) -> None:
+    data = Hub("fashion_mnist")
+    for part in ("train", "test"):
+        rows = data.load(part)
+        assert rows is not None
+        for kind, array in (("images", (rows[0].squeeze(1) * 255).round()), ("labels", rows[1])):
+            content = array.byte().numpy()
+            header = bytes((0, 0, 8, content.ndim)) + np.array(content.shape, dtype=">i4").tobytes()
+            (folder / f"{FILES[part, kind]}.gz").write_bytes(gzip.compress(header + content.tobytes()))
+
+
+def _gcide_is_whole(folder: Path) -> bool:
+    file = folder / "gcide.txt"
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == GCIDE
+
+
+def _take_gcide(unpacked: Path, folder: Path) -> None:
+    for file in unpacked.rglob("gcide.dict.dz"):  # which is gzip
+        with gzip.open(file) as packed, (folder / "gcide.txt").open("wb") as text:
+            shutil.copyfileobj(packed, text)
+
+
+DATA_SETS = {
+    "fashion_mnist": DataSet(
+        "*-ubyte*",
+        _fashion_is_whole,
+        {
+            "Debian's package": partial(_by_apt, package="dataset-fashion-mnist", take=_take_fashion),
+            "the Hugging Face hub": _fashion_from_hub,
+        },
+    ),
+    "gcide": DataSet(
+        "gcide.txt",
+        _gcide_is_whole,
+        {
+            "Debian's package": partial(_by_apt, package="dict-gcide", take=_take_gcide),
+            "a mirror of Debian": partial(_by_mirror, url=MIRROR, take=_take_gcide),
+        },
+    ),
+}
 
 
 if __name__ == "__main__":
