@@ -57,9 +57,10 @@ class Arrays(InMemoryData):
         images, labels = self._arrays["train", "images"], self._arrays["train", "labels"]
         for part in ("train", "test"):
             array, name = self._arrays.get((part, "images"), images), self.source(part, "images")
-            texts = f"{name} holds texts: give numbers, or a table (--data Table)"
-            flat = f"{name} has the shape {array.shape}: give rows of at least one number, (rows, ...)"
-            refuse((array.dtype.kind in "US", texts), (array.ndim < 2, flat))
+            refuse(
+                (array.dtype.kind in "US", f"{name} holds texts: give numbers, or a table (--data Table)"),
+                (array.ndim < 2, f"{name} has the shape {array.shape}: give rows of at least one number, (rows, ...)"),
+            )
         whole = labels.dtype.kind in "iubUS"
         self.in_shape = images.shape[1:]
         shape = f"{self.source('train', 'labels')} has the shape {labels.shape}"

@@ -69,7 +69,8 @@ def fetch(data: DataSet, folder: Path) -> str:
                 folder.mkdir(parents=True, exist_ok=True)
                 for old in folder.glob(data.files):
                     old.unlink()
-                shutil.copytree(made, folder, dirs_exist_ok=True)
+                for file in Path(made).iterdir():
+                    shutil.copy(file, folder)
                 return f"from {source}"
             problems.append(f"what {source} holds is damaged, or another edition")
     raise UserError("; ".join(problems))
@@ -129,13 +130,12 @@ def _take_fashion(unpacked: Path, folder: Path) -> None:
 
 def _fashion_from_hub(folder: Path) -> None:
     data = Hub("fashion_mnist")
-    for part in ("train", "test"):
-        rows = data.load(part)
-        assert rows is not None
-        for kind, array in (("images", (rows[0].squeeze(1) * 255).round()), ("labels", rows[1])):
-            content = array.byte().numpy()
-            header = bytes((0, 0, 8, content.ndim)) + np.array(content.shape, dtype=">i4").tobytes()
-            (folder / f"{FILES[part, kind]}.gz").write_bytes(gzip.compress(header + content.tobytes()))
+    rows = {part: data.load(part) for part, _ in FILES}
+    for (part, kind), name in FILES.items():
+        inputs, labels = rows[part] or ()
+        array = (labels if kind == "labels" else (inputs.squeeze(1) * 255).round()).byte().numpy()
+        header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">i4").tobytes()
+        (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
 
 
 def _gcide_is_whole(folder: Path) -> bool:

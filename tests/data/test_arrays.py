@@ -13,9 +13,9 @@ ROWS = 60
 Array = np.ndarray[Any, Any]
 
 
-def arrays(**change: Any) -> dict[str, Array]:
+def arrays(**change: Any) -> dict[str, Any]:
     random = np.random.default_rng(0)
-    made = {
+    made: dict[str, Any] = {
         "inputs": random.integers(0, 256, (ROWS, 2, 3, 4)).astype(np.uint8),
         "targets": np.arange(ROWS) % 3 + 1,
         "test_inputs": random.integers(0, 256, (20, 2, 3, 4)).astype(np.uint8),
@@ -24,7 +24,7 @@ def arrays(**change: Any) -> dict[str, Array]:
     return {name: array for name, array in (made | change).items() if array is not None}
 
 
-def save(folder: Path, **change: Any) -> dict[str, str]:
+def save(folder: Path, **change: Any) -> dict[str, Any]:
     """Each as a .npy file; returns their paths."""
     made = arrays(**change)
     for name, array in made.items():

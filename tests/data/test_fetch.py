@@ -136,8 +136,7 @@ def test_without_debians_tools_a_mirror_serves(
 def test_another_edition_of_debians_is_not_taken(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = (Path("dict-gcide") / "gcide.dict.dz").read_bytes()
     (Path("dict-gcide") / "gcide.dict.dz").write_bytes(gzip.compress(TEXT + b"more"))
-    script(tools / "dpkg-deb", 'exec "$(dirname "$0")/none"')
-    monkeypatch.setattr(fetch.shutil, "which", functools.partial(which, tools))
+    monkeypatch.setattr("shutil.which", functools.partial(which, tools))
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(package(original)))
     script(tools / "apt-get", f"cp {Path.cwd()}/other.deb package.deb")
     Path("other.deb").write_bytes(package(gzip.compress(TEXT + b"more")))
