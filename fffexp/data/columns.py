@@ -116,7 +116,7 @@ class Inputs:
     def of(self, frame: Frame) -> Tensor:
         """Inputs of a table, float64 (rows, width)."""
         _check_columns(frame, [*self.numbers, *self.texts])
-        columns = [torch.from_numpy(_numbers(frame, name))[:, None] for name in self.numbers]
+        columns = [torch.tensor(_numbers(frame, name))[:, None] for name in self.numbers]
         for name, known in self.texts.items():
             places = torch.from_numpy(_places(frame, name, known, "text"))
             columns.append(one_hot(places, len(known)).double())

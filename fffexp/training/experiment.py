@@ -277,7 +277,13 @@ def interruptible(trainer: Trainer, model: LightningModule, data: LightningDataM
 def _is_news(record: logging.LogRecord) -> bool:
     # not the hardware, the seed, how to buy more, why training ended
     hardware = ("GPU available", "TPU available", "HPU available", "Seed set to", "\N{ELECTRIC LIGHT BULB}")
-    others = ("`Trainer.", "Loading `train_dataloader`", "The following callbacks returned")
+    others = (
+        "`Trainer.",
+        "Loading `train_dataloader`",
+        "The following callbacks returned",
+        "Restoring states",
+        "Loaded m",
+    )
     return not record.getMessage().startswith(hardware + others)
 
 
@@ -288,7 +294,8 @@ def run(args: Sequence[str], context: Context | None = None) -> Result | None:
     for message, category in (
         ("`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning),  # Lightning's own use of torch
         ("Checkpoint directory .* exists and is not empty", UserWarning),  # a resumed run goes on in its folder
-        ("Be aware that when using `ckpt_path`", UserWarning),  # validate, test and predict have no use for callbacks
+        # validate, test and predict have no use for callbacks, and weights are averaged already
+        ("Be aware that when using `ckpt_path`|You're using the WeightAveraging callback, but", UserWarning),
     ):
         warnings.filterwarnings("ignore", message, category)
     with checks.user_errors():

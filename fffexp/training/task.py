@@ -286,7 +286,7 @@ class Task(LightningModule, ABC):
 def from_data(name: str, value: int | None) -> int:
     """What a task gets from its data, or a ValueError if they do not have it."""
     if value is None:
-        raise ValueError(f"{name} is missing, for the data have none: give another task or other data")
+        raise ValueError(f"{name} is missing, for the data have none: give another task by --model, or other data")
     return value
 
 
