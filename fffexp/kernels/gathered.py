@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fffexp.kernels.operators import available
+
 # Scalars that a step over some of the samples gathers at most.
 STEP = 2**24
 
@@ -16,6 +18,8 @@ STEP = 2**24
 @torch.library.custom_op("fffexp::gathered_dots", mutates_args=())
 def gathered_dots(x_BI: Tensor, row_BK: Tensor, weight_NI: Tensor) -> Tensor:
     """(B, K): each sample's products with its rows."""
+    if compiled(weight_NI):
+        return torch.ops.fffexp.native_dots(x_BI, row_BK, weight_NI)
     parts = _steps(row_BK, weight_NI, x_BI)
     with torch.autocast(x_BI.device.type, enabled=False):  # the type of the result is that of the inputs
         out = [torch.bmm(weight_NI[row], x.unsqueeze(2)).squeeze(2) for row, x in parts]
@@ -25,6 +29,8 @@ def gathered_dots(x_BI: Tensor, row_BK: Tensor, weight_NI: Tensor) -> Tensor:
 @torch.library.custom_op("fffexp::gathered_sum", mutates_args=())
 def gathered_sum(h_BK: Tensor, row_BK: Tensor, weight_NI: Tensor) -> Tensor:
     """(B, I): the sum of each sample's rows, weighted by h."""
+    if compiled(weight_NI):
+        return torch.ops.fffexp.native_sum(h_BK, row_BK, weight_NI)
     parts = _steps(row_BK, weight_NI, h_BK)
     with torch.autocast(h_BK.device.type, enabled=False):
         out = [torch.bmm(h.unsqueeze(1), weight_NI[row]).squeeze(1) for row, h in parts]
@@ -34,11 +40,18 @@ def gathered_sum(h_BK: Tensor, row_BK: Tensor, weight_NI: Tensor) -> Tensor:
 @torch.library.custom_op("fffexp::scattered_outer", mutates_args=())
 def scattered_outer(h_BK: Tensor, row_BK: Tensor, x_BI: Tensor, rows: int) -> Tensor:
     """(rows, I): for each row the sum of the samples that chose it, weighted by h; 0 where there are none."""
+    if compiled(x_BI):
+        return torch.ops.fffexp.native_outer(h_BK, row_BK, x_BI, rows)
     total = torch.promote_types(x_BI.dtype, torch.float32)  # of many terms
     out = x_BI.new_zeros(rows, x_BI.shape[1], dtype=total)
     for row, h, x in _steps(row_BK, x_BI, h_BK, x_BI):
         out.index_add_(0, row.flatten(), (h.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1).to(total))
     return out.to(x_BI.dtype)
+
+
+def compiled(matrix: Tensor) -> bool:
+    """Whether the compiled kernels compute these products with such a matrix."""
+    return matrix.is_cpu and matrix.dtype == torch.float32 and available()
 
 
 def _steps(row_BK: Tensor, matrix: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:

@@ -12,10 +12,10 @@ import torch
 from tolerances import assert_all_close, assert_close, gradients
 from torch import Tensor, nn
 
-from fffexp import FFF, NoisyTopKMoE
+from fffexp import FFF, NoisyTopKMoE, TreeFF
 from fffexp.kernels import naive, operators
 from fffexp.kernels.build import build
-from fffexp.kernels.naive import Blocks
+from fffexp.kernels.naive import Blocks, Trees
 
 ACTIVATIONS = {
     "identity": nn.Identity(),
@@ -27,6 +27,7 @@ ACTIVATIONS = {
 }
 # in, width, out: vectors and tiles filled or not, one of everything, more than a page of weights
 SIZES = [(64, 16, 64), (5, 3, 7), (1, 1, 1), (40, 33, 100), (33, 2, 17), (1100, 5, 1030)]
+LAYERS = [lambda: FFF(20, 10, 3, 4), lambda: NoisyTopKMoE(20, 10, 4, 5, top_k=2), lambda: TreeFF(20, 10, 4, 3)]
 BATCHES = [0, 1, 2, 3, 4, 8, 9, 12, 63, 257]
 
 needs_compiler = pytest.mark.skipif(not operators.available(), reason="no C++ compiler")
@@ -134,6 +135,73 @@ def test_fff_and_its_route(depth: int, batch: int, dtype: torch.dtype) -> None:
     assert_close(output, truth)
 
 
+def make_trees(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> Trees:
+    inputs, outputs, depth, count = sizes
+    shape = count, 2**depth - 1
+    return Trees(
+        random(*shape, inputs, seed=0, dtype=dtype, scale=inputs**-0.5),
+        random(*shape, seed=1, dtype=dtype, scale=0.3),
+        random(*shape, outputs, seed=2, dtype=dtype, scale=(count * depth) ** -0.5),
+        random(outputs, seed=3, dtype=dtype),
+    )
+
+
+# in, out, depth, trees: vectors filled or not, one of everything, a row of outputs longer than of inputs, many trees
+TREES = [(64, 64, 4, 2), (5, 7, 3, 3), (1, 1, 1, 1), (45, 300, 7, 1), (33, 17, 2, 11), (700, 130, 5, 1)]
+
+
+@pytest.mark.parametrize("sizes", TREES, ids=str)
+@pytest.mark.parametrize("batch", [0, 1, 2, 7, 8, 9, 63])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tree_ff(sizes: tuple[int, int, int, int], batch: int, dtype: torch.dtype) -> None:
+    trees, x = make_trees(sizes, dtype), random(batch, sizes[0], seed=9, dtype=dtype)
+    truth = naive.tree_ff(x.double(), trees, nn.GELU())
+    for function in (torch.ops.fffexp.tree_ff, torch.ops.fffexp.tree_ff_inference):
+        output = function(x, *trees, "gelu")
+        assert output.dtype == dtype
+        assert_close(output, truth)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_gradient_of_tree_ff(name: str) -> None:
+    trees = Trees(*(p.requires_grad_() for p in make_trees((20, 13, 4, 3), torch.float32)))
+    x = random(30, 20, seed=9, dtype=torch.float32).requires_grad_()
+    output, expected = torch.ops.fffexp.tree_ff(x, *trees, name), naive.tree_ff(x, trees, ACTIVATIONS[name])
+    assert_close(output, expected)
+    wanted = {"x": x, **trees._asdict()}
+    assert_all_close(gradients(output, wanted), gradients(expected, wanted))
+
+
+def test_ties_go_right_in_trees_of_neurons() -> None:
+    output_weight = torch.full((2, 7, 13), torch.nan)
+    output_weight[:, [0, 2, 6]] = 1  # the neurons on the path to the right
+    trees = Trees(torch.zeros(2, 7, 20), torch.zeros(2, 7), output_weight, torch.zeros(13))
+    assert_close(torch.ops.fffexp.tree_ff(torch.ones(9, 20), *trees, "relu"), torch.zeros(9, 13))
+
+
+def test_a_row_that_is_no_number_passes_it_on_alone() -> None:
+    trees, x = make_trees((20, 13, 4, 2), torch.float32), random(9, 20, seed=0, dtype=torch.float32)
+    x[4, 19] = torch.nan
+    output = torch.ops.fffexp.tree_ff(x, *trees, "gelu")
+    assert output[4].isnan().all()
+    assert output[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 5, 4), (1, 1, 1, 1), (0, 2, 3, 5), (5, 0, 3, 4), (30, 9, 100, 137)], ids=str)
+def test_products_with_chosen_rows(shape: tuple[int, ...]) -> None:
+    samples, k, rows, columns = shape
+    x, h, weight = (
+        random(*size, seed=seed, dtype=torch.float32)
+        for seed, size in enumerate([(samples, columns), (samples, k), (rows, columns)])
+    )
+    row = torch.randint(rows, (samples, k), generator=torch.Generator().manual_seed(0))
+    gathered, chosen = weight.double()[row], nn.functional.one_hot(row, rows).double()
+    assert_close(torch.ops.fffexp.native_dots(x, row, weight), torch.einsum("bi,bki->bk", x.double(), gathered))
+    assert_close(torch.ops.fffexp.native_sum(h, row, weight), torch.einsum("bk,bki->bi", h.double(), gathered))
+    outer = torch.einsum("bk,bkn,bi->ni", h.double(), chosen, x.double())
+    assert_close(torch.ops.fffexp.native_outer(h, row, x, rows), outer)
+
+
 def test_batches_of_several_chunks() -> None:
     blocks = make_blocks(4, (16, 3, 20), torch.float32)
     nodes, bias = random(3, 16, seed=7, dtype=torch.float32), random(3, seed=8, dtype=torch.float32)
@@ -189,7 +257,7 @@ def test_every_gradient_of_fff() -> None:
     assert_all_close(gradients(output, wanted), gradients(expected, wanted))
 
 
-@pytest.mark.parametrize("make", [lambda: FFF(20, 10, 3, 4), lambda: NoisyTopKMoE(20, 10, 4, 5, top_k=2)])
+@pytest.mark.parametrize("make", LAYERS)
 class TestLayers:
     def test_backends_agree(self, make: type) -> None:
         layer = make().eval()
@@ -264,6 +332,8 @@ def test_registered_as_torch_wants_it() -> None:
     torch.library.opcheck(torch.ops.fffexp.route.default, (x, nodes, bias))
     torch.library.opcheck(torch.ops.fffexp.fff.default, (x, nodes, bias, *blocks, "relu"))
     torch.library.opcheck(torch.ops.fffexp.selected.default, (x, block, weights, *blocks, "gelu"))
+    trees = [p.requires_grad_() for p in make_trees((5, 7, 3, 2), torch.float32)]
+    torch.library.opcheck(torch.ops.fffexp.tree_ff.default, (x, *trees, "gelu"))
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
@@ -271,9 +341,12 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     x, nodes, bias = torch.ones(2, 5), torch.ones(3, 5), torch.ones(3)
     first = torch.zeros(2, 1, dtype=torch.long)
     selected, fff = torch.ops.fffexp.selected, torch.ops.fffexp.fff
+    tree_ff, trees = torch.ops.fffexp.tree_ff, make_trees((5, 7, 3, 2), torch.float32)
     for wrong in (torch.full((2, 1), 4), torch.full((2, 1), -1)):
         with pytest.raises(IndexError, match="of 4"):
             selected(x, wrong, None, *blocks, "relu")
+        with pytest.raises(IndexError, match="of 3"):
+            torch.ops.fffexp.native_dots(x, wrong, nodes)
     for call in (
         lambda: selected(torch.ones(2, 6), first, None, *blocks, "relu"),
         lambda: selected(x.double(), first, None, *blocks, "relu"),
@@ -285,6 +358,16 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         lambda: fff(x, nodes[:2], bias[:2], *blocks, "relu"),
         lambda: fff(x, nodes[:1], bias[:1], *blocks, "relu"),
         lambda: fff(x, nodes[:, :4], bias, *blocks, "relu"),
+        lambda: tree_ff(x, *trees._replace(node_weight=trees.node_weight[:, :6]), "relu"),
+        lambda: tree_ff(x, *(p[:, :6] for p in trees[:3]), trees.output_bias, "relu"),
+        lambda: tree_ff(x, *(p[:, :0] for p in trees[:3]), trees.output_bias, "relu"),
+        lambda: tree_ff(torch.ones(2, 6), *trees, "relu"),
+        lambda: tree_ff(x, *trees[:3], trees.output_bias[:3], "relu"),
+        lambda: tree_ff(x.double(), *trees, "relu"),
+        lambda: tree_ff(x, *trees, "swish"),
+        lambda: torch.ops.fffexp.native_dots(x, first[:1], nodes),
+        lambda: torch.ops.fffexp.native_sum(x[:, :3], first, nodes),
+        lambda: torch.ops.fffexp.native_outer(x[:, :3], first, x, 3),
     ):
         with pytest.raises(ValueError):  # noqa: PT011 # each in its own words
             call()

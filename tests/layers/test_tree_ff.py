@@ -47,7 +47,7 @@ def test_equals_naive_with_every_gradient(depth: int, num_trees: int, training: 
 @both_ways
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("batch", [0, 1, 3, 63, 257])
+@pytest.mark.parametrize("batch", [0, 1, 3, 63])
 def test_batches_and_dtypes(batch: int, dtype: torch.dtype, training: bool, trained: str) -> None:
     layer = make(4, 3, trained, dtype).train(training)
     x = inputs(batch, dtype=dtype)

@@ -36,6 +36,18 @@ struct Tile {
   int64_t block;
 };
 
+// Trees whose nodes are the neurons. Matrices are row-major and contiguous, of one type W.
+template <class W>
+struct Trees {
+  int64_t in, out, trees;
+  int depth;
+  const W* node_weight;    // (trees, 2^depth - 1, in), breadth first
+  const W* node_bias;      // (trees, 2^depth - 1)
+  const W* output_weight;  // (trees, 2^depth - 1, out)
+  const W* output_bias;    // (out)
+  Activation activation;
+};
+
 template <class W>
 struct Kernel {
   // floats of scratch memory, aligned to 64 bytes, that the two functions need
@@ -44,6 +56,15 @@ struct Kernel {
   void (*route)(const Layer<W>&, const W* const* x, int rows, int64_t* leaf, float* scratch);
   // y of a tile; meanwhile brings into the cache what `next` needs, and of a fresh block the second half
   void (*evaluate)(const Layer<W>&, const Tile<W>&, const Tile<W>& next, bool fresh, float* scratch);
+
+  // floats of scratch memory, aligned to 64 bytes, that `walk` and `sum` need
+  int64_t (*tree_scratch)(const Trees<W>&);
+  // of rows x[r]: the neurons on the path of each tree, numbered through over the trees, and their activations,
+  // neuron[r * trees * depth + tree * depth + level]; brings their output weights into the cache
+  void (*walk)(const Trees<W>&, const W* const* x, int rows, int64_t* neuron, float* h, float* scratch);
+  // y = the sum of weight[row[k]] * h[k], of weight (any, columns), on top of the bias if there is one
+  void (*sum)(const float* h, const int64_t* row, int64_t count, const W* weight, int64_t columns, const W* bias, W* y,
+              float* scratch);
 };
 
 // The elementwise part of soft training, between its products, in float32: preactivations z (rows, blocks * width)
@@ -71,6 +92,8 @@ struct Kernels {
   Kernel<float> float32;
   Kernel<bfloat16> bfloat16_;
   Soft soft;
+  // result[k] = x . weight[row[k]], of weight (any, columns)
+  void (*dots)(const float* x, const int64_t* row, int64_t count, const float* weight, int64_t columns, float* result);
 };
 
 extern const Kernels kernels_plain;

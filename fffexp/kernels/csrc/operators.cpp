@@ -298,6 +298,124 @@ Tensor fff_op(const Tensor& x_in, Tensor node_weight, Tensor node_bias, Tensor w
   return y;
 }
 
+// ---- trees whose nodes are the neurons
+
+Tensor tree_ff_op(const Tensor& x_in, Tensor node_weight, Tensor node_bias, Tensor output_weight, Tensor output_bias,
+                  string_view activation) {
+  const Tensor x = x_in.contiguous();
+  check(x, {node_weight, node_bias, output_weight, output_bias});
+  TORCH_CHECK_VALUE(x.dim() == 2 && node_weight.dim() == 3 && output_weight.dim() == 3 && output_bias.dim() == 1 &&
+                        node_weight.size(2) == x.size(1) && node_bias.sizes() == node_weight.sizes().slice(0, 2) &&
+                        output_weight.sizes().slice(0, 2) == node_bias.sizes() &&
+                        output_weight.size(2) == output_bias.size(0),
+                    "x of ", x.sizes(), " and trees of ", node_weight.sizes(), ", ", node_bias.sizes(), ", ",
+                    output_weight.sizes(), ", ", output_bias.sizes(), " do not fit");
+  int depth = 0;
+  while ((int64_t(1) << depth) - 1 < node_weight.size(1)) depth++;
+  TORCH_CHECK_VALUE(depth && (int64_t(1) << depth) - 1 == node_weight.size(1), node_weight.size(1),
+                    " neurons are not a tree");
+  const int64_t batch = x.size(0), evaluated = node_weight.size(0) * depth;
+  Tensor y = at::empty({batch, output_bias.size(0)}, x.options());
+  dispatch(x, [&](auto type) {
+    using W = decltype(type);
+    const Trees<W> trees{x.size(1), y.size(1), node_weight.size(0), depth, data<W>(node_weight), data<W>(node_bias),
+                         data<W>(output_weight), data<W>(output_bias), parse(activation)};
+    const Kernel<W>& k = kernel<W>();
+    const W* in = data<W>(x);
+    W* out = reinterpret_cast<W*>(y.mutable_data_ptr());
+    const int64_t groups = (batch + kMaxRows - 1) / kMaxRows;
+    at::parallel_for(0, groups, grain(kMaxRows * evaluated * (trees.in + trees.out)), [&](int64_t begin, int64_t end) {
+      const int64_t own = k.tree_scratch(trees), of_group = kMaxRows * evaluated;
+      float* memory = scratch(own + 3 * of_group);
+      float* h = memory + own;
+      int64_t* neuron = reinterpret_cast<int64_t*>(h + of_group);
+      for (int64_t g = begin; g < end; g++) {
+        const int64_t first = g * kMaxRows;
+        const int rows = int(std::min<int64_t>(kMaxRows, batch - first));
+        const W* row[kMaxRows];
+        for (int r = 0; r < rows; r++) row[r] = in + (first + r) * trees.in;
+        k.walk(trees, row, rows, neuron, h, memory);
+        for (int r = 0; r < rows; r++)
+          k.sum(h + r * evaluated, neuron + r * evaluated, evaluated, trees.output_weight, trees.out,
+                trees.output_bias, out + (first + r) * trees.out, memory);
+      }
+    });
+  });
+  return y;
+}
+
+// ---- products with rows that each sample chooses, in float32
+
+// samples, rows of each, rows of the matrix
+std::tuple<int64_t, int64_t> check_rows(const Tensor& row, const Tensor& first, int64_t rows) {
+  TORCH_CHECK_VALUE(row.dim() == 2 && row.scalar_type() == at::kLong && first.dim() == 2 && first.size(0) == row.size(0),
+                    "row is ", row.sizes(), " of ", row.scalar_type(), " but there are ", first.sizes(), " samples");
+  const int64_t* index = row.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < row.numel(); i++)
+    TORCH_CHECK_INDEX(index[i] >= 0 && index[i] < rows, "row ", index[i], " of ", rows);
+  return {row.size(0), row.size(1)};
+}
+
+Tensor native_dots(const Tensor& x_in, const Tensor& row_in, const Tensor& weight_in) {
+  const Tensor x = x_in.contiguous(), row = row_in.contiguous(), weight = weight_in.contiguous();
+  const auto [samples, k] = check_rows(row, x, weight.size(0));
+  const int64_t columns = weight.size(1);
+  TORCH_CHECK_VALUE(x.size(1) == columns, "x is ", x.sizes(), " but the rows are ", weight.sizes());
+  Tensor result = at::empty({samples, k}, x.options());
+  const float *xs = x.const_data_ptr<float>(), *ws = weight.const_data_ptr<float>();
+  const int64_t* rows = row.const_data_ptr<int64_t>();
+  float* out = result.mutable_data_ptr<float>();
+  at::parallel_for(0, samples, grain(k * columns), [&, k = k](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; s++)
+      choice().kernels.dots(xs + s * columns, rows + s * k, k, ws, columns, out + s * k);
+  });
+  return result;
+}
+
+Tensor native_sum(const Tensor& h_in, const Tensor& row_in, const Tensor& weight_in) {
+  const Tensor h = h_in.contiguous(), row = row_in.contiguous(), weight = weight_in.contiguous();
+  const auto [samples, k] = check_rows(row, h, weight.size(0));
+  TORCH_CHECK_VALUE(h.size(1) == k, "h is ", h.sizes(), " but row is ", row.sizes());
+  const int64_t columns = weight.size(1);
+  Tensor result = at::empty({samples, columns}, h.options());
+  const float *hs = h.const_data_ptr<float>(), *ws = weight.const_data_ptr<float>();
+  const int64_t* rows = row.const_data_ptr<int64_t>();
+  float* out = result.mutable_data_ptr<float>();
+  at::parallel_for(0, samples, grain(k * columns), [&, k = k](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; s++)
+      choice().kernels.float32.sum(hs + s * k, rows + s * k, k, ws, columns, nullptr, out + s * columns, nullptr);
+  });
+  return result;
+}
+
+Tensor native_outer(const Tensor& h_in, const Tensor& row_in, const Tensor& x_in, int64_t rows) {
+  const Tensor h = h_in.contiguous(), row = row_in.contiguous(), x = x_in.contiguous();
+  const auto [samples, k] = check_rows(row, x, rows);
+  TORCH_CHECK_VALUE(h.sizes() == row.sizes(), "h is ", h.sizes(), " but row is ", row.sizes());
+  const int64_t columns = x.size(1);
+  const float *hs = h.const_data_ptr<float>(), *xs = x.const_data_ptr<float>();
+  const int64_t* index = row.const_data_ptr<int64_t>();
+  // the samples of each row, and their weights
+  std::vector<int64_t> ends(rows + 1, 0), sample(samples * k);
+  std::vector<float> weight(samples * k);
+  for (int64_t i = 0; i < samples * k; i++) ends[index[i] + 1]++;
+  for (int64_t n = 0; n < rows; n++) ends[n + 1] += ends[n];
+  std::vector<int64_t> next(ends.begin(), ends.end() - 1);
+  for (int64_t i = 0; i < samples * k; i++) {
+    const int64_t at = next[index[i]]++;
+    sample[at] = i / k;
+    weight[at] = hs[i];
+  }
+  Tensor result = at::empty({rows, columns}, x.options());
+  float* out = result.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, grain(samples * k * columns / std::max<int64_t>(1, rows)), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++)
+      choice().kernels.float32.sum(weight.data() + ends[n], sample.data() + ends[n], ends[n + 1] - ends[n], xs, columns,
+                                   nullptr, out + n * columns, nullptr);
+  });
+  return result;
+}
+
 // ---- soft training
 
 void check_soft(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
@@ -390,6 +508,16 @@ Tensor fff_autocast(const Tensor& x, Tensor node_weight, Tensor node_bias, Tenso
       .to(at::autocast::get_autocast_dtype(at::kCPU));
 }
 
+Tensor tree_ff_autocast(const Tensor& x, Tensor node_weight, Tensor node_bias, Tensor output_weight, Tensor output_bias,
+                        string_view activation) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fffexp::tree_ff", "").typed<decltype(tree_ff_op)>();
+  return in_type_of(node_weight, x, [&](const Tensor& rows) {
+           return op.call(rows, node_weight, node_bias, output_weight, output_bias, activation);
+         })
+      .to(at::autocast::get_autocast_dtype(at::kCPU));
+}
+
 std::string instruction_set() { return choice().name; }
 
 // For tests: "plain", "avx2" or "avx512"; "" for the best again. False where the processor lacks it.
@@ -415,6 +543,9 @@ bool force_instruction_set(string_view name) {
 TORCH_LIBRARY_FRAGMENT(fffexp, m) {
   m.def("instruction_set() -> str", fffexp::instruction_set);
   m.def("force_instruction_set(str name) -> bool", fffexp::force_instruction_set);
+  m.def("native_dots(Tensor x, Tensor row, Tensor weight) -> Tensor");
+  m.def("native_sum(Tensor h, Tensor row, Tensor weight) -> Tensor");
+  m.def("native_outer(Tensor h, Tensor row, Tensor x, int rows) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fffexp, CPU, m) {
@@ -422,6 +553,11 @@ TORCH_LIBRARY_IMPL(fffexp, CPU, m) {
   m.impl("selected", fffexp::selected_op);
   m.impl("fff", fffexp::fff_op);
   m.impl("fff_inference", fffexp::fff_op);
+  m.impl("tree_ff", fffexp::tree_ff_op);
+  m.impl("tree_ff_inference", fffexp::tree_ff_op);
+  m.impl("native_dots", fffexp::native_dots);
+  m.impl("native_sum", fffexp::native_sum);
+  m.impl("native_outer", fffexp::native_outer);
   m.impl("soft", fffexp::soft_op);
   m.impl("soft_backward", fffexp::soft_backward_op);
 }
@@ -431,4 +567,6 @@ TORCH_LIBRARY_IMPL(fffexp, AutocastCPU, m) {
   m.impl("selected", fffexp::selected_autocast);
   m.impl("fff", fffexp::fff_autocast);
   m.impl("fff_inference", fffexp::fff_autocast);
+  m.impl("tree_ff", fffexp::tree_ff_autocast);
+  m.impl("tree_ff_inference", fffexp::tree_ff_autocast);
 }
