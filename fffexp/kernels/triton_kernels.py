@@ -1,5 +1,7 @@
 """The operators of inference on CUDA: one kernel does all for a row; one routes, one evaluates rows grouped by block.
 
+Trees whose nodes are the neurons have a kernel of their own, which walks down them for a row and a span of its outputs.
+
 Shape suffixes: E entries (row times choice), T tiles of entries of one block, G blocks.
 """
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from fffexp.routing.blocks import block_counts
 
 ROUTE_ROWS, ROUTE_INPUTS, ROW_HIDDEN, ROW_SPAN = 4, 256, 16, 512
+TREE_INPUTS, TREE_OUTPUTS = 1024, 1024
 TILE_ROWS, TILE_HIDDEN, TILE_INPUTS, TILE_OUTPUTS = 16, 64, 64, 64  # a matrix unit takes 16 rows or more
 # Bytes of their leaves or experts that all rows read, up to which each reads its own.
 ROW_BYTES = 2**31
@@ -141,6 +144,32 @@ def _row_kernel(
                 tl.debug_barrier()  # read again for the next neurons, perhaps by another thread
 
 
+@triton.jit
+def _tree_kernel(
+    x, node_weight, node_bias, output_weight, output_bias, y, inputs, outputs,
+    TREES: tl.constexpr, DEPTH: tl.constexpr, ACTIVATION: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    r = row + tl.arange(0, 1)
+    live = r == row
+    o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.load(output_bias + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
+    for tree in range(TREES):
+        root = tree * ((1 << DEPTH) - 1)
+        node = tl.zeros([1], tl.int64)
+        for _ in range(DEPTH):
+            products = tl.zeros([1, INPUTS], tl.float32)
+            for start in range(0, inputs, INPUTS):
+                i = start + tl.arange(0, INPUTS)
+                a = _load(x, r, live, i, inputs).to(tl.float32)
+                products += a * _load(node_weight, root + node, live, i, inputs).to(tl.float32)
+            z = tl.sum(products, 1) + tl.load(node_bias + root + node).to(tl.float32)
+            w = _load(output_weight, root + node, live, o, outputs).to(tl.float32)
+            total += _activated(z, ACTIVATION)[:, None] * w
+            node = 2 * node + 1 + (z >= 0).to(tl.int64)
+    tl.store(y + r[:, None] * outputs + o[None, :], total, mask=(o < outputs)[None, :])
+
+
 def _by_row(x: Tensor, nodes: Any, block: Tensor | None, weights: Tensor | None, blocks: tuple[Any, ...]) -> Tensor:
     # one launch, and a row reads all of its own weights: for batches that gain nothing by grouping
     *tensors, activation = blocks
@@ -210,11 +239,30 @@ def fff_inference(x: Tensor, node_weight: Tensor, node_bias: Tensor, *blocks: An
     return fff(x, node_weight, node_bias, *blocks)
 
 
+def tree_ff(x: Tensor, *arguments: Any) -> Tensor:
+    """(B, O) of the neurons on the paths; the arguments are those of the operator."""
+    *tensors, activation = arguments
+    trees, neurons, inputs = tensors[0].shape
+    outputs = len(tensors[3])
+    y = torch.empty(len(x), outputs, dtype=tensors[0].dtype, device=x.device)
+    if len(x):
+        given = (tensor.contiguous() for tensor in (x.to(y.dtype), *tensors))
+        spans = (min(most, triton.next_power_of_2(n)) for most, n in ((TREE_INPUTS, inputs), (TREE_OUTPUTS, outputs)))
+        shape = (inputs, outputs, trees, neurons.bit_length(), activation, *spans)
+        _tree_kernel[(len(x), triton.cdiv(outputs, TREE_OUTPUTS))](*given, y, *shape)
+    return y
+
+
+def tree_ff_inference(x: Tensor, *arguments: Any) -> Tensor:
+    """(B, O) as of `tree_ff`, without gradients."""
+    return tree_ff(x, *arguments)
+
+
 def _there(function: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
     with torch.cuda.device_of(x):  # Triton launches on the current device
         return function(x, *others)
 
 
 _LIBRARY = torch.library.Library("fffexp", "IMPL")  # what it registers goes with it
-for _function in (route, selected, fff, fff_inference):
+for _function in (route, selected, fff, fff_inference, tree_ff, tree_ff_inference):
     _LIBRARY.impl(_function.__name__, functools.partial(_there, _function), "CUDA")

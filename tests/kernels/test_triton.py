@@ -10,7 +10,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 from fffexp.kernels import naive
-from fffexp.kernels.naive import Blocks
+from fffexp.kernels.naive import Blocks, Trees
 from fffexp.kernels.operators import ACTIVATIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,6 +126,35 @@ def test_selected(sizes: tuple[int, int, int], weighted: bool, dtype: torch.dtyp
         assert_close(output, truth)
 
 
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("sizes", [(45, 37, 4, 2), (5, 7, 3, 3), (1, 1, 1, 1), (16, 16, 2, 1)], ids=str)
+@DTYPES
+def test_tree_ff(sizes: tuple[int, int, int, int], batch: int, dtype: torch.dtype, monkeypatch: Any) -> None:
+    inputs, outputs, depth, count = sizes
+    for name in ("TREE_INPUTS", "TREE_OUTPUTS"):  # more than one span of each
+        monkeypatch.setattr(triton_kernels, name, 16)
+    shape = count, 2**depth - 1
+    trees = Trees(
+        random(*shape, inputs, seed=0, dtype=dtype, scale=inputs**-0.5),
+        random(*shape, seed=1, dtype=dtype, scale=0.3),
+        random(*shape, outputs, seed=2, dtype=dtype, scale=(count * depth) ** -0.5),
+        random(outputs, seed=3, dtype=dtype),
+    )
+    x = random(batch, inputs, seed=9, dtype=dtype)
+    for function in (triton_kernels.tree_ff, triton_kernels.tree_ff_inference):
+        output = function(x, *trees, "gelu")
+        assert output.dtype == dtype
+        assert_close(output, naive.tree_ff(x.double(), trees, nn.GELU()))
+
+
+def test_ties_go_right_in_trees_of_neurons() -> None:
+    weight, bias = torch.zeros(2, 7, 20, device=DEVICE), torch.zeros(2, 7, device=DEVICE)
+    output = torch.full((2, 7, 3), torch.nan, device=DEVICE)
+    output[:, [0, 2, 6]] = 1  # the neurons on the path to the right
+    x, zeros = torch.ones(4, 20, device=DEVICE), torch.zeros(3, device=DEVICE)
+    assert_close(triton_kernels.tree_ff(x, weight, bias, output, zeros, "relu"), torch.zeros(4, 3, device=DEVICE))
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's; on a GPU infinity is silent
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name: str) -> None:
@@ -140,9 +169,9 @@ def test_activations(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_layer_runs_on_it_with_every_gradient() -> None:
-    from fffexp import FFF, NoisyTopKMoE
+    from fffexp import FFF, NoisyTopKMoE, TreeFF
 
-    for layer in (FFF(45, 37, 5, 6), NoisyTopKMoE(45, 37, 8, 6, top_k=2)):
+    for layer in (FFF(45, 37, 5, 6), NoisyTopKMoE(45, 37, 8, 6, top_k=2), TreeFF(45, 37, 5, 3)):
         layer.cuda().eval()
         x = random(63, 45, seed=9, dtype=torch.float32).requires_grad_()
         outputs, gradients = {}, {}
@@ -150,7 +179,14 @@ def test_the_layer_runs_on_it_with_every_gradient() -> None:
             layer.backend = backend
             assert layer.inference_backend() == backend
             outputs[backend] = layer(x)
-            wanted = [x, *(p for n, p in layer.named_parameters() if not n.startswith(("node", "noise")))]
+            wanted = [
+                x,
+                *(
+                    p
+                    for n, p in layer.named_parameters()
+                    if isinstance(layer, TreeFF) or not n.startswith(("node", "noise"))
+                ),
+            ]
             gradients[backend] = torch.autograd.grad(outputs[backend].square().sum(), wanted)
         assert_close(outputs["triton"], outputs["eager"])
         for ours, theirs in zip(gradients["triton"], gradients["eager"], strict=True):
