@@ -16,8 +16,8 @@ from fffexp.layers.blocks import Activation, Device, compiled, make_activation, 
 from fffexp.layers.random import Dropout
 from fffexp.routing import paths
 
-# Neurons for each one on a path, up to which products with all are faster than gathering those on the paths.
-DENSE_SHARE = 24
+# Neurons for each one on a path, above which training along the paths is faster: by compiled products, by plain torch.
+COMPILED_SHARE, PLAIN_SHARE = 8, 100
 
 
 class TreeFF(BlockLayer):
@@ -29,11 +29,12 @@ class TreeFF(BlockLayer):
     outputs. There is no soft mode.
 
     Initialisation, biases of the neurons and the activation are those of the authors' code
-    (github.com/pbelcak/UltraFastBERT, training/cramming/architectures/fff.py), whose depth counts a level less; it has
-    no output bias, here it starts at zero. Of the paper itself we have read the abstract and the introduction. Of
-    "Dynamic sparsity in tree-structured feed-forward layers at scale" (arXiv 2604.08565) we have read the abstract
-    alone: that paths fall out of use with asymmetric activations, its "auto-pruning", is seen in the usage of paths
-    (`routing/used_leaves`, `stability/dead_leaves`); its ways to balance trees are unread and not here.
+    (github.com/pbelcak/UltraFastBERT, training/cramming/architectures/fff.py; its depth counts a level less). It has no
+    output bias; here there is one, as in all layers, and it starts at zero. Of the paper itself the abstract and the
+    first lines of the introduction were read. Of "Dynamic sparsity in tree-structured feed-forward layers at scale"
+    (arXiv 2604.08565) the abstract alone: its "auto-pruning", paths that fall out of use where the activation is not
+    symmetric, shows in the usage of paths (`routing/used_leaves`, `stability/dead_leaves`); its ways to keep trees
+    balanced are unread and not here.
 
     Args:
         depth: levels; a tree has 2^depth - 1 neurons, and depth of them are on a path.
@@ -65,7 +66,8 @@ class TreeFF(BlockLayer):
         widths = num_trees * neurons, num_trees * depth
         self._count(widths, (0, 0), 1, fix, dropout, **factory)  # one output bias
         self.num_experts = num_trees * 2 ** (depth - 1)  # paths
-        self._train_neurons("all" if widths[0] <= DENSE_SHARE * widths[1] else "paths")
+        # by products with all neurons, of which those on the paths are taken, or with these alone: the same result
+        self.trained: Literal["auto", "all", "paths"] = "auto"
         self.node_weight = nn.Parameter(torch.empty(num_trees, neurons, in_features, **factory))
         self.node_bias = nn.Parameter(torch.empty(num_trees, neurons, **factory))
         self.output_weight = nn.Parameter(torch.empty(num_trees, neurons, out_features, **factory))
@@ -73,11 +75,21 @@ class TreeFF(BlockLayer):
         self.hidden = nn.Sequential(make_activation(activation), Dropout(dropout)).to(device, dtype)
         self.reset_parameters()
 
-    def _train_neurons(self, trained: Literal["all", "paths"]) -> Self:
-        # by products with all neurons, of which those on the paths are taken, or with these alone: the same result
-        self.trained = trained
-        self._trained = None if trained == "all" else (self.inference_width, 0)
-        return self
+    def _along_paths(self) -> bool:
+        if self.vectorized or self.trained != "auto":
+            return self.trained == "paths" and not self.vectorized
+        share = COMPILED_SHARE if gathered.compiled(self.node_weight) else PLAIN_SHARE
+        return self.training_width > share * self.inference_width
+
+    @property
+    def trains_all_experts(self) -> bool:
+        return not self._along_paths()
+
+    @property
+    def training_flops_per_sample(self) -> int:
+        walked = self.inference_width * self.in_features if self._along_paths() else 0
+        width = self.inference_width if self._along_paths() else self.training_width
+        return 2 * (width * (2 * self.in_features + 3 * self.out_features) + walked)
 
     def reset_parameters(self) -> None:
         for parameter, fan_in in (
@@ -100,7 +112,7 @@ class TreeFF(BlockLayer):
     def _evaluate(self, rows: Tensor) -> Tensor:
         *others, b2 = self.trees
         w1, b1, w2 = (tensor.flatten(0, 1) for tensor in others)
-        dense = self.vectorized or self.trained == "all"
+        dense = not self._along_paths()
         if dense:
             logits_BN = decision_logits(rows, w1, b1)
             path_BT = paths.descend(logits_BN.detach().unflatten(1, (self.num_trees, -1)))
@@ -130,15 +142,16 @@ class TreeFF(BlockLayer):
         return Trees(*parameters(self, Trees._fields))
 
     def _paths(self, rows: Tensor) -> Tensor:
-        return trees.walk(rows, self.node_weight, self.node_bias, self.inference_backend() != "eager")
+        # whatever the activation: it decides nothing
+        walked = self.backend != "eager" and operators.backend_of(self.node_weight, "identity")
+        return trees.walk(rows, self.node_weight, self.node_bias, bool(walked))
 
     def inference_backend(self) -> str:
         served = compiled(self.backend, parameters(self, Trees._fields), self.hidden)
         return str(operators.backend_of(served[0], served[-1])) if served else "eager"
 
     def training_backend(self, x: Tensor) -> str:
-        along_paths = self.trained == "paths" and not self.vectorized
-        return "native" if along_paths and gathered.compiled(self.node_weight) else "eager"
+        return "native" if self._along_paths() and gathered.compiled(self.node_weight) else "eager"
 
     def route(self, x: Tensor) -> Tensor:
         first = torch.arange(self.num_trees, device=x.device) * 2 ** (self.depth - 1)
@@ -160,5 +173,6 @@ class TreeFF(BlockLayer):
         return super().sized(in_features, out_features, max(1, depth), leaf_width, top_k, **more)
 
     def training_forms(self) -> dict[str, FeedforwardLayer]:
-        other: Literal["all", "paths"] = "paths" if self.trained == "all" else "all"
-        return {other: copy.copy(self)._train_neurons(other)}  # on the same parameters
+        other = copy.copy(self)  # on the same parameters
+        other.trained = "all" if self._along_paths() else "paths"
+        return {other.trained: other}

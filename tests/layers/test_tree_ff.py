@@ -10,7 +10,7 @@ from layers import test_contract
 from tolerances import assert_all_close, assert_close, gradients
 from torch import Tensor, nn
 
-from fffexp.kernels import naive
+from fffexp.kernels import naive, operators
 from fffexp.layers import FF, TreeFF
 
 both_ways = pytest.mark.parametrize("trained", ["all", "paths"])
@@ -198,18 +198,25 @@ def test_compiled_training_pass_along_paths(along_paths: Case) -> None:
 @pytest.fixture
 def along_paths(monkeypatch: pytest.MonkeyPatch) -> Case:
     """The case of the contract, trained by gathering the neurons on the paths."""
-    monkeypatch.setattr("fffexp.layers.tree_ff.DENSE_SHARE", 0)
+    monkeypatch.setattr("fffexp.layers.tree_ff.COMPILED_SHARE", 0)
+    monkeypatch.setattr("fffexp.layers.tree_ff.PLAIN_SHARE", 0)
     (case,) = (case for case in CASES if case.layer is TreeFF)
-    assert case.make().trained == "paths"
+    assert not case.make().trains_all_experts
     return case
 
 
 def test_deep_trees_are_trained_along_paths() -> None:
-    assert TreeFF(4, 4, 4, 3).trained == "all"
+    few = TreeFF(4, 4, 4, 3)
+    assert few.trains_all_experts
+    assert few.training_flops_per_sample == 2 * 45 * (2 * 8 + 4)
     deep = TreeFF(4, 4, 12)
-    assert (deep.trained, deep.training_width, deep.inference_width) == ("paths", 4095, 12)
-    assert deep.training_flops_per_sample == 2 * 12 * (2 * 8 + 4)
     assert not deep.trains_all_experts
+    assert (deep.training_width, deep.inference_width) == (4095, 12)
+    assert deep.training_flops_per_sample == 2 * 12 * (4 + 2 * 8 + 4), "the walk, then forward and backward"
+    assert deep.training_backend(inputs(3)) == ("native" if operators.available() else "eager")
+    deep.vectorized = True  # shapes that do not depend on the data
+    assert deep.trains_all_experts
+    deep.vectorized = False
     calls, x = Calls(), inputs(40)[:, :4]
     with calls:
         deep(x).sum().backward()
