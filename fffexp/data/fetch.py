@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fffexp.data.hub import Hub
 from fffexp.data.idx import FILES, IDX
@@ -149,6 +150,23 @@ def _take_gcide(unpacked: Path, folder: Path) -> None:
             shutil.copyfileobj(packed, text)
 
 
+def _python_files() -> list[Path]:
+    home = Path(torch.__file__).parent
+    # but for what differs between its builds
+    return sorted(path for path in home.rglob("*.py") if path != home / "version.py")
+
+
+def _python_is_whole(folder: Path) -> bool:
+    file = folder / "python.txt"
+    return file.is_file() and file.stat().st_size == sum(path.stat().st_size for path in _python_files())
+
+
+def _python_from_torch(folder: Path) -> None:
+    with (folder / "python.txt").open("wb") as text:
+        for path in _python_files():
+            text.write(path.read_bytes())
+
+
 DATA_SETS = {
     "fashion_mnist": DataSet(
         "*-ubyte*",
@@ -166,8 +184,9 @@ DATA_SETS = {
             "a mirror of Debian": partial(_by_mirror, url=MIRROR, take=_take_gcide),
         },
     ),
+    # 46 MB of source code that are on every machine: another kind of text
+    "python": DataSet("python.txt", _python_is_whole, {"the files of torch": _python_from_torch}),
 }
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fffexp.data import IDX, Text, fetch, hub
 from fffexp.data.fetch import DATA_SETS, main
@@ -71,7 +72,7 @@ def test_what_is_missing_or_damaged_is_fetched(tools: Path, capsys: pytest.Captu
         (folder / "gcide" / "gcide.txt").write_bytes(content)
         assert main() == 0
         assert capsys.readouterr().out.splitlines() == [
-            "data/fashion_mnist is complete", "data/gcide is from Debian's package",
+            "data/fashion_mnist is complete", "data/gcide is from Debian's package", "data/python is complete",
         ]  # fmt: skip
     assert main() == 0
     assert "data/gcide is complete" in capsys.readouterr().out
@@ -162,3 +163,14 @@ def test_the_real_gcide(gcide: Path) -> None:
     assert inputs.shape == (16, 256)
     assert num_bytes.tolist() == [256] * 16
     assert "[1913 Webster]" in data.decode(data.test_data.tokens[:5000].tolist())
+
+
+def test_python_sources_are_those_of_torch(tmp_path: Path) -> None:
+    folder = tmp_path / "python"
+    assert fetch.fetch(DATA_SETS["python"], folder) == "from the files of torch"
+    assert fetch.fetch(DATA_SETS["python"], folder) == "complete"
+    text = (folder / "python.txt").read_bytes()
+    assert Path(torch.nn.__file__).read_bytes() in text
+    (folder / "python.txt").write_bytes(text[:-1])
+    assert fetch.fetch(DATA_SETS["python"], folder) == "from the files of torch", "a part of a file is fetched again"
+    assert (folder / "python.txt").read_bytes() == text
