@@ -133,7 +133,9 @@ def _fashion_from_hub(folder: Path) -> None:
     data = Hub("fashion_mnist")
     rows = {part: data.load(part) for part, _ in FILES}
     for (part, kind), name in FILES.items():
-        inputs, labels = rows[part] or ()
+        found = rows[part]
+        assert found is not None  # it has both parts
+        inputs, labels = found
         array = (labels if kind == "labels" else (inputs.squeeze(1) * 255).round()).byte().numpy()
         header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">i4").tobytes()
         (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
