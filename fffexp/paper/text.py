@@ -22,7 +22,7 @@ from fffexp.timing import interleaved, rotating
 from fffexp.training.experiment import build
 
 EPOCH_STEPS = 300  # of configs/recipe/text_epochs.yaml
-NONE, DENSE = "none", "FF 512"  # a share of what the dense layer gains over none is recovered
+NONE, DENSE = "none", "dense 512"  # a share of what the dense layer gains over none is recovered
 BATCH_SIZES, CONTEXT = (1, 256), 64  # tokens at once, and before each of them
 TIMES = ("layer b1", "layer b256", "model b1", "model b256")
 BLOCKS = 2  # of configs/model/gpt.yaml
@@ -107,7 +107,7 @@ def _verdict(results: Results) -> str:
     per_budget, speeds = budgets(results), _speeds(results)
     lines = []
     for budget, trials in per_budget.items():
-        dense = {key: trial for key, trial in trials.items() if trial.params.get("width") and key in speeds}
+        dense = {key: trial for key, trial in trials.items() if key.startswith("dense") and key in speeds}
         others = {key: trial for key, trial in trials.items() if key not in dense and key in speeds and key != NONE}
         if not dense or not others:
             continue
