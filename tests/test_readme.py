@@ -53,10 +53,12 @@ def help_of(*words: str) -> str:
 
 @pytest.fixture
 def at_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with what a clone has, and Fashion-MNIST after `make data`."""
+    """A folder with what a clone has after `make data`, but less text."""
     for name in ("configs", "studies", "examples", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     write_fashion(tmp_path)
+    (tmp_path / "data/gcide").mkdir(parents=True)
+    (tmp_path / "data/gcide/gcide.txt").write_text("The word after the word before. " * 1000)
     monkeypatch.chdir(tmp_path)
 
 
@@ -93,8 +95,12 @@ def check_fffexp(words: list[str]) -> None:
     leading = [word for word in words[:2] if word.isidentifier()]
     if leading[0] in ("fit", "validate", "test", "predict"):
         if "--config" in words:
-            position = words.index("--ckpt_path") if "--ckpt_path" in words else len(words)
-            build(["fit", *words[1:position], *words[position + 2 :]])
+            of_fit, rest = ["fit"], words[1:]
+            while rest:  # all but what belongs to the other commands
+                option, *rest = rest
+                left_out = option in ("--ckpt_path", "--prompt", "--new_tokens", "--out")
+                of_fit, rest = (of_fit, rest[1:]) if left_out else ([*of_fit, option], rest)
+            build(of_fit)
         return
     text = help_of(*leading)
     for word in words[len(leading) :]:
