@@ -397,92 +397,6 @@ void route(const Layer<W>& layer, const W* const* rows, int count, int64_t* leaf
     }
 }
 
-// ---- trees whose nodes are the neurons
-
-template <class W>
-int64_t tree_scratch(const Trees<W>& trees) {
-  return sizeof(W) == sizeof(float) ? 0 : kMaxRows * padded(trees.in) + padded(trees.out);
-}
-
-template <class W>
-void walk(const Trees<W>& trees, const W* const* rows, int count, int64_t* neuron, float* h, float* scratch) {
-  const int64_t in = trees.in, nodes = (int64_t(1) << trees.depth) - 1, evaluated = trees.trees * trees.depth;
-  const float* x[kMaxRows];
-  for (int r = 0; r < count; r++) x[r] = row_in(rows[r], in, scratch + r * padded(in));
-  // several paths at a time: the next neuron of one is brought while the others are decided
-  const int64_t paths = count * trees.trees;
-  for (int64_t first = 0; first < paths; first += kMaxRows) {
-    const int together = int(paths - first < kMaxRows ? paths - first : kMaxRows);
-    const float* input[kMaxRows];
-    int64_t root[kMaxRows], node[kMaxRows], to[kMaxRows];
-    for (int p = 0; p < together; p++) {
-      const int64_t row = (first + p) / trees.trees, tree = (first + p) % trees.trees;
-      input[p] = x[row];
-      root[p] = tree * nodes;
-      node[p] = 0;
-      to[p] = (first + p) * trees.depth;
-    }
-    const W* ahead = trees.node_weight + root[0] * in;
-    for (int level = 0; level < trees.depth; level++)
-      for (int p = 0; p < together; p++) {
-        const int64_t at = root[p] + node[p];
-        const float z = logit<true>(input[p], trees.node_weight + at * in, in, ahead, trees.output_weight + at * trees.out) +
-                        value(trees.node_bias[at]);
-        neuron[to[p] + level] = at;
-        h[to[p] + level] = z;
-        node[p] = 2 * node[p] + 1 + (z >= 0);
-        if (level + 1 < trees.depth) ahead = trees.node_weight + (root[p] + node[p]) * in;
-      }
-  }
-  int64_t i = 0;
-  for (; i + kLanes <= count * evaluated; i += kLanes) store(h + i, activated(load(h + i), trees.activation));
-  if (const int left = int(count * evaluated - i)) {
-    float last[kLanes] = {};
-    for (int u = 0; u < left; u++) last[u] = h[i + u];
-    store(last, activated(load(last), trees.activation));
-    for (int u = 0; u < left; u++) h[i + u] = last[u];
-  }
-}
-
-void gathered_dots(const float* x, const int64_t* row, int64_t count, const float* weight, int64_t columns, float* result) {
-  for (int64_t k = 0; k < count; k++) {
-    const float* next = weight + row[k + 1 < count ? k + 1 : k] * columns;
-    result[k] = logit(x, weight + row[k] * columns, columns, next);
-  }
-}
-
-// N vectors of y
-template <int N, class W>
-inline void weighted(const float* h, const int64_t* row, int64_t count, const W* weight, int64_t columns, const W* bias,
-                     float* y) {
-  Vec acc[N];
-  for (int n = 0; n < N; n++) acc[n] = bias ? load(bias + n * kLanes) : Vec{};
-  for (int64_t k = 0; k < count; k++) {
-    const W* w = weight + row[k] * columns;
-    const Vec a = broadcast(h[k]);
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) acc[n] += a * load(w + n * kLanes);
-  }
-  for (int n = 0; n < N; n++) store(y + n * kLanes, acc[n]);
-}
-
-template <class W>
-void gathered_sum(const float* h, const int64_t* row, int64_t count, const W* weight, int64_t columns, const W* bias,
-                  W* result, float* scratch) {
-  float* y = row_out(result, columns, false, scratch);
-  int64_t i = 0;
-  for (; i + 8 * kLanes <= columns; i += 8 * kLanes)
-    weighted<8>(h, row, count, weight + i, columns, bias ? bias + i : nullptr, y + i);
-  for (; i + kLanes <= columns; i += kLanes)
-    weighted<1>(h, row, count, weight + i, columns, bias ? bias + i : nullptr, y + i);
-  for (; i < columns; i++) {
-    float s = bias ? value(bias[i]) : 0;
-    for (int64_t k = 0; k < count; k++) s += h[k] * value(weight[row[k] * columns + i]);
-    y[i] = s;
-  }
-  write_back(result, columns, y);
-}
-
 // ---- soft training
 
 // f(first, lanes) over n floats, a vector at a time; the last may be shorter
@@ -643,6 +557,87 @@ void soft_backward(const Tree& tree, const float* grad_h, const float* grad_weig
       grad_logits[blocks - 1] = 0;
     }
   });
+}
+
+// ---- trees whose nodes are the neurons
+
+template <class W>
+int64_t tree_scratch(const Trees<W>& trees) {
+  return sizeof(W) == sizeof(float) ? 0 : kMaxRows * padded(trees.in) + padded(trees.out);
+}
+
+template <class W>
+void walk(const Trees<W>& trees, const W* const* rows, int count, int64_t* neuron, float* h, float* scratch) {
+  const int64_t in = trees.in, nodes = (int64_t(1) << trees.depth) - 1, evaluated = trees.trees * trees.depth;
+  const float* x[kMaxRows];
+  for (int r = 0; r < count; r++) x[r] = row_in(rows[r], in, scratch + r * padded(in));
+  // several paths at a time: the next neuron of one is brought while the others are decided
+  const int64_t paths = count * trees.trees;
+  for (int64_t first = 0; first < paths; first += kMaxRows) {
+    const int together = int(paths - first < kMaxRows ? paths - first : kMaxRows);
+    const float* input[kMaxRows];
+    int64_t root[kMaxRows], node[kMaxRows], to[kMaxRows];
+    for (int p = 0; p < together; p++) {
+      const int64_t row = (first + p) / trees.trees, tree = (first + p) % trees.trees;
+      input[p] = x[row];
+      root[p] = tree * nodes;
+      node[p] = 0;
+      to[p] = (first + p) * trees.depth;
+    }
+    const W* ahead = trees.node_weight + root[0] * in;
+    for (int level = 0; level < trees.depth; level++)
+      for (int p = 0; p < together; p++) {
+        const int64_t at = root[p] + node[p];
+        const float z = logit<true>(input[p], trees.node_weight + at * in, in, ahead, trees.output_weight + at * trees.out) +
+                        value(trees.node_bias[at]);
+        neuron[to[p] + level] = at;
+        h[to[p] + level] = z;
+        node[p] = 2 * node[p] + 1 + (z >= 0);
+        if (level + 1 < trees.depth) ahead = trees.node_weight + (root[p] + node[p]) * in;
+      }
+  }
+  by_vectors(count * evaluated, [&](int64_t i, int lanes) {
+    store(h + i, activated(load(h + i, lanes), trees.activation), lanes);
+  });
+}
+
+void gathered_dots(const float* x, const int64_t* row, int64_t count, const float* weight, int64_t columns, float* result) {
+  for (int64_t k = 0; k < count; k++) {
+    const float* next = weight + row[k + 1 < count ? k + 1 : k] * columns;
+    result[k] = logit(x, weight + row[k] * columns, columns, next);
+  }
+}
+
+// N vectors of y
+template <int N, class W>
+inline void weighted(const float* h, const int64_t* row, int64_t count, const W* weight, int64_t columns, const W* bias,
+                     float* y) {
+  Vec acc[N];
+  for (int n = 0; n < N; n++) acc[n] = bias ? load(bias + n * kLanes) : Vec{};
+  for (int64_t k = 0; k < count; k++) {
+    const W* w = weight + row[k] * columns;
+    const Vec a = broadcast(h[k]);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) acc[n] += a * load(w + n * kLanes);
+  }
+  for (int n = 0; n < N; n++) store(y + n * kLanes, acc[n]);
+}
+
+template <class W>
+void gathered_sum(const float* h, const int64_t* row, int64_t count, const W* weight, int64_t columns, const W* bias,
+                  W* result, float* scratch) {
+  float* y = row_out(result, columns, false, scratch);
+  int64_t i = 0;
+  for (; i + 8 * kLanes <= columns; i += 8 * kLanes)
+    weighted<8>(h, row, count, weight + i, columns, bias ? bias + i : nullptr, y + i);
+  for (; i + kLanes <= columns; i += kLanes)
+    weighted<1>(h, row, count, weight + i, columns, bias ? bias + i : nullptr, y + i);
+  for (; i < columns; i++) {
+    float s = bias ? value(bias[i]) : 0;
+    for (int64_t k = 0; k < count; k++) s += h[k] * value(weight[row[k] * columns + i]);
+    y[i] = s;
+  }
+  write_back(result, columns, y);
 }
 
 template <class W>
