@@ -7,7 +7,17 @@ if TYPE_CHECKING:
     from fffexp.adapt.distil import convert_feedforward
     from fffexp.adapt.replace import replace_feedforward
     from fffexp.data import IDX, Digits, FashionMNIST, Hub
-    from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE, feedforward_layers
+    from fffexp.layers import (
+        FF,
+        FFF,
+        ExpertChoiceMoE,
+        FeedforwardLayer,
+        Forest,
+        NoisyTopKMoE,
+        SigmoidMoE,
+        SwitchMoE,
+        feedforward_layers,
+    )
     from fffexp.layers.base import LayerFactory
     from fffexp.training.classification import ClassificationTask
     from fffexp.training.losses import anneal, auxiliary_loss
@@ -16,10 +26,10 @@ if TYPE_CHECKING:
     from fffexp.training.task import Task
 
 __all__ = [
-    "FF", "FFF", "IDX", "Adaptive", "ClassificationTask", "Constant", "Digits", "Exponential", "FashionMNIST",
-    "FeedforwardLayer", "Forest", "Hub", "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE", "Schedule", "Step",
-    "SwitchMoE", "Task", "anneal", "auxiliary_loss", "convert_feedforward", "feedforward_layers",
-    "replace_feedforward",
+    "FF", "FFF", "IDX", "Adaptive", "ClassificationTask", "Constant", "Digits", "ExpertChoiceMoE", "Exponential",
+    "FashionMNIST", "FeedforwardLayer", "Forest", "Hub", "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE",
+    "Schedule", "SigmoidMoE", "Step", "SwitchMoE", "Task", "anneal", "auxiliary_loss", "convert_feedforward",
+    "feedforward_layers", "replace_feedforward",
 ]  # fmt: skip
 
 # imported when first asked for: torch and lightning take seconds, which --help and reports should not pay
@@ -27,14 +37,17 @@ _HOMES = {
     "adapt.distil": ("convert_feedforward",),
     "adapt.replace": ("replace_feedforward",),
     "data": ("Digits", "FashionMNIST", "Hub", "IDX"),
-    "layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "feedforward_layers"),
+    "layers": (
+        "FF", "FFF", "ExpertChoiceMoE", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SigmoidMoE", "SwitchMoE",
+        "feedforward_layers",
+    ),
     "layers.base": ("LayerFactory",),
     "training.classification": ("ClassificationTask",),
     "training.losses": ("anneal", "auxiliary_loss"),
     "training.optim": ("LazyAdamW",),
     "training.schedules": ("Adaptive", "Constant", "Exponential", "Linear", "Schedule", "Step"),
     "training.task": ("Task",),
-}
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

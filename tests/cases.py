@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fffexp.kernels.naive import Blocks
-from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE
+from fffexp.layers import FF, FFF, ExpertChoiceMoE, FeedforwardLayer, Forest, NoisyTopKMoE, SigmoidMoE, SwitchMoE
 
 IN, OUT = 6, 4
 
@@ -78,6 +78,11 @@ def routing_tensors(layer: FeedforwardLayer) -> dict[str, Tensor]:
     return {f"{index}.{f.name}": getattr(part, f.name) for index, part in enumerate(parts) for f in fields(part)}
 
 
+def records(layer: FeedforwardLayer) -> bool:
+    """Whether training passes leave a routing behind."""
+    return bool(layer.aux_losses or layer.metrics)
+
+
 def loss_of(layer: FeedforwardLayer, output: Tensor) -> Tensor:
     """A loss that every regulariser takes part in."""
     loss = output.float().square().sum()
@@ -113,6 +118,9 @@ CASES = (
     Case(NoisyTopKMoE, {"num_experts": 3, "expert_width": 2, "top_k": 3}, (6, 9, 6, 9, 114, 156)),
     # 5*6 + 5 experts * (6*3 + 3 + 3*4 + 4); 2 * (5*6 + 3*10)
     Case(SwitchMoE, {"num_experts": 5, "expert_width": 3}, (15, 20, 3, 8, 215, 120)),
+    # as of Switch, with two experts a sample: 2 * (5*6 + 2*3*10)
+    Case(SigmoidMoE, {"num_experts": 5, "expert_width": 3, "top_k": 2}, (15, 20, 6, 11, 215, 180)),
+    Case(ExpertChoiceMoE, {"num_experts": 5, "expert_width": 3, "top_k": 2}, (15, 20, 6, 11, 215, 180)),
     # 2 trees * (3 nodes * (6 + 1) + 4 leaves * (6*3 + 3 + 3*4 + 4)) + 6*2 + 2 + 2*4 + 4
     # 2 trees * 2 * (2*6 + 3*10) + 2 * 2*10
     Case(Forest, {"trees": 2, "depth": 2, "leaf_width": 3, "master_width": 2}, (26, 32, 8, 12, 364, 208)),
@@ -157,6 +165,23 @@ DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Cal
         lambda i, o, trees, depth, leaf_width, master_width: (
             trees * ((2**depth - 1) * (i + 1) + 2**depth * (leaf_width * (i + 1) + (leaf_width + 1) * o))
             + (master_width * (i + 1 + o) + o if master_width else 0)
+        ),
+    ),
+    **dict.fromkeys(
+        (SigmoidMoE, ExpertChoiceMoE),
+        (
+            st.integers(2, 6).flatmap(
+                lambda experts: st.fixed_dictionaries(
+                    {
+                        "num_experts": st.just(experts),
+                        "expert_width": st.integers(1, 5),
+                        "top_k": st.integers(2, experts),
+                    }
+                )
+            ),
+            lambda i, o, num_experts, expert_width, top_k: (
+                num_experts * (i + expert_width * (i + 1) + (expert_width + 1) * o)
+            ),
         ),
     ),
     SwitchMoE: (

@@ -76,7 +76,24 @@ def moe(x_BI: Tensor, logits_BE: Tensor, k: int, blocks: Blocks, activation: Act
     return selected(x_BI, chosen[:, :k].tolist(), torch.softmax(values[:, :k], dim=1), blocks, activation)
 
 
-def switch(x_BI: Tensor, logits_BE: Tensor, blocks: Blocks, activation: Activation) -> Tensor:
-    """(B, in) -> (B, out): the expert of the largest logit, weighted by its softmax over all."""
-    chosen = logits_BE.argmax(dim=1, keepdim=True)
+def sigmoid_moe(
+    x_BI: Tensor, logits_BE: Tensor, bias_E: Tensor, k: int, blocks: Blocks, activation: Activation
+) -> Tensor:
+    """(B, in) -> (B, out): the k experts of the largest sigmoid plus bias, weighted by sigmoids that sum to 1."""
+    scores = torch.sigmoid(logits_BE)
+    chosen = (scores + bias_E).argsort(dim=1, descending=True, stable=True)[:, :k]
+    weights = scores.gather(1, chosen)
+    return selected(x_BI, chosen.tolist(), weights / weights.sum(1, keepdim=True), blocks, activation)
+
+
+def expert_choice(x_BI: Tensor, logits_BE: Tensor, cutoff_E: Tensor, blocks: Blocks, activation: Activation) -> Tensor:
+    """(B, in) -> (B, out): the experts whose softmax over all reaches their cutoff, weighted by it."""
+    weights = torch.softmax(logits_BE, dim=1)
+    weights = torch.where(weights >= cutoff_E, weights, 0)
+    return selected(x_BI, [range(len(cutoff_E))] * len(x_BI), weights, blocks, activation)
+
+
+def switch(x_BI: Tensor, logits_BE: Tensor, blocks: Blocks, activation: Activation, k: int = 1) -> Tensor:
+    """(B, in) -> (B, out): the k experts of the largest logits, weighted by their softmax over all."""
+    chosen = logits_BE.argsort(dim=1, descending=True, stable=True)[:, :k]
     return selected(x_BI, chosen.tolist(), torch.softmax(logits_BE, dim=1).gather(1, chosen), blocks, activation)

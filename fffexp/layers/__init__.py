@@ -1,9 +1,14 @@
 """Interchangeable feedforward layers: parameters and mathematics of one layer each."""
 
 from fffexp.layers.base import FeedforwardLayer, feedforward_layers
+from fffexp.layers.expert_choice import ExpertChoiceMoE
 from fffexp.layers.ff import FF
 from fffexp.layers.fff import FFF
 from fffexp.layers.forest import Forest
 from fffexp.layers.moe import NoisyTopKMoE, SwitchMoE
+from fffexp.layers.sigmoid_moe import SigmoidMoE
 
-__all__ = ["FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "feedforward_layers"]
+__all__ = [
+    "FF", "FFF", "ExpertChoiceMoE", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SigmoidMoE", "SwitchMoE",
+    "feedforward_layers",
+]  # fmt: skip

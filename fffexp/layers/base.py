@@ -106,11 +106,9 @@ class FeedforwardLayer(nn.Module, ABC):
         def note(_: Tensor) -> None:  # holds no tensor, for the graph holds it
             ran.append(True)
 
-        compiling = torch.compiler.is_compiling()
-        # a checkpoint computes the pass again within backward
-        if not torch.is_grad_enabled() or not (compiling or torch._C._current_graph_task_id() == -1):
+        if not torch.is_grad_enabled() or recomputing():
             return
-        if compiling:  # guards would follow the length of a list that grows
+        if torch.compiler.is_compiling():  # guards would follow the length of a list that grows
             self._passes, self._overwritten = [(routing, ran, bool)], bool(self._passes)
             return
         if output.requires_grad:
@@ -308,13 +306,18 @@ class BlockLayer(FeedforwardLayer):
         self.flops_per_sample = 2 * (self.inference_size * self.in_features + width[1] * self.out_features)
         rows = width[0] + self.router_rows * deciding[0]
         scalars = rows * (self.in_features + 1) + (width[0] + blocks) * self.out_features
-        needed, memory = scalars * (factory["dtype"] or torch.get_default_dtype()).itemsize, physical_memory()
-        if needed > memory and torch.device(factory["device"] or torch.get_default_device()).type == "cpu":
-            # whole numbers, for no float holds 2 to the power of an absurd depth
-            size = f"{needed // 2**30:,}" if needed < 2**100 else f"2^{needed.bit_length() - 31}"
-            raise ValueError(
-                f"the weights would take {size} GiB and this machine has {memory / 2**30:,.1f} GiB: lower {fix}"
-            )
+        check_memory(scalars, fix, **factory)
+
+
+def check_memory(scalars: int, fix: str, **factory: Any) -> None:
+    """Raise ValueError if memory cannot hold so many weights."""
+    needed, memory = scalars * (factory["dtype"] or torch.get_default_dtype()).itemsize, physical_memory()
+    if needed > memory and torch.device(factory["device"] or torch.get_default_device()).type == "cpu":
+        # whole numbers, for no float holds 2 to the power of an absurd depth
+        size = f"{needed // 2**30:,}" if needed < 2**100 else f"2^{needed.bit_length() - 31}"
+        raise ValueError(
+            f"the weights would take {size} GiB and this machine has {memory / 2**30:,.1f} GiB: lower {fix}"
+        )
 
 
 def whole(name: str, value: int, minimum: int = 1) -> int:
@@ -339,6 +342,11 @@ def physical_memory() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return float("inf")
+
+
+def recomputing() -> bool:
+    """Whether a checkpoint computes a pass again within backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def decision_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
