@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from fffexp.layers import (
         FF,
         FFF,
+        PEER,
         ExpertChoiceMoE,
         FeedforwardLayer,
         Forest,
         NoisyTopKMoE,
         SigmoidMoE,
+        SparseFF,
         SwitchMoE,
         feedforward_layers,
     )
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
     from fffexp.training.task import Task
 
 __all__ = [
-    "FF", "FFF", "IDX", "Adaptive", "ClassificationTask", "Constant", "Digits", "ExpertChoiceMoE", "Exponential",
-    "FashionMNIST", "FeedforwardLayer", "Forest", "Hub", "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE",
-    "Schedule", "SigmoidMoE", "Step", "SwitchMoE", "Task", "anneal", "auxiliary_loss", "convert_feedforward",
-    "feedforward_layers", "replace_feedforward",
+    "FF", "FFF", "IDX", "PEER", "Adaptive", "ClassificationTask", "Constant", "Digits", "ExpertChoiceMoE",
+    "Exponential", "FashionMNIST", "FeedforwardLayer", "Forest", "Hub", "LayerFactory", "LazyAdamW", "Linear",
+    "NoisyTopKMoE", "Schedule", "SigmoidMoE", "SparseFF", "Step", "SwitchMoE", "Task", "anneal", "auxiliary_loss",
+    "convert_feedforward", "feedforward_layers", "replace_feedforward",
 ]  # fmt: skip
 
 # imported when first asked for: torch and lightning take seconds, which --help and reports should not pay
@@ -38,8 +40,8 @@ _HOMES = {
     "adapt.replace": ("replace_feedforward",),
     "data": ("Digits", "FashionMNIST", "Hub", "IDX"),
     "layers": (
-        "FF", "FFF", "ExpertChoiceMoE", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SigmoidMoE", "SwitchMoE",
-        "feedforward_layers",
+        "FF", "FFF", "PEER", "ExpertChoiceMoE", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SigmoidMoE", "SparseFF",
+        "SwitchMoE", "feedforward_layers",
     ),
     "layers.base": ("LayerFactory",),
     "training.classification": ("ClassificationTask",),

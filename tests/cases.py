@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fffexp.kernels.naive import Blocks
-from fffexp.layers import FF, FFF, ExpertChoiceMoE, FeedforwardLayer, Forest, NoisyTopKMoE, SigmoidMoE, SwitchMoE
+from fffexp.layers import (
+    FF,
+    FFF,
+    PEER,
+    ExpertChoiceMoE,
+    FeedforwardLayer,
+    Forest,
+    NoisyTopKMoE,
+    SigmoidMoE,
+    SparseFF,
+    SwitchMoE,
+)
 
 IN, OUT = 6, 4
 
@@ -109,6 +120,7 @@ class Calls(TorchDispatchMode):
 CASES = (
     # 6*7 + 7 + 7*4 + 4 parameters, 2 * 7 * (6 + 4) operations
     Case(FF, {"width": 7}, (7, 7, 7, 7, 81, 140)),
+    Case(SparseFF, {"width": 7}, (7, 7, 7, 7, 81, 140)),
     # 7 nodes * (6 + 1) + 8 leaves * (6*5 + 5 + 5*4 + 4); 2 * (3*6 + 5*10)
     Case(FFF, {"depth": 3, "leaf_width": 5}, (40, 47, 5, 8, 521, 136)),
     Case(FFF, {"depth": 0, "leaf_width": 7}, (7, 7, 7, 7, 81, 140)),
@@ -121,6 +133,8 @@ CASES = (
     # as of Switch, with two experts a sample: 2 * (5*6 + 2*3*10)
     Case(SigmoidMoE, {"num_experts": 5, "expert_width": 3, "top_k": 2}, (15, 20, 6, 11, 215, 180)),
     Case(ExpertChoiceMoE, {"num_experts": 5, "expert_width": 3, "top_k": 2}, (15, 20, 6, 11, 215, 180)),
+    # 18 * (6 + 4) + 2*4 * (6 + 2) + (3 + 6) * 2; 2 * (2*4 * 6 + 2 * (3 + 6) * 2 + 2*3 * 10)
+    Case(PEER, {"num_experts": 18, "top_k": 3, "heads": 2, "query_width": 4}, (18, 35, 6, 23, 262, 288)),
     # 2 trees * (3 nodes * (6 + 1) + 4 leaves * (6*3 + 3 + 3*4 + 4)) + 6*2 + 2 + 2*4 + 4
     # 2 trees * 2 * (2*6 + 3*10) + 2 * 2*10
     Case(Forest, {"trees": 2, "depth": 2, "leaf_width": 3, "master_width": 2}, (26, 32, 8, 12, 364, 208)),
@@ -128,9 +142,12 @@ CASES = (
 
 # Options to draw, and the parameters they should give: (inputs, outputs, **options) -> scalars.
 DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Callable[..., int]]] = {
-    FF: (
-        st.fixed_dictionaries({"width": st.integers(1, 9)}),
-        lambda i, o, width: width * (i + 1) + (width + 1) * o,
+    **dict.fromkeys(
+        (FF, SparseFF),
+        (
+            st.fixed_dictionaries({"width": st.integers(1, 9)}),
+            lambda i, o, width: width * (i + 1) + (width + 1) * o,
+        ),
     ),
     FFF: (
         st.fixed_dictionaries({"depth": st.integers(0, 5), "leaf_width": st.integers(1, 5)}),
@@ -182,6 +199,21 @@ DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Cal
             lambda i, o, num_experts, expert_width, top_k: (
                 num_experts * (i + expert_width * (i + 1) + (expert_width + 1) * o)
             ),
+        ),
+    ),
+    PEER: (
+        st.fixed_dictionaries(
+            {
+                "num_experts": st.sampled_from([4, 8, 9, 16, 18]),
+                "top_k": st.integers(1, 4),
+                "heads": st.integers(1, 4),
+                "query_width": st.sampled_from([2, 4, 6]),
+            }
+        ),
+        lambda i, o, num_experts, top_k, heads, query_width: (
+            num_experts * (i + o)
+            + heads * query_width * (i + 2)
+            + {4: 4, 8: 6, 9: 6, 16: 8, 18: 9}[num_experts] * query_width // 2
         ),
     ),
     SwitchMoE: (

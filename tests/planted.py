@@ -6,6 +6,7 @@ import torch
 from cases import IN, OUT
 from torch import Tensor
 
+from fffexp import auxiliary_loss
 from fffexp.layers import FF, FeedforwardLayer
 
 
@@ -20,13 +21,16 @@ def clusters(count: int = 4, rows: int = 512, seed: int = 0) -> tuple[Tensor, Te
     return 0.5 * inner + centres[cluster], (y - y.mean(0)) / y.std(0), cluster
 
 
-def train(layer: FeedforwardLayer, x: Tensor, y: Tensor, steps: int = 250, lr: float = 0.02) -> float:
-    """Mean squared error in evaluation after training by all rows at once."""
+def train(
+    layer: FeedforwardLayer, x: Tensor, y: Tensor, steps: int = 250, lr: float = 0.02, aux_weight: float = 0.0
+) -> float:
+    """Mean squared error in evaluation after training by all rows at once, with the layer's losses of one weight."""
     optimizer = torch.optim.Adam(layer.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in range(steps):
         optimizer.zero_grad()
-        (layer(x) - y).square().mean().backward()
+        loss = (layer(x) - y).square().mean()
+        (loss + auxiliary_loss(layer, dict.fromkeys(layer.aux_losses, aux_weight))).backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():

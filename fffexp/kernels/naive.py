@@ -76,6 +76,29 @@ def moe(x_BI: Tensor, logits_BE: Tensor, k: int, blocks: Blocks, activation: Act
     return selected(x_BI, chosen[:, :k].tolist(), torch.softmax(values[:, :k], dim=1), blocks, activation)
 
 
+def peer(
+    x_BI: Tensor,
+    query_BHQ: Tensor,
+    keys: tuple[Tensor, Tensor],
+    k: int,
+    hidden_weight: Tensor,
+    output_weight: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """(B, in) -> (B, out): for each head the k neurons of the best keys, of all pairs, weighted by their softmax."""
+    pairs = torch.stack([torch.cat((first, second)) for first in keys[0] for second in keys[1]])
+    rows = []
+    for x, heads in zip(x_BI, query_BHQ, strict=True):
+        row = x.new_zeros(output_weight.shape[1])
+        for query in heads:
+            scores = pairs @ query
+            chosen = scores.argsort(descending=True, stable=True)[:k].tolist()
+            for weight, neuron in zip(torch.softmax(scores[chosen], dim=0), chosen, strict=True):
+                row = row + weight * activation((hidden_weight[neuron] @ x).unsqueeze(0)) * output_weight[neuron]
+        rows.append(row)
+    return torch.stack(rows) if rows else x_BI.new_zeros(0, output_weight.shape[1])
+
+
 def sigmoid_moe(
     x_BI: Tensor, logits_BE: Tensor, bias_E: Tensor, k: int, blocks: Blocks, activation: Activation
 ) -> Tensor:

@@ -6,9 +6,11 @@ from fffexp.layers.ff import FF
 from fffexp.layers.fff import FFF
 from fffexp.layers.forest import Forest
 from fffexp.layers.moe import NoisyTopKMoE, SwitchMoE
+from fffexp.layers.peer import PEER
 from fffexp.layers.sigmoid_moe import SigmoidMoE
+from fffexp.layers.sparse_ff import SparseFF
 
 __all__ = [
-    "FF", "FFF", "ExpertChoiceMoE", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SigmoidMoE", "SwitchMoE",
-    "feedforward_layers",
+    "FF", "FFF", "PEER", "ExpertChoiceMoE", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SigmoidMoE", "SparseFF",
+    "SwitchMoE", "feedforward_layers",
 ]  # fmt: skip

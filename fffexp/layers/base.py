@@ -297,27 +297,30 @@ class BlockLayer(FeedforwardLayer):
     router_rows = 1  # weights of a deciding neuron, in rows of the input's width
 
     def _count(
-        self, width: tuple[int, int], deciding: tuple[int, int], blocks: int, fix: str, dropout: float, **factory: Any
+        self,
+        width: tuple[int, int],
+        deciding: tuple[int, int],
+        blocks: int,
+        fix: str,
+        dropout: float,
+        scalars: int | None = None,
+        **factory: Any,
     ) -> None:
-        """Note the neurons, (all, those of one sample); a ValueError if memory cannot hold the weights."""
+        """Note the neurons, (all, those of one sample); a ValueError if memory cannot hold the weights, `scalars`."""
         self.num_experts, self.dropout = blocks, probability("dropout", dropout)
         self.training_width, self.inference_width = width
         self.training_size, self.inference_size = width[0] + deciding[0], width[1] + deciding[1]
         self.flops_per_sample = 2 * (self.inference_size * self.in_features + width[1] * self.out_features)
         rows = width[0] + self.router_rows * deciding[0]
-        scalars = rows * (self.in_features + 1) + (width[0] + blocks) * self.out_features
-        check_memory(scalars, fix, **factory)
-
-
-def check_memory(scalars: int, fix: str, **factory: Any) -> None:
-    """Raise ValueError if memory cannot hold so many weights."""
-    needed, memory = scalars * (factory["dtype"] or torch.get_default_dtype()).itemsize, physical_memory()
-    if needed > memory and torch.device(factory["device"] or torch.get_default_device()).type == "cpu":
-        # whole numbers, for no float holds 2 to the power of an absurd depth
-        size = f"{needed // 2**30:,}" if needed < 2**100 else f"2^{needed.bit_length() - 31}"
-        raise ValueError(
-            f"the weights would take {size} GiB and this machine has {memory / 2**30:,.1f} GiB: lower {fix}"
-        )
+        of_blocks = rows * (self.in_features + 1) + (width[0] + blocks) * self.out_features
+        scalars = of_blocks if scalars is None else scalars
+        needed, memory = scalars * (factory["dtype"] or torch.get_default_dtype()).itemsize, physical_memory()
+        if needed > memory and torch.device(factory["device"] or torch.get_default_device()).type == "cpu":
+            # whole numbers, for no float holds 2 to the power of an absurd depth
+            size = f"{needed // 2**30:,}" if needed < 2**100 else f"2^{needed.bit_length() - 31}"
+            raise ValueError(
+                f"the weights would take {size} GiB and this machine has {memory / 2**30:,.1f} GiB: lower {fix}"
+            )
 
 
 def whole(name: str, value: int, minimum: int = 1) -> int:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fffexp.layers
 from fffexp import auxiliary_loss
-from fffexp.layers import FFF, FeedforwardLayer, Forest
+from fffexp.layers import FFF, FeedforwardLayer, Forest, SparseFF
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -146,7 +146,8 @@ def test_autocast(case: Case) -> None:
     assert output.dtype == torch.bfloat16
     assert_close(output, exact)
     assert all(t.dtype == torch.float32 for t in decided(layer))
-    assert_all_close(routing_tensors_as_float(layer), routing)
+    if case.layer is not SparseFF:  # which decides by its activations, in the lower precision
+        assert_all_close(routing_tensors_as_float(layer), routing)
     loss_of(layer, output).backward()
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in parameter_gradients(layer).values())
 
@@ -379,6 +380,8 @@ def test_flops_are_counted(case: Case, backend: str) -> None:
     if case.layer in (FFF, Forest) and (backend == "eager" or layer.inference_backend() == "eager"):
         # all nodes of the upper levels, in one product
         assert counter.get_total_flops() >= 9 * layer.flops_per_sample
+    elif case.layer is SparseFF:
+        assert 9 * 2 * 7 * IN < counter.get_total_flops() <= 9 * layer.flops_per_sample
     else:
         assert counter.get_total_flops() == 9 * layer.flops_per_sample
     layer.train()
