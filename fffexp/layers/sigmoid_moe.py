@@ -34,7 +34,7 @@ class SigmoidMoE(NormalizedExperts):
         num_experts: number of experts.
         expert_width: hidden neurons of one expert.
         top_k: experts evaluated for a sample, at most all.
-        bias_update_rate: how far a bias moves in a step; 0.001 in the papers, which train for 10,000s of steps.
+        bias_update_rate: how far a bias moves in a step.
         activation: class, instance or name ("relu") of a module of torch.nn, or what makes one; elementwise.
         dropout: probability of dropping a hidden activation in training.
         trainable: as of NoisyTopKMoE.

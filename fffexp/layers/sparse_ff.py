@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fffexp.kernels import operators
 from fffexp.kernels.naive import Blocks
+from fffexp.kernels.skipping import skip_zeros, used
 from fffexp.layers.base import BlockLayer, whole
 from fffexp.layers.blocks import Activation, BlockMLP, Device
 from fffexp.routing import activations
@@ -18,9 +20,10 @@ class SparseFF(BlockLayer):
 
     Training is dense, with an L1 loss on the activations, which makes most of them 0 ("Sparser, Faster, Lighter
     Transformer Language Models", arXiv 2603.23198, section 2.2, without a gate; TwELL is its format for GPUs).
-    Inference computes the hidden layer densely, and then the product with those rows of output weights that some sample
-    of the batch needs, or with all where that is most of them. So it pays for one sample or a few, and by less than
-    half, for the hidden layer stays. The result is that of a dense layer.
+    Inference computes the hidden layer densely, and then the product with the output weights: compiled, on a CPU, with
+    the rows that each sample needs; in plain torch with those that some sample of the batch needs, which pays for one
+    or a few; with all where that is most of them. It takes more than half of the time of a dense layer, for the hidden
+    layer stays. The result is that of a dense layer.
 
     How many neurons are 0 depends on the data: sizes and FLOPs are those of a dense layer, an upper bound.
     `weights_read` counts what inputs need, and the metric `active_neurons` the neurons per sample in training.
@@ -34,7 +37,7 @@ class SparseFF(BlockLayer):
 
     shape = ("width",)
     aux_losses = MappingProxyType({"activation_l1": activations.activation_l1})
-    default_aux_weights = MappingProxyType({"activation_l1": 0.001})
+    default_aux_weights = MappingProxyType({"activation_l1": 0.003})
     metrics = MappingProxyType({"active_neurons": activations.active_neurons})
 
     def __init__(
@@ -63,24 +66,20 @@ class SparseFF(BlockLayer):
         if self.training or self.vectorized:
             output = F.linear(dropout(h_BH), w2.T, b2)
         else:
-            output = self._skip_zeros(h_BH, w2, b2)
+            output = skip_zeros(h_BH.to(w2.dtype), w2, b2, self.inference_backend() == "native").to(h_BH.dtype)
         if self.training:
             self._record(activations.ActivationRouting.of(h_BH), output)
         return output.reshape(*x.shape[:-1], self.out_features)
 
-    def _skip_zeros(self, h_BH: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        # a ReLU of 0 passes no gradient; of others, which may, all neurons take part where gradients are wanted
-        if isinstance(self.network.hidden[0], nn.ReLU) or not torch.is_grad_enabled():
-            used_U = self._used(h_BH)
-            if 2 * len(used_U) <= self.width:  # else gathering costs more than it saves
-                return F.linear(h_BH[:, used_U], w2[used_U].T, b2)
-        return F.linear(h_BH, w2.T, b2)
-
-    def _used(self, h_BH: Tensor) -> Tensor:
-        return (h_BH != 0).any(0).nonzero().squeeze(1)
-
     def inference_backend(self) -> str:
-        return "eager"
+        weight = self.network.output_weight
+        native = weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16) and operators.available()
+        if self.backend not in ("auto", "eager", *(("native",) if native else ())):
+            raise ValueError(
+                f"backend is {self.backend!r}, which does not serve {weight.dtype} on {weight.device.type} here; of "
+                "'auto', 'native' or 'eager', 'auto' always does"
+            )
+        return "native" if native and self.backend != "eager" else "eager"
 
     def training_backend(self, x: Tensor) -> str:
         return "linear"
@@ -90,5 +89,5 @@ class SparseFF(BlockLayer):
 
     def weights_read(self, x: Tensor) -> int:
         w1, b1, _, b2 = (tensor[0] for tensor in self.network.tensors())
-        used_U = self._used(self.network.hidden[0](F.linear(self._rows(x, w1.dtype), w1, b1)))
+        used_U = used(self.network.hidden[0](F.linear(self._rows(x, w1.dtype), w1, b1)))
         return w1.numel() + b1.numel() + len(used_U) * self.out_features + b2.numel()
