@@ -42,7 +42,7 @@ def expected_of(layer: PEER, x: Tensor, by_batch: bool) -> Tensor:
     return naive.peer(x, query, keys, layer.top_k, layer.hidden_weight, layer.output_weight, layer.hidden[0])
 
 
-@pytest.mark.parametrize("batch", [0, 1, 3, 63])
+@pytest.mark.parametrize("batch", [0, 1, 3, 63, 257])
 @pytest.mark.parametrize("training", [True, False])
 def test_equals_naive_with_every_gradient(training: bool, batch: int) -> None:
     layer, x = make(activation="gelu").train(training), inputs(batch, dtype=torch.float64)
