@@ -6,8 +6,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fffexp.adapt.distil import convert_feedforward
     from fffexp.adapt.replace import replace_feedforward
-    from fffexp.data import IDX, Digits, FashionMNIST, Hub, Text
-    from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE, TreeFF, feedforward_layers
+    from fffexp.data import IDX, Arrays, Digits, FashionMNIST, Hub, ImageFolder, Table, Text
+    from fffexp.layers import (
+        FF,
+        FFF,
+        PEER,
+        ExpertChoiceMoE,
+        FeedforwardLayer,
+        Forest,
+        NoisyTopKMoE,
+        SigmoidMoE,
+        SparseFF,
+        SwitchMoE,
+        TreeFF,
+        feedforward_layers,
+    )
     from fffexp.layers.base import LayerFactory
     from fffexp.training.classification import ClassificationTask
     from fffexp.training.language_model import LanguageModelTask
@@ -18,18 +31,32 @@ if TYPE_CHECKING:
     from fffexp.training.task import Task
 
 __all__ = [
-    "FF", "FFF", "IDX", "Adaptive", "ClassificationTask", "Constant", "Digits", "Exponential", "FashionMNIST",
-    "FeedforwardLayer", "Forest", "Hub", "LanguageModelTask", "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE",
-    "RegressionTask", "Schedule", "Step", "SwitchMoE", "Task", "Text", "TreeFF", "anneal", "auxiliary_loss",
-    "convert_feedforward", "feedforward_layers", "replace_feedforward",
+    "FF", "FFF", "IDX", "PEER", "Adaptive", "Arrays", "ClassificationTask", "Constant", "Digits", "ExpertChoiceMoE",
+    "Exponential", "FashionMNIST", "FeedforwardLayer", "Forest", "Hub", "ImageFolder", "LanguageModelTask",
+    "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE", "RegressionTask", "Schedule", "SigmoidMoE", "SparseFF",
+    "Step", "SwitchMoE", "Table", "Task", "Text", "TreeFF", "anneal", "auxiliary_loss", "convert_feedforward",
+    "feedforward_layers", "replace_feedforward",
 ]  # fmt: skip
 
 # imported when first asked for: torch and lightning take seconds, which --help and reports should not pay
 _HOMES = {
     "adapt.distil": ("convert_feedforward",),
     "adapt.replace": ("replace_feedforward",),
-    "data": ("IDX", "Digits", "FashionMNIST", "Hub", "Text"),
-    "layers": ("FF", "FFF", "FeedforwardLayer", "Forest", "NoisyTopKMoE", "SwitchMoE", "TreeFF", "feedforward_layers"),
+    "data": ("IDX", "Arrays", "Digits", "FashionMNIST", "Hub", "ImageFolder", "Table", "Text"),
+    "layers": (
+        "FF",
+        "FFF",
+        "PEER",
+        "ExpertChoiceMoE",
+        "FeedforwardLayer",
+        "Forest",
+        "NoisyTopKMoE",
+        "SigmoidMoE",
+        "SparseFF",
+        "SwitchMoE",
+        "TreeFF",
+        "feedforward_layers",
+    ),
     "layers.base": ("LayerFactory",),
     "training.classification": ("ClassificationTask",),
     "training.language_model": ("LanguageModelTask",),

@@ -10,7 +10,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fffexp.kernels.naive import Blocks
-from fffexp.layers import FF, FFF, FeedforwardLayer, Forest, NoisyTopKMoE, SwitchMoE, TreeFF
+from fffexp.layers import (
+    FF,
+    FFF,
+    PEER,
+    ExpertChoiceMoE,
+    FeedforwardLayer,
+    Forest,
+    NoisyTopKMoE,
+    SigmoidMoE,
+    SparseFF,
+    SwitchMoE,
+    TreeFF,
+)
 
 IN, OUT = 6, 4
 
@@ -78,6 +90,11 @@ def routing_tensors(layer: FeedforwardLayer) -> dict[str, Tensor]:
     return {f"{index}.{f.name}": getattr(part, f.name) for index, part in enumerate(parts) for f in fields(part)}
 
 
+def records(layer: FeedforwardLayer) -> bool:
+    """Whether training passes leave a routing behind."""
+    return bool(layer.aux_losses or layer.metrics)
+
+
 def loss_of(layer: FeedforwardLayer, output: Tensor) -> Tensor:
     """A loss that every regulariser takes part in."""
     loss = output.float().square().sum()
@@ -104,6 +121,7 @@ class Calls(TorchDispatchMode):
 CASES = (
     # 6*7 + 7 + 7*4 + 4 parameters, 2 * 7 * (6 + 4) operations
     Case(FF, {"width": 7}, (7, 7, 7, 7, 81, 140)),
+    Case(SparseFF, {"width": 7}, (7, 7, 7, 7, 81, 140)),
     # 7 nodes * (6 + 1) + 8 leaves * (6*5 + 5 + 5*4 + 4); 2 * (3*6 + 5*10)
     Case(FFF, {"depth": 3, "leaf_width": 5}, (40, 47, 5, 8, 521, 136)),
     Case(FFF, {"depth": 0, "leaf_width": 7}, (7, 7, 7, 7, 81, 140)),
@@ -113,6 +131,11 @@ CASES = (
     Case(NoisyTopKMoE, {"num_experts": 3, "expert_width": 2, "top_k": 3}, (6, 9, 6, 9, 114, 156)),
     # 5*6 + 5 experts * (6*3 + 3 + 3*4 + 4); 2 * (5*6 + 3*10)
     Case(SwitchMoE, {"num_experts": 5, "expert_width": 3}, (15, 20, 3, 8, 215, 120)),
+    # as of Switch, with two experts a sample: 2 * (5*6 + 2*3*10)
+    Case(SigmoidMoE, {"num_experts": 5, "expert_width": 3, "top_k": 2}, (15, 20, 6, 11, 215, 180)),
+    Case(ExpertChoiceMoE, {"num_experts": 5, "expert_width": 3, "top_k": 2}, (15, 20, 6, 11, 215, 180)),
+    # 18 * (6 + 4) + 2*4 * (6 + 2) + (3 + 6) * 2; 2 * (2*4 * 6 + 2 * (3 + 6) * 2 + 2*3 * 10)
+    Case(PEER, {"num_experts": 18, "top_k": 3, "heads": 2, "query_width": 4}, (18, 35, 6, 23, 262, 288)),
     # 2 trees * (3 nodes * (6 + 1) + 4 leaves * (6*3 + 3 + 3*4 + 4)) + 6*2 + 2 + 2*4 + 4
     # 2 trees * 2 * (2*6 + 3*10) + 2 * 2*10
     Case(Forest, {"trees": 2, "depth": 2, "leaf_width": 3, "master_width": 2}, (26, 32, 8, 12, 364, 208)),
@@ -122,9 +145,12 @@ CASES = (
 
 # Options to draw, and the parameters they should give: (inputs, outputs, **options) -> scalars.
 DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Callable[..., int]]] = {
-    FF: (
-        st.fixed_dictionaries({"width": st.integers(1, 9)}),
-        lambda i, o, width: width * (i + 1) + (width + 1) * o,
+    **dict.fromkeys(
+        (FF, SparseFF),
+        (
+            st.fixed_dictionaries({"width": st.integers(1, 9)}),
+            lambda i, o, width: width * (i + 1) + (width + 1) * o,
+        ),
     ),
     FFF: (
         st.fixed_dictionaries({"depth": st.integers(0, 5), "leaf_width": st.integers(1, 5)}),
@@ -164,6 +190,38 @@ DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Cal
     TreeFF: (
         st.fixed_dictionaries({"depth": st.integers(1, 8), "num_trees": st.integers(1, 3)}),
         lambda i, o, depth, num_trees: num_trees * (2**depth - 1) * (i + 1 + o) + o,
+    ),
+    **dict.fromkeys(
+        (SigmoidMoE, ExpertChoiceMoE),
+        (
+            st.integers(2, 6).flatmap(
+                lambda experts: st.fixed_dictionaries(
+                    {
+                        "num_experts": st.just(experts),
+                        "expert_width": st.integers(1, 5),
+                        "top_k": st.integers(2, experts),
+                    }
+                )
+            ),
+            lambda i, o, num_experts, expert_width, top_k: (
+                num_experts * (i + expert_width * (i + 1) + (expert_width + 1) * o)
+            ),
+        ),
+    ),
+    PEER: (
+        st.fixed_dictionaries(
+            {
+                "num_experts": st.sampled_from([4, 8, 9, 16, 18]),
+                "top_k": st.integers(1, 4),
+                "heads": st.integers(1, 4),
+                "query_width": st.sampled_from([2, 4, 6]),
+            }
+        ),
+        lambda i, o, num_experts, top_k, heads, query_width: (
+            num_experts * (i + o)
+            + heads * query_width * (i + 2)
+            + {4: 4, 8: 6, 9: 6, 16: 8, 18: 9}[num_experts] * query_width // 2
+        ),
     ),
     SwitchMoE: (
         st.fixed_dictionaries({"num_experts": st.integers(1, 6), "expert_width": st.integers(1, 5)}),

@@ -8,7 +8,7 @@ from processes import CONFIGS
 
 from fffexp.configs import expand, load_config
 from fffexp.errors import UserError
-from fffexp.layers import FF, FFF, Forest, NoisyTopKMoE, SwitchMoE
+from fffexp.layers import FF, FFF, Forest, NoisyTopKMoE, SparseFF, SwitchMoE
 from fffexp.training.losses import INVERSE_TEMPERATURE
 
 
@@ -61,7 +61,15 @@ def test_mistakes(text: str, message: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "layer"), [("ff", FF), ("fff", FFF), ("fff", Forest), ("moe", NoisyTopKMoE), ("switch", SwitchMoE)]
+    ("recipe", "layer"),
+    [
+        ("ff", FF),
+        ("fff", FFF),
+        ("fff", Forest),
+        ("moe", NoisyTopKMoE),
+        ("sparse_ff", SparseFF),
+        ("switch", SwitchMoE),
+    ],
 )
 def test_the_defaults_in_python_are_those_of_the_recipes(recipe: str, layer: type[FF]) -> None:
     weights = load_config(CONFIGS / "recipe" / f"{recipe}.yaml")["model"].get("aux_weights", {})

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.int64: 0.0, torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 
 
 def assert_close(actual: Tensor | None, expected: Tensor) -> None:

@@ -62,7 +62,8 @@ def _compiler() -> str | None:
 
 def _compile(compiler: str, library: Path) -> None:
     include = f"-isystem{_TORCH}/include"
-    units = {"operators": [f"{_SOURCES}/operators.cpp", include, f"{include}/torch/csrc/api/include", "-fopenmp"]}
+    torch_flags = [include, f"{include}/torch/csrc/api/include", "-fopenmp"]
+    units = {name: [f"{_SOURCES}/{name}.cpp", *torch_flags] for name in ("operators", "skip_zeros")}
     for name, flags in _INSTRUCTION_SETS.items():
         units[name] = [f"{_SOURCES}/kernel.cpp", f"-DKERNELS=kernels_{name}", *flags.split()]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

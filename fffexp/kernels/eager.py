@@ -1,6 +1,7 @@
 """The backend in plain torch operators: any device, any dtype, differentiable.
 
-Shape suffixes: B samples, R rows (samples or copies of them), G blocks, H hidden neurons, I inputs, O outputs.
+Shape suffixes: B samples, R rows (samples or copies of them), G blocks, C samples of a block, H hidden
+neurons, I inputs, O outputs.
 """
 
 import torch
@@ -50,3 +51,13 @@ def selected(x_BI: Tensor, block_BK: Tensor, weights_BK: Tensor | None, blocks: 
     if weights_BK is not None:
         y_RO = y_RO * weights_BK.flatten()[order_R].to(y_RO.dtype).unsqueeze(1)
     return torch.zeros(batch, w2.shape[2], dtype=y_RO.dtype, device=y_RO.device).index_add(0, sample_R, y_RO)
+
+
+def chosen_samples(x_BI: Tensor, sample_GC: Tensor, weights_GC: Tensor, blocks: Blocks, hidden: Activation) -> Tensor:
+    """(B, O): each block evaluates its C samples; a sample gets the sum of what chose it, by weight."""
+    w1, b1, w2, b2 = blocks
+    h_GCH = hidden(torch.baddbmm(b1.unsqueeze(1), x_BI[sample_GC], w1.mT))
+    y_GCO = torch.baddbmm(b2.unsqueeze(1), h_GCH, w2)
+    y_GCO = y_GCO * weights_GC.to(y_GCO.dtype).unsqueeze(2)
+    zeros = torch.zeros(len(x_BI), w2.shape[2], dtype=y_GCO.dtype, device=y_GCO.device)
+    return zeros.index_add(0, sample_GC.flatten(), y_GCO.flatten(0, 1))

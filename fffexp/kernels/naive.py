@@ -85,9 +85,49 @@ def moe(x_BI: Tensor, logits_BE: Tensor, k: int, blocks: Blocks, activation: Act
     return selected(x_BI, chosen[:, :k].tolist(), torch.softmax(values[:, :k], dim=1), blocks, activation)
 
 
-def switch(x_BI: Tensor, logits_BE: Tensor, blocks: Blocks, activation: Activation) -> Tensor:
-    """(B, in) -> (B, out): the expert of the largest logit, weighted by its softmax over all."""
-    chosen = logits_BE.argmax(dim=1, keepdim=True)
+def peer(
+    x_BI: Tensor,
+    query_BHQ: Tensor,
+    keys: tuple[Tensor, Tensor],
+    k: int,
+    hidden_weight: Tensor,
+    output_weight: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """(B, in) -> (B, out): for each head the k neurons of the best keys, of all pairs, weighted by their softmax."""
+    pairs = torch.stack([torch.cat((first, second)) for first in keys[0] for second in keys[1]])
+    rows = []
+    for x, heads in zip(x_BI, query_BHQ, strict=True):
+        row = x.new_zeros(output_weight.shape[1])
+        for query in heads:
+            scores = pairs @ query
+            chosen = scores.argsort(descending=True, stable=True)[:k].tolist()
+            for weight, neuron in zip(torch.softmax(scores[chosen], dim=0), chosen, strict=True):
+                row = row + weight * activation((hidden_weight[neuron] @ x).unsqueeze(0)) * output_weight[neuron]
+        rows.append(row)
+    return torch.stack(rows) if rows else x_BI.new_zeros(0, output_weight.shape[1])
+
+
+def sigmoid_moe(
+    x_BI: Tensor, logits_BE: Tensor, bias_E: Tensor, k: int, blocks: Blocks, activation: Activation
+) -> Tensor:
+    """(B, in) -> (B, out): the k experts of the largest sigmoid plus bias, weighted by sigmoids that sum to 1."""
+    scores = torch.sigmoid(logits_BE)
+    chosen = (scores + bias_E).argsort(dim=1, descending=True, stable=True)[:, :k]
+    weights = scores.gather(1, chosen)
+    return selected(x_BI, chosen.tolist(), weights / weights.sum(1, keepdim=True), blocks, activation)
+
+
+def expert_choice(x_BI: Tensor, logits_BE: Tensor, cutoff_E: Tensor, blocks: Blocks, activation: Activation) -> Tensor:
+    """(B, in) -> (B, out): the experts whose softmax over all reaches their cutoff, weighted by it."""
+    weights = torch.softmax(logits_BE, dim=1)
+    weights = torch.where(weights >= cutoff_E, weights, 0)
+    return selected(x_BI, [range(len(cutoff_E))] * len(x_BI), weights, blocks, activation)
+
+
+def switch(x_BI: Tensor, logits_BE: Tensor, blocks: Blocks, activation: Activation, k: int = 1) -> Tensor:
+    """(B, in) -> (B, out): the k experts of the largest logits, weighted by their softmax over all."""
+    chosen = logits_BE.argsort(dim=1, descending=True, stable=True)[:, :k]
     return selected(x_BI, chosen.tolist(), torch.softmax(logits_BE, dim=1).gather(1, chosen), blocks, activation)
 
 

@@ -106,11 +106,9 @@ class FeedforwardLayer(nn.Module, ABC):
         def note(_: Tensor) -> None:  # holds no tensor, for the graph holds it
             ran.append(True)
 
-        compiling = torch.compiler.is_compiling()
-        # a checkpoint computes the pass again within backward
-        if not torch.is_grad_enabled() or not (compiling or torch._C._current_graph_task_id() == -1):
+        if not torch.is_grad_enabled() or recomputing():
             return
-        if compiling:  # guards would follow the length of a list that grows
+        if torch.compiler.is_compiling():  # guards would follow the length of a list that grows
             self._passes, self._overwritten = [(routing, ran, bool)], bool(self._passes)
             return
         if output.requires_grad:
@@ -299,15 +297,23 @@ class BlockLayer(FeedforwardLayer):
     router_rows = 1  # weights of a deciding neuron, in rows of the input's width
 
     def _count(
-        self, width: tuple[int, int], deciding: tuple[int, int], blocks: int, fix: str, dropout: float, **factory: Any
+        self,
+        width: tuple[int, int],
+        deciding: tuple[int, int],
+        blocks: int,
+        fix: str,
+        dropout: float,
+        scalars: int | None = None,
+        **factory: Any,
     ) -> None:
-        """Note the neurons, (all, those of one sample); a ValueError if memory cannot hold the weights."""
+        """Note the neurons, (all, those of one sample); a ValueError if memory cannot hold the weights, `scalars`."""
         self.num_experts, self.dropout = blocks, probability("dropout", dropout)
         self.training_width, self.inference_width = width
         self.training_size, self.inference_size = width[0] + deciding[0], width[1] + deciding[1]
         self.flops_per_sample = 2 * (self.inference_size * self.in_features + width[1] * self.out_features)
         rows = width[0] + self.router_rows * deciding[0]
-        scalars = rows * (self.in_features + 1) + (width[0] + blocks) * self.out_features
+        of_blocks = rows * (self.in_features + 1) + (width[0] + blocks) * self.out_features
+        scalars = of_blocks if scalars is None else scalars
         needed, memory = scalars * (factory["dtype"] or torch.get_default_dtype()).itemsize, physical_memory()
         if needed > memory and torch.device(factory["device"] or torch.get_default_device()).type == "cpu":
             # whole numbers, for no float holds 2 to the power of an absurd depth
@@ -339,6 +345,11 @@ def physical_memory() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return float("inf")
+
+
+def recomputing() -> bool:
+    """Whether a checkpoint computes a pass again within backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def decision_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

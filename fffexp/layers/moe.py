@@ -66,8 +66,40 @@ class GatedExperts(BlockLayer):
     def weights_read(self, x: Tensor) -> int:
         return self.gate_weight.numel() + len(self.route(x).unique()) * self.experts.scalars
 
+    def _reset_narrow(self) -> None:
+        """Draw a gate of a tenth of the usual variance, cut at two deviations (arXiv 2101.03961, section 2.4)."""
+        std = (0.1 / self.in_features) ** 0.5
+        nn.init.trunc_normal_(self.gate_weight, std=std, a=-2 * std, b=2 * std)
 
-class NoisyTopKMoE(GatedExperts):
+
+class NormalizedExperts(GatedExperts):
+    """A mixture whose weights sum to 1 over the chosen experts: the weight of a single one does not train the gate."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int, int],
+        activation: Activation,
+        dropout: float,
+        trainable: bool,
+        **factory: Any,
+    ) -> None:
+        super().__init__(sizes, activation, dropout, **factory)
+        self.trainable = trainable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.trainable and torch.is_grad_enabled():
+            self.check_trainable()
+        return super().forward(x)
+
+    def check_trainable(self) -> None:
+        if self.top_k == 1 and self.num_experts > 1:
+            raise ValueError(
+                "top_k is 1: a weight that is normalized over one expert is 1 and gives the gate no gradient from "
+                "the prediction loss; train with top_k >= 2 (SwitchMoE is the form that trains at top_k = 1)"
+            )
+
+
+class NoisyTopKMoE(NormalizedExperts):
     """Sparsely gated mixture of experts (Shazeer et al., arXiv 1701.06538, section 2).
 
     Rows are dispatched to their k experts alone, in training too. Noise on the gate in training only.
@@ -102,8 +134,7 @@ class NoisyTopKMoE(GatedExperts):
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = in_features, out_features, num_experts, expert_width, top_k
-        super().__init__(sizes, activation, dropout, device=device, dtype=dtype)
-        self.trainable = trainable
+        super().__init__(sizes, activation, dropout, trainable, device=device, dtype=dtype)
         self.noise_weight = nn.Parameter(torch.empty_like(self.gate_weight))
         self.reset_parameters()
 
@@ -114,8 +145,6 @@ class NoisyTopKMoE(GatedExperts):
             nn.init.zeros_(parameter)
 
     def _decide(self, rows: Tensor) -> tuple[Tensor, Tensor, Any]:
-        if self.training and self.trainable and torch.is_grad_enabled():
-            self.check_trainable()
         logits = clean = decision_logits(rows, self.gate_weight)
         if self.training:
             sigma = F.softplus(decision_logits(rows, self.noise_weight))
@@ -131,13 +160,6 @@ class NoisyTopKMoE(GatedExperts):
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         x = x.double()
         return naive.moe(x, x @ self.gate_weight.double().T, self.top_k, *self.experts.exact())
-
-    def check_trainable(self) -> None:
-        if self.top_k == 1 and self.num_experts > 1:
-            raise ValueError(
-                "top_k is 1: the softmax of one number gives a noisy top-k gate no gradient from the prediction loss; "
-                "train with top_k >= 2 (SwitchMoE, a Switch gate, is the form that trains at top_k = 1)"
-            )
 
 
 class SwitchMoE(GatedExperts):
@@ -174,8 +196,7 @@ class SwitchMoE(GatedExperts):
 
     def reset_parameters(self) -> None:
         self.experts.reset_parameters()
-        std = (0.1 / self.in_features) ** 0.5  # section 2.4: a tenth of the usual variance, cut at two deviations
-        nn.init.trunc_normal_(self.gate_weight, std=std, a=-2 * std, b=2 * std)
+        self._reset_narrow()
 
     def _decide(self, rows: Tensor) -> tuple[Tensor, Tensor, Any]:
         logits = decision_logits(rows, self.gate_weight)

@@ -14,10 +14,10 @@ from fffexp.routing.tree import TreeRouting
 
 @dataclass(frozen=True)
 class GateRouting:
-    """What one training pass of a noisy gate leaves behind for losses and metrics."""
+    """What one training pass of a top-k gate leaves behind for losses and metrics."""
 
     weights_BG: Tensor  # gate values, zero where an expert was not chosen
-    load_G: Tensor  # smooth estimate of how many samples each expert gets
+    load_G: Tensor  # how many samples each expert gets, or a smooth estimate
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,14 @@ class SwitchRouting:
 
     weights_BG: Tensor  # softmax over all experts
     block_B: Tensor  # the expert that was chosen
+
+
+@dataclass(frozen=True)
+class ExpertChoiceRouting:
+    """What one training pass of expert choice leaves behind for metrics."""
+
+    weights_BG: Tensor  # softmax over all experts
+    taken_B: Tensor  # experts that chose the sample
 
 
 def kth_excluding(logits_BE: Tensor, k: int) -> Tensor:
@@ -64,6 +72,12 @@ def importance(routing: GateRouting | TreeRouting) -> Tensor:
     return cv_squared(routing.weights_BG.sum(0))
 
 
+def max_violation(routing: GateRouting) -> Tensor:
+    """How far the largest load is above the mean, as a share of that: 0 if even (arXiv 2408.15664, equation 4)."""
+    mean = routing.load_G.mean()
+    return (routing.load_G.max() - mean) / mean.clamp_min(torch.finfo(mean.dtype).tiny)
+
+
 def load(routing: GateRouting) -> Tensor:
     """CV^2 of the estimated number of samples per expert."""
     return cv_squared(routing.load_G)
@@ -79,6 +93,11 @@ def balance(routing: SwitchRouting | TreeRouting) -> Tensor:
     return blocks * (block_counts(routing.block_B, blocks) / batch * routing.weights_BG.sum(0) / batch).sum()
 
 
-def gate_entropy(routing: GateRouting | SwitchRouting) -> Tensor:
+def dropped_samples(routing: ExpertChoiceRouting) -> Tensor:
+    """Share of the samples that no expert chose."""
+    return (routing.taken_B == 0).to(routing.weights_BG.dtype).mean()
+
+
+def gate_entropy(routing: GateRouting | SwitchRouting | ExpertChoiceRouting) -> Tensor:
     """Entropy in nats of the mean gate over the experts; log of their number if they are used alike."""
     return torch.special.entr(routing.weights_BG.mean(0)).sum()

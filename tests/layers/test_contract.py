@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DRAWN, IN, OUT, Case, inputs, loss_of, randomized, routing_tensors
+from cases import CASES, DRAWN, IN, OUT, Case, inputs, loss_of, randomized, records, routing_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_all_close, assert_close
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fffexp.layers
 from fffexp import auxiliary_loss
-from fffexp.layers import FFF, FeedforwardLayer, Forest, TreeFF
+from fffexp.layers import FFF, FeedforwardLayer, Forest, SparseFF, TreeFF
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -146,7 +146,8 @@ def test_autocast(case: Case) -> None:
     assert output.dtype == torch.bfloat16
     assert_close(output, exact)
     assert all(t.dtype == torch.float32 for t in decided(layer))
-    assert_all_close(routing_tensors_as_float(layer), routing)
+    if case.layer is not SparseFF:  # which decides by its activations, in the lower precision
+        assert_all_close(routing_tensors_as_float(layer), routing)
     loss_of(layer, output).backward()
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in parameter_gradients(layer).values())
 
@@ -205,7 +206,7 @@ def test_copies_leave_routing_behind(case: Case, duplicate: Any) -> None:
     layer(inputs(5))
     twin = duplicate(layer)
     assert twin.routing is None
-    assert len(layer.routings) == bool(layer.aux_losses)
+    assert len(layer.routings) == records(layer)
     twin(inputs(5))
     layer(inputs(5))
     assert torch.equal(run(twin.eval(), inputs(5)), run(layer.eval(), inputs(5)))
@@ -232,7 +233,7 @@ def test_routing_accumulates_until_it_is_cleared(case: Case) -> None:
         layer(inputs(5))
     assert layer.routing is None, "written without gradients"
     outputs = [layer(inputs(rows)) for rows in (5, 3)]
-    if not layer.aux_losses:
+    if not records(layer):
         assert layer.routing is None
         assert layer.routings == []
         return
@@ -273,7 +274,7 @@ def test_passes_whose_backward_has_run_make_room(case: Case) -> None:
     layer = case.make()
     for _ in range(3):  # a loop that reads no routing
         layer(inputs(9)).sum().backward()
-        assert len(layer.routings) == bool(layer.aux_losses)
+        assert len(layer.routings) == records(layer)
     for _ in range(40):  # nor runs backward
         layer(inputs(9))
     assert len(layer.routings) <= 20
@@ -297,9 +298,9 @@ def test_a_pass_keeps_the_temperature_it_had(case: Case) -> None:
 def test_recomputation_within_backward_is_not_recorded(case: Case, reentrant: bool) -> None:
     layer, x = case.make(), inputs(9).requires_grad_()
     output = checkpoint(layer, x, use_reentrant=reentrant)
-    assert len(layer.routings) == (0 if reentrant else bool(layer.aux_losses))
+    assert len(layer.routings) == (0 if reentrant else records(layer))
     output.sum().backward()
-    assert len(layer.routings) == (0 if reentrant else bool(layer.aux_losses))
+    assert len(layer.routings) == (0 if reentrant else records(layer))
 
 
 @every_case
@@ -313,7 +314,7 @@ def test_weights_can_be_made_later(case: Case) -> None:
         later = case.layer(IN, OUT, **case.options)
     later.to_empty(device="cpu")
     for tensor in later.state_dict().values():
-        tensor.fill_(math.nan)
+        tensor.fill_(math.nan if tensor.is_floating_point() else 7)
     for layer in (later, made):
         torch.manual_seed(3)
         layer.reset_parameters()

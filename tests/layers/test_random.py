@@ -10,7 +10,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fffexp.layers import FF, FFF, Forest, NoisyTopKMoE, SwitchMoE
+from fffexp.layers import FF, FFF, PEER, ExpertChoiceMoE, Forest, NoisyTopKMoE, SigmoidMoE, SparseFF, SwitchMoE
 from fffexp.layers.random import Dropout, normal_like, seed_generators, uniform_like
 from fffexp.models import ViT
 
@@ -43,6 +43,7 @@ def stacked(modules: list[nn.Module], x: Tensor) -> Tensor:
         partial(NoisyTopKMoE, num_experts=4, expert_width=3),
         partial(NoisyTopKMoE, num_experts=4, expert_width=3, top_k=4),
         partial(SwitchMoE, num_experts=4, expert_width=3),
+        partial(SparseFF, width=9, dropout=0.4),
     ],
 )
 @pytest.mark.parametrize("routing_mode", ["soft", "hard"])
@@ -84,6 +85,10 @@ def test_vectorized_is_another_way_to_the_same_result() -> None:
 
 def test_sparse_gradients_have_no_seed_axis() -> None:
     assert not FFF(16, 8, 3, 2, trained="chosen_leaf").vectorizable
+    # their buffers follow the batches of one seed
+    assert not SigmoidMoE(16, 8, 4, 3).vectorizable
+    assert not ExpertChoiceMoE(16, 8, 4, 3).vectorizable
+    assert not PEER(16, 8, 16).vectorizable
 
 
 @pytest.mark.parametrize("draw", [normal_like, uniform_like])
