@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fffexp.adapt.find import MLP, Select, find_mlps, required, watched
-from fffexp.adapt.replace import Replacement, build, put
+from fffexp.adapt.find import Select, find_mlps
+from fffexp.adapt.mlp import MLP
+from fffexp.adapt.probe import required, watched
+from fffexp.adapt.replace import Replacements, build, put
 from fffexp.layers.base import FeedforwardLayer, LayerFactory
 from fffexp.training.losses import anneal, auxiliary_loss
 from fffexp.training.schedules import Exponential
@@ -33,7 +35,7 @@ def convert_feedforward(
     select: Select | None = None,
     steps: int = 2000,
     lr: float = 1e-3,
-) -> list[Replacement]:
+) -> Replacements:
     """Replace the MLPs of a trained model by layers that compute nearly the same.
 
     A tree's nodes split the inputs in halves along the direction that explains most of the outputs. A leaf, or a dense
@@ -62,7 +64,7 @@ def convert_feedforward(
             a layer that cannot be trained so (sparse gradients, a gate without gradients).
     """
     _refuse_one_batch(model, batches)
-    mlps = find_mlps(model, select)
+    mlps, left = find_mlps(model, select)
     ready: list[tuple[MLP, FeedforwardLayer, float, float]] = []
     warned = False
     for mlp, (train, held_out) in zip(mlps, _watch(model, mlps, batches), strict=True):
@@ -84,7 +86,7 @@ def convert_feedforward(
             found = f"the layer that replaces {mlp.name or 'the MLP'} has an error of {final:.3g}, a constant has 1"
             warnings.warn(f"{found}: use more steps, or another layer", stacklevel=2)
         ready.append((mlp, layer.to(dtype).train(mode), initial, final))
-    return [put(mlp, layer, *errors) for mlp, layer, *errors in ready]
+    return Replacements((put(mlp, layer, *errors) for mlp, layer, *errors in ready), left)
 
 
 def _refuse_one_batch(model: nn.Module, batches: Any) -> None:

@@ -1,12 +1,13 @@
 """Feedforward layers in models that exist: the MLPs of a model are found, checked and replaced."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import nan
 
 from torch import nn
 
-from fffexp.adapt.find import MLP, Select, find_mlps
+from fffexp.adapt.find import Select, find_mlps
+from fffexp.adapt.mlp import MLP
 from fffexp.layers.base import SIZES, FeedforwardLayer, LayerFactory
 
 
@@ -27,9 +28,15 @@ class Replacement:
     final_error: float = nan
 
 
-def replace_feedforward(
-    model: nn.Module, layer_factory: LayerFactory, select: Select | None = None
-) -> list[Replacement]:
+class Replacements(list[Replacement]):
+    """The replacements in the order of the model's modules, and why what else looks like an MLP stayed, by path."""
+
+    def __init__(self, made: Iterable[Replacement], left: Mapping[str, str]) -> None:
+        super().__init__(made)
+        self.left = left
+
+
+def replace_feedforward(model: nn.Module, layer_factory: LayerFactory, select: Select | None = None) -> Replacements:
     """Put a layer in the place of each MLP of a model, which is changed; returns them in the order of its modules.
 
     Known are: modules of two linear layers with an activation between them (timm, GPT-2, FF), gated ones of three
@@ -51,9 +58,9 @@ def replace_feedforward(
         ValueError: there is no MLP, or none that is selected, its weights are on the meta device, or the factory makes
             something else than a layer of the sizes that it is given.
     """
-    mlps = find_mlps(model, select)
+    mlps, left = find_mlps(model, select)
     layers = [build(mlp, layer_factory) for mlp in mlps]  # all can be made, or nothing is changed
-    return [put(mlp, layer) for mlp, layer in zip(mlps, layers, strict=True)]
+    return Replacements((put(mlp, layer) for mlp, layer in zip(mlps, layers, strict=True)), left)
 
 
 def build(mlp: MLP, layer_factory: LayerFactory) -> FeedforwardLayer:

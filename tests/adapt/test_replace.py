@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from adapt.same_weights import copy_weights
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoConfig,
     AutoModel,
     BartConfig,
@@ -16,6 +19,10 @@ from transformers import (
     BertConfig,
     BertModel,
     BigBirdPegasusConfig,
+    BloomConfig,
+    BloomModel,
+    ConvNextConfig,
+    ConvNextModel,
     GPT2Config,
     GPT2LMHeadModel,
     LEDConfig,
@@ -23,6 +30,8 @@ from transformers import (
     LlamaModel,
     ModernBertConfig,
     ModernBertModel,
+    MptConfig,
+    MptModel,
     OPTConfig,
     OPTModel,
     Phi3Config,
@@ -36,7 +45,7 @@ from transformers import (
 )
 
 import fffexp
-from fffexp.adapt.replace import Replacement, replace_feedforward
+from fffexp.adapt.replace import replace_feedforward
 from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
 
 D, H = 16, 24  # features and hidden neurons of every model below
@@ -96,29 +105,32 @@ MODELS: dict[str, tuple[Make, Given, Make | None, int]] = {
         lambda: ModernBertModel(ModernBertConfig(**SIZES, **TOKENS, cls_token_id=0, sep_token_id=1)), tokens, None, 2,
     ),
     "phi3": (lambda: Phi3Model(Phi3Config(**SIZES, **TOKENS, num_key_value_heads=4)), tokens, None, 2),
+    "albert": (
+        lambda: AlbertModel(AlbertConfig(embedding_size=D, **SIZES, **TOKENS)),
+        tokens, partial(nn.GELU, approximate="tanh"), 1,
+    ),
+    "bloom": (
+        lambda: BloomModel(BloomConfig(hidden_size=D, n_layer=2, n_head=4, **TOKENS)),
+        tokens, partial(nn.GELU, approximate="tanh"), 2,
+    ),
+    "mpt": (lambda: MptModel(MptConfig(d_model=D, n_layers=2, n_heads=4, **TOKENS)), tokens, nn.GELU, 2),
+    "convnext": (
+        lambda: ConvNextModel(
+            ConvNextConfig(hidden_sizes=[D, D], depths=[1, 1], num_stages=2, layer_scale_init_value=0.5)
+        ),
+        lambda: {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}, nn.GELU, 2,
+    ),
     "sequential": (
         lambda: nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Dropout(0.1), nn.Linear(H, D), nn.LayerNorm(D)),
         lambda: {"input": x()["x"]}, nn.ReLU, 1,
     ),
 }  # fmt: skip
+WIDER = "bloom", "mpt", "convnext"  # always four times as wide
 
 
 def output(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
     found: Any = model(**given)
     return found if isinstance(found, Tensor) else found[0]
-
-
-def copy_weights(replacement: Replacement) -> None:
-    """Make the new FF compute what the old MLP did."""
-    linears: list[Any] = [
-        m for m in replacement.old.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
-    ]
-    assert isinstance(replacement.new, FF)
-    for old, new in zip(linears, (replacement.new.network[0], replacement.new.network[3]), strict=True):
-        weight = old.weight if isinstance(old, nn.Linear) else old.weight.T
-        with torch.no_grad():
-            new.weight.copy_(weight)
-            new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
 
 
 @pytest.mark.parametrize("name", [name for name, (*_, activation, _) in MODELS.items() if activation])
@@ -129,7 +141,7 @@ def test_a_dense_layer_of_the_same_weights_changes_nothing(name: str) -> None:
     model = make().eval()
     with torch.no_grad():
         before = output(model, given())
-        replaced = replace_feedforward(model, partial(FF, width=H, activation=activation))
+        replaced = replace_feedforward(model, partial(FF, width=4 * D if name in WIDER else H, activation=activation))
         changed = output(model, given())
         for each in replaced:
             copy_weights(each)
@@ -300,21 +312,51 @@ def test_gradient_checkpointing(name: str) -> None:
         fffexp.auxiliary_loss(model)
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    {
-        "albert": SIZES,
-        "bloom": {"hidden_size": D, "n_layer": 1, "n_head": 4},
-        "mixtral": SIZES | {"num_key_value_heads": 4, "num_local_experts": 2},
-        "mpt": {"d_model": D, "n_layers": 1, "n_heads": 4},
-        "xlnet": {"d_model": D, "n_layer": 1, "n_head": 4, "d_inner": H},
-    }.items(),
-)
-def test_mlps_of_another_form_stay(name: str, sizes: dict[str, int]) -> None:
+def test_mlps_of_another_form_stay() -> None:
     """Those that the README names."""
-    model = AutoModel.from_config(AutoConfig.for_model(name, **TOKENS | sizes))
+    model = AutoModel.from_config(AutoConfig.for_model("xlnet", d_model=D, n_layer=1, n_head=4, d_inner=H, **TOKENS))
     with pytest.raises(ValueError, match="holds no MLP of a known form"):
         replace_feedforward(model, TREE)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "replaced", "holder"),
+    [
+        ("mixtral", {"num_local_experts": 2}, [], "mlp.experts"),
+        ("granitemoe", {"num_local_experts": 2}, [], "block_sparse_moe.experts"),
+        ("jetmoe", {"num_local_experts": 2, "num_experts_per_tok": 2, "kv_channels": 4}, [], "mlp"),
+        ("gpt_oss", {"num_local_experts": 2, "head_dim": 4}, [], "mlp.experts"),
+        (
+            "qwen2_moe",
+            {"num_experts": 2, "moe_intermediate_size": H, "shared_expert_intermediate_size": H},
+            ["layers.0.mlp.shared_expert", "layers.1.mlp.shared_expert"],
+            "mlp.experts",
+        ),
+        (
+            "deepseek_v3",
+            {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 4,
+             "q_lora_rank": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "qk_nope_head_dim": 4,
+             "moe_intermediate_size": H},
+            ["layers.0.mlp", "layers.1.mlp.shared_experts"],
+            "mlp.experts",
+        ),
+    ],
+)  # fmt: skip
+def test_routed_experts_stay_and_are_reported(
+    name: str, sizes: dict[str, int], replaced: list[str], holder: str
+) -> None:
+    model = AutoModel.from_config(AutoConfig.for_model(name, **TOKENS | SIZES | {"num_key_value_heads": 4} | sizes))
+    layers = [i for i in range(2) if (name, i) != ("deepseek_v3", 0)]
+    if not replaced:
+        with pytest.raises(
+            ValueError, match=rf"holds no MLP of a known form.*; layers\.0\.{holder}: .* routed experts"
+        ):
+            replace_feedforward(model, TREE)
+        return
+    found = replace_feedforward(model, TREE)
+    assert [each.name for each in found] == replaced
+    assert list(found.left) == [f"layers.{i}.{holder}" for i in layers]
+    assert "routed experts" in found.left[f"layers.1.{holder}"]
 
 
 def test_a_block_that_cannot_be_run_alone_stays() -> None:
@@ -328,7 +370,8 @@ def test_swin_v2_adds_its_residual_outside() -> None:
     config = Swinv2Config(image_size=8, patch_size=2, embed_dim=D, depths=[1], num_heads=[2], window_size=2)
     found = replace_feedforward(Swinv2Model(config), TREE)
     block = "encoder.layers.0.blocks.0"
-    assert [each.name for each in found] == [block, f"{block}.attention.self.continuous_position_bias_mlp.0"]
+    assert [each.name for each in found] == [block]
+    assert list(found.left) == [f"{block}.attention.self.continuous_position_bias_mlp.0"]
 
 
 class Held(nn.Module):

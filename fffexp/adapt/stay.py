@@ -1,0 +1,116 @@
+"""What stays as it is in a model, and why."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import nn
+
+from fffexp.adapt.block import Block, takes
+from fffexp.adapt.mlp import MLP, linear_of
+from fffexp.adapt.probe import probe_rows, run, same, state_of
+from fffexp.layers import FeedforwardLayer, feedforward_layers
+
+NO_RESIDUAL = "nothing is added to its output, so it is no block's MLP; select takes it"
+
+
+def why_not_safe(mlp: MLP, model: nn.Module) -> str:
+    """Why the model might compute something else with a layer that computes what this MLP does; "" if it does not."""
+    for linear in mlp.linears:
+        if not _is_plain(linear.module):
+            return f"its linear layers are more than that ({_opaque(linear.module)}"
+    # a plain nn.Sequential runs its parts in a row, but what holds it may run them in another way
+    holder = next((m for m in _around(mlp, model) if type(m).forward is not nn.Sequential.forward), None)
+    if mlp.run or not holder:
+        return ""
+    kind, block = type(holder).__name__, Block(holder, mlp.widths[0])
+    equal = block.takes_a_layer(mlp.parts(holder)) if block.inputs else None
+    if equal is None:
+        return f"{kind} has a forward of its own, which cannot be run alone" if mlp.run is False else ""
+    return "" if equal else f"{kind} does more with its parts than to run them in a row"
+
+
+def why_no_block(mlp: MLP, model: nn.Module) -> str:
+    """Why this is not the MLP of a block; "" if it is, or if that cannot be seen."""
+    taken, given = mlp.widths
+    if taken != given:
+        return f"it makes {given} features of {taken}, so it is no block's MLP; select takes it"
+    outside = model
+    for holder in _around(mlp, model):
+        block = Block(holder, taken)
+        if not block.inputs:
+            outside = holder
+            break
+        if (added := block.adds(mlp.parts(holder), given)) is not None:
+            return "" if added else NO_RESIDUAL
+    # of positions, say: what is around it knows no features of that number
+    own = {p for linear in mlp.linears for p in linear.module.parameters()}
+    others = [p for p in outside.parameters() if p not in own and p.dim()]
+    return "" if not others or any(takes(p) == taken for p in others) else NO_RESIDUAL
+
+
+def is_linear(model: nn.Module) -> bool:
+    """Whether linear layers hold all the weights, but for scales and biases: then the model itself is an MLP."""
+    own = {p for m in model.modules() if linear_of(m) for p in m.parameters()}
+    return all(p in own or p.dim() < 2 for p in model.parameters())
+
+
+def routed_experts(model: nn.Module) -> dict[str, str]:
+    """Modules that hold the weights of several experts in one, by path."""
+    ours = {m for layer in feedforward_layers(model).values() for m in layer.modules()}
+    holders = [
+        name
+        for name, module in model.named_modules()
+        if module not in ours and not isinstance(module, nn.modules.conv._ConvNd)
+        for p in module.parameters(recurse=False)
+        if p.dim() == 3 and len(p) > 1
+    ]
+    # up and down in one module, or in one each
+    counts = Counter(name if holders.count(name) > 1 else name.rpartition(".")[0] for name in holders)
+    kinds = {name: type(model.get_submodule(name)).__name__ for name, count in counts.items() if count > 1}
+    return {name: f"{kind} holds routed experts, which are not replaced" for name, kind in kinds.items()}
+
+
+def opaque_linears(model: nn.Module) -> dict[str, str]:
+    """Layers of an MLP's features that are no plain linear layers, by the path of the first."""
+    inside = {m for layer in feedforward_layers(model).values() for m in layer.modules()}
+    linears: list[tuple[str, nn.Module, tuple[int, int]]] = []
+    for name, module in model.named_modules():
+        taken, given = (getattr(module, key, None) for key in ("in_features", "out_features"))
+        if module not in inside and isinstance(taken, int) and isinstance(given, int):
+            linears.append((name, module, (taken, given)))
+            inside |= {*module.modules()}
+    return {
+        name: f"its linear layers are {_opaque(up if not linear_of(up) else down)}"
+        for (name, up, sizes), (_, down, back) in pairwise(linears)
+        if sizes == back[::-1] and sizes[0] != sizes[1] and not (linear_of(up) and linear_of(down))
+    }
+
+
+def _opaque(module: nn.Module) -> str:
+    kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
+    if any("lora" in name or name == "base_layer" for name, _ in module.named_children()):
+        return f"{kind}, an adapter: merge it first (in peft: model = model.merge_and_unload())"
+    return f"{kind}: replace first, and quantise or wrap what is left afterwards"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    # whether it computes what a linear layer of its weight and bias does
+    if type(module).forward is nn.Linear.forward or not isinstance(module, nn.Linear):
+        return True
+    state = state_of(module)
+    x = probe_rows(module.in_features, module.weight)
+    return "weight" in state and same(F.linear(x, state["weight"], state.get("bias")), run(module, x)[0])
+
+
+def _around(mlp: MLP, model: nn.Module) -> Iterator[nn.Module]:
+    # the modules that hold its place, from the inner to the outer; the model only if it has to be run
+    place, parts = mlp.places[0][0], mlp.name.split(".")
+    for end in range(len(parts), 0, -1):
+        holder = model.get_submodule(".".join(parts[:end]))
+        runs = not isinstance(holder, nn.ModuleList | nn.ModuleDict | FeedforwardLayer)
+        if runs and place in holder.modules() and (holder is not model):
+            yield holder
+    if mlp.run is False and place is model:
+        yield model
