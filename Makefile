@@ -29,6 +29,7 @@ setup: .venv/.complete ## create .venv from pinned versions and compile (done by
 	$(PIP) -e '.[postgres]'
 	# apart from the rest: the torchvision that timm imports is a CUDA build, and beside a CPU torch torchmetrics trips on it
 	$(PIP) --no-deps --upgrade --target .venv/timm timm torchvision
+	$(PIP) --no-deps --upgrade --target .venv/adapters peft torchao
 	@touch $@
 
 study: setup ## the main job: which layer for the embedded digits, over depth and leaf width

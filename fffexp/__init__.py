@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fffexp.adapt.distil import convert_feedforward
+    from fffexp.adapt.pretrained import load_pretrained
     from fffexp.adapt.replace import replace_feedforward
     from fffexp.data import IDX, Arrays, Digits, FashionMNIST, Hub, ImageFolder, Table, Text
     from fffexp.layers import (
@@ -35,12 +36,13 @@ __all__ = [
     "Exponential", "FashionMNIST", "FeedforwardLayer", "Forest", "Hub", "ImageFolder", "LanguageModelTask",
     "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE", "RegressionTask", "Schedule", "SigmoidMoE", "SparseFF",
     "Step", "SwitchMoE", "Table", "Task", "Text", "TreeFF", "anneal", "auxiliary_loss", "convert_feedforward",
-    "feedforward_layers", "replace_feedforward",
+    "feedforward_layers", "load_pretrained", "replace_feedforward",
 ]  # fmt: skip
 
 # imported when first asked for: torch and lightning take seconds, which --help and reports should not pay
 _HOMES = {
     "adapt.distil": ("convert_feedforward",),
+    "adapt.pretrained": ("load_pretrained",),
     "adapt.replace": ("replace_feedforward",),
     "data": ("IDX", "Arrays", "Digits", "FashionMNIST", "Hub", "ImageFolder", "Table", "Text"),
     "layers": (

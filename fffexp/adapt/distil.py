@@ -86,7 +86,7 @@ def convert_feedforward(
             found = f"the layer that replaces {mlp.name or 'the MLP'} has an error of {final:.3g}, a constant has 1"
             warnings.warn(f"{found}: use more steps, or another layer", stacklevel=2)
         ready.append((mlp, layer.to(dtype).train(mode), initial, final))
-    return Replacements((put(mlp, layer, *errors) for mlp, layer, *errors in ready), left)
+    return put(model, ready, left)
 
 
 def _refuse_one_batch(model: nn.Module, batches: Any) -> None:

@@ -41,7 +41,9 @@ def linear_of(module: Any) -> Linear | None:
     """The module as a linear layer, if it is one of dense weights."""
     weight, bias = (getattr(module, key, None) for key in ("weight", "bias"))
     dense = isinstance(module, nn.Linear)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not (dense or type(module).__name__ == "Conv1D"):
+    # quantised ones are of a class of their own, or of a byte or less
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
+    if not plain or weight.dim() != 2 or not (dense or type(module).__name__ == "Conv1D"):
         return None
     weight = weight if dense else weight.T
     return Linear(module, weight, weight.new_zeros(len(weight)) if bias is None else bias)

@@ -3,12 +3,15 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
 from torch import nn
 
 from fffexp.adapt.find import Select, find_mlps
 from fffexp.adapt.mlp import MLP
 from fffexp.layers.base import SIZES, FeedforwardLayer, LayerFactory
+
+MARK = "fffexp"  # what configs of Hugging Face call the entry of the replaced MLPs
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def replace_feedforward(model: nn.Module, layer_factory: LayerFactory, select: S
     """
     mlps, left = find_mlps(model, select)
     layers = [build(mlp, layer_factory) for mlp in mlps]  # all can be made, or nothing is changed
-    return Replacements((put(mlp, layer) for mlp, layer in zip(mlps, layers, strict=True)), left)
+    return put(model, [(mlp, layer) for mlp, layer in zip(mlps, layers, strict=True)], left)
 
 
 def build(mlp: MLP, layer_factory: LayerFactory) -> FeedforwardLayer:
@@ -78,8 +81,34 @@ def build(mlp: MLP, layer_factory: LayerFactory) -> FeedforwardLayer:
     return layer.to(weight.device, weight.dtype).train(mlp.module.training)
 
 
-def put(mlp: MLP, layer: FeedforwardLayer, *errors: float) -> Replacement:
-    """The layer in the place of the MLP."""
+def put(
+    model: nn.Module, ready: Iterable[tuple[MLP, FeedforwardLayer, *tuple[float, ...]]], left: Mapping[str, str]
+) -> Replacements:
+    """The layers in the places of the MLPs, with their errors; a config that would make the MLPs again is marked."""
+    made = Replacements((_put(mlp, layer, *errors) for mlp, layer, *errors in ready), left)
+    marked: list[int] = []
+    for path, holder in model.named_modules():  # a model before its parts, which may share its config
+        config: Any = getattr(holder, "config", None)
+        layers = {each.name.removeprefix(f"{path}."): shown(each.new) for each in made if _within(each.name, path)}
+        if layers and hasattr(holder, "save_pretrained") and hasattr(config, "to_dict") and id(config) not in marked:
+            before = getattr(config, "quantization_config", None)
+            before = before.get(MARK, {}).get("layers", {}) if isinstance(before, dict) else {}
+            # transformers reads this entry before all weights, and refuses one that does not say what made it
+            config.quantization_config = {MARK: {"load": "fffexp.load_pretrained", "layers": before | layers}}
+            marked.append(id(config))
+    return made
+
+
+def _within(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def shown(layer: FeedforwardLayer) -> str:
+    """The layer as print shows it, in one line."""
+    return " ".join(str(layer).split())
+
+
+def _put(mlp: MLP, layer: FeedforwardLayer, *errors: float) -> Replacement:
     new = nn.Sequential(layer, mlp.dropout) if mlp.dropout else layer
     for holder, key, value in mlp.places:
         setattr(holder, key, new if value is None else value)

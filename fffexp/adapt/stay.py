@@ -1,8 +1,7 @@
 """What stays as it is in a model, and why."""
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +18,7 @@ def why_not_safe(mlp: MLP, model: nn.Module) -> str:
     """Why the model might compute something else with a layer that computes what this MLP does; "" if it does not."""
     for linear in mlp.linears:
         if not _is_plain(linear.module):
-            return f"its linear layers are more than that ({_opaque(linear.module)}"
+            return f"a linear layer of it is {_opaque(linear.module)}"
     # a plain nn.Sequential runs its parts in a row, but what holds it may run them in another way
     holder = next((m for m in _around(mlp, model) if type(m).forward is not nn.Sequential.forward), None)
     if mlp.run or not holder:
@@ -50,6 +49,15 @@ def why_no_block(mlp: MLP, model: nn.Module) -> str:
     return "" if not others or any(takes(p) == taken for p in others) else NO_RESIDUAL
 
 
+def told(left: Mapping[str, str]) -> str:
+    """What stays, with each reason once."""
+    paths: dict[str, list[str]] = {}
+    for path, reason in left.items():
+        paths.setdefault(reason, []).append(path or "the model")
+    more = {reason: f" (and {len(names) - 1} more)" if len(names) > 1 else "" for reason, names in paths.items()}
+    return "; ".join(f"{names[0]}{more[reason]}: {reason}" for reason, names in paths.items())
+
+
 def is_linear(model: nn.Module) -> bool:
     """Whether linear layers hold all the weights, but for scales and biases: then the model itself is an MLP."""
     own = {p for m in model.modules() if linear_of(m) for p in m.parameters()}
@@ -73,26 +81,30 @@ def routed_experts(model: nn.Module) -> dict[str, str]:
 
 
 def opaque_linears(model: nn.Module) -> dict[str, str]:
-    """Layers of an MLP's features that are no plain linear layers, by the path of the first."""
+    """Layers of an MLP's features that are linear, but not by a weight of floating-point numbers, by path."""
     inside = {m for layer in feedforward_layers(model).values() for m in layer.modules()}
-    linears: list[tuple[str, nn.Module, tuple[int, int]]] = []
+    linears: list[tuple[str, nn.Module, int, int]] = []
     for name, module in model.named_modules():
-        taken, given = (getattr(module, key, None) for key in ("in_features", "out_features"))
-        if module not in inside and isinstance(taken, int) and isinstance(given, int):
-            linears.append((name, module, (taken, given)))
+        weight = linear.weight if (linear := linear_of(module)) else None
+        keys = ("in_features", "out_features")
+        sizes = weight.shape[::-1] if weight is not None else [getattr(module, key, None) for key in keys]
+        if module not in inside and all(isinstance(size, int) for size in sizes):
+            linears.append((name, module, *sizes))
             inside |= {*module.modules()}
-    return {
-        name: f"its linear layers are {_opaque(up if not linear_of(up) else down)}"
-        for (name, up, sizes), (_, down, back) in pairwise(linears)
-        if sizes == back[::-1] and sizes[0] != sizes[1] and not (linear_of(up) and linear_of(down))
-    }
+    left = {}
+    for first, second in (pair for step in (1, 2) for pair in zip(linears, linears[step:], strict=False)):
+        (_, _, taken, hidden), (_, _, back, given) = first, second
+        if taken == given != back and hidden in (back, 2 * back):  # gated: two up, or both in one
+            left |= {name: f"it is {_opaque(m)}" for name, m, _, _ in (first, second) if not linear_of(m)}
+    return left
 
 
 def _opaque(module: nn.Module) -> str:
-    kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
-    if any("lora" in name or name == "base_layer" for name, _ in module.named_children()):
-        return f"{kind}, an adapter: merge it first (in peft: model = model.merge_and_unload())"
-    return f"{kind}: replace first, and quantise or wrap what is left afterwards"
+    kind = type(module.weight if type(module) is nn.Linear else module)
+    name = f"{kind.__name__} of {kind.__module__.partition('.')[0]}"
+    if any("lora" in key or key == "base_layer" for key in {**module._modules, **module._parameters}):
+        return f"wrapped by an adapter ({name}): merge it first (in peft: model = model.merge_and_unload())"
+    return f"quantised, or more than a linear layer ({name}): replace first, quantise afterwards"
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -48,7 +48,11 @@ class FF(BlockLayer):
     def forward(self, x: Tensor) -> Tensor:
         network = self._modules["network"]
         up = network._modules["0"]  # type: ignore[union-attr] # attributes of a module take 0.7 us
-        return network(self._checked(x, up.weight.dtype))  # type: ignore[misc,union-attr,arg-type] # as above
+        try:
+            dtype = up.weight.dtype  # type: ignore[union-attr]
+        except AttributeError:  # quantised, by torch.ao
+            dtype = x.dtype
+        return network(self._checked(x, dtype))  # type: ignore[misc,arg-type] # as above
 
     def inference_backend(self) -> str:
         return "linear"  # torch's own products

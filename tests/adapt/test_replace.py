@@ -349,7 +349,7 @@ def test_routed_experts_stay_and_are_reported(
     layers = [i for i in range(2) if (name, i) != ("deepseek_v3", 0)]
     if not replaced:
         with pytest.raises(
-            ValueError, match=rf"holds no MLP of a known form.*; layers\.0\.{holder}: .* routed experts"
+            ValueError, match=rf"holds no MLP of a known form.*; layers\.0\.{holder} \(and 1 more\): .* routed experts"
         ):
             replace_feedforward(model, TREE)
         return
