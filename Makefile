@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-all lint format typecheck bench results ui data
+.PHONY: help setup study test test-all lint format typecheck bench results architectures ui data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -58,6 +58,9 @@ bench: setup ## inference and training of the layers: tables, and JSON in output
 
 results: setup ## draw every committed picture and print every committed table again from docs/results/
 	$(BIN)/python -m fffexp.paper.results
+
+architectures: .venv/.all ## write docs/architectures.md: in which models MLPs are replaced (5 minutes)
+	$(BIN)/python tests/adapt/architectures.py
 
 ui: setup ## the MLflow UI on http://127.0.0.1:5000 (PORT=... for another port)
 	@mkdir -p outputs

@@ -42,13 +42,14 @@ class Block:
             self.inputs = inputs if self.run(inputs) else None
 
     def _tried(self, width: int, like: Tensor) -> Iterator[Inputs]:
-        # rows, and images of channels first and last, of an MLP's width or another; what else is required is nothing,
-        # or the same
+        # rows of an MLP's width or another, as many of them (an MLP may mix rows), images of channels first and last;
+        # what else is required is nothing, or the same
         taken = [takes(p) for p in self.module.parameters() if p.dim()]
         more = max(0, required(self.module) - 1)
         for features in dict.fromkeys([width, taken[0], taken[-1]]):
             image = probe_rows(features * 16, like)[:, 1].view(2, 4, 4, features)
-            for x in (probe_rows(features, like), image.permute(0, 3, 1, 2).contiguous(), image):
+            many = probe_rows(features * width, like)[:, 1].view(2, width, features)
+            for x in (probe_rows(features, like), image.permute(0, 3, 1, 2).contiguous(), image, many):
                 yield [x, *[None] * more]
                 if more:
                     yield [x, *[x] * more]
@@ -80,7 +81,7 @@ class Block:
                 return None if not before else False
             if not after.given:
                 return None
-            if len(before.output) != len(after.output):
+            if not _alike(before.output, after.output):
                 return False
             if not all(map(same, before.output, after.output)):
                 return False
@@ -100,7 +101,9 @@ class Block:
             for phases in ((0.0,), (2.0,), (0.0, 2.0))
         ]
         a, b, mean, other_a, other_b, _ = passes
-        if not (a and b and mean and other_a and other_b and a.given):
+        if not (a and b and mean and other_a and other_b) or not any(x.numel() for x in a.given):
+            return None
+        if not _alike(a.given, other_a.given):  # what reaches it depends on the input: an expert
             return None
         if all(map(same, a.given, other_a.given)):  # it is made of something else
             return False
@@ -158,6 +161,10 @@ def _unchanged(x: Tensor) -> Tensor:
 def _tensors(output: Any) -> list[Tensor]:
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
     return [output] if isinstance(output, Tensor) else [x for part in parts for x in _tensors(part)]
+
+
+def _alike(a: list[Tensor], b: list[Tensor]) -> bool:
+    return [x.shape for x in a] == [x.shape for x in b]
 
 
 def _made_up(width: int, phases: Sequence[float], x: Tensor, _: object) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import lru_cache
 from itertools import pairwise, permutations, takewhile
 from typing import Any
 
@@ -27,6 +28,7 @@ def find_mlps(model: nn.Module, select: Select | None) -> tuple[list[MLP], dict[
         raise ValueError("the model is on the meta device, where nothing can be run: give it weights first")
     found, left = list[MLP](), routed_experts(model) | opaque_linears(model)
     taken: set[nn.Module] = set()
+    blocks = lru_cache(4)(Block)  # experts are in one
     for name, module in ((name, module) for name, module in model.named_modules() if module not in taken):
         mlps = (
             _in_sequential(name, module)
@@ -37,7 +39,7 @@ def find_mlps(model: nn.Module, select: Select | None) -> tuple[list[MLP], dict[
         )
         own = module.modules() if isinstance(module, FeedforwardLayer) else ()
         taken.update(own, *(mlp.old.modules() for mlp in mlps))
-        unsafe = {mlp.name: reason for mlp in mlps if (reason := why_not_safe(mlp, model))}
+        unsafe = {mlp.name: reason for mlp in mlps if (reason := why_not_safe(mlp, model, blocks))}
         found, left = found + [mlp for mlp in mlps if mlp.name not in unsafe], left | unsafe
     if not found:
         none = f"{type(model).__name__} holds no MLP of a known form (see replace_feedforward)"
@@ -46,9 +48,9 @@ def find_mlps(model: nn.Module, select: Select | None) -> tuple[list[MLP], dict[
         chosen = [mlp for mlp in found if select(mlp.name, mlp.module)]
         none = f"select takes none of the MLPs: {', '.join(mlp.name or '(the model)' for mlp in found)}"
     else:
-        outside = {} if is_linear(model) else {m.name: why for m in found if (why := why_no_block(m, model))}
+        outside = {} if is_linear(model) else {m.name: why for m in found if (why := why_no_block(m, model, blocks))}
         chosen, left = [mlp for mlp in found if mlp.name not in outside], left | outside
-        none = f"no block of {type(model).__name__} holds an MLP; select would take {', '.join(outside)}"
+        none = f"no block of {type(model).__name__} holds an MLP (see replace_feedforward); {told(outside)}"
     if not chosen:
         raise ValueError(none)
     return chosen, left

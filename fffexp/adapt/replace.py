@@ -44,22 +44,32 @@ def replace_feedforward(model: nn.Module, layer_factory: LayerFactory, select: S
 
     Known are: modules of two linear layers with an activation between them (timm, GPT-2, FF), gated ones of three
     (Llama; Phi-3, with two in one), pairs within an nn.Sequential, nn.TransformerEncoderLayer and
-    nn.TransformerDecoderLayer, the `intermediate` and `output` of BERT and its kin, and the linear layers that a block
-    of OPT, BART and the like holds itself; a classification head of this form is one of them. Running an MLP on a few
-    rows makes sure that nothing else happens between its input and its output (but not that a block uses hidden values
-    of its MLP for nothing else). MLPs of another form stay as they are: look at the list that is returned. Dropout
-    within an MLP goes with it: give the factory's layer its own; a dropout module behind it stays. The new layers can
-    be trained where the MLP was frozen, and share no weights with other modules where it did.
+    nn.TransformerDecoderLayer, the `intermediate` and `output` of BERT and its kin, and linear layers with an
+    activation that a block holds itself (OPT, BART, Hugging Face's ConvNeXt). Running the MLP, and the block that holds
+    it, on a few rows with a layer of the same weights in its place makes sure that nothing else happens between its
+    input and its output; a block that cannot be run alone is trusted, but not if it is a subclass of nn.Sequential
+    or of torch's layers with methods of its own. docs/architectures.md lists models.
+
+    By default the MLPs of blocks are replaced: as many features come out as go in, and a sum with what the input was
+    made of follows, unless the block cannot be run alone. Heads, squeeze-and-excitation and MLPs of positions stay. A
+    model of linear layers alone is taken whole. What else looks like an MLP stays too (routed experts, quantised
+    layers, those of adapters); `left` of the list that is returned says why, by path. Dropout within an MLP goes with
+    it: give the factory's layer its own; a dropout module behind it stays. The new layers can be trained where the MLP
+    was frozen, and share no weights with other modules where it did.
+
+    In evaluation torch's encoder gave zeros where `src_key_padding_mask` marks padding, by a fused path; after
+    replacement such places hold values, as in training. Hugging Face's `from_pretrained` refuses what such a model
+    saved: see `load_pretrained`.
 
     Args:
         model: the whole of it: what holds an nn.TransformerEncoder's layers has to know of them.
         layer_factory: (in_features, out_features) -> layer; takes device, dtype and mode of what it replaces.
-        select: (path, module) -> whether that MLP is replaced; all are unless given. The module is the MLP's own, or
+        select: (path, module) -> whether that MLP is replaced, be it a block's or not. The module is the MLP's own, or
             else the one that holds its linear layers.
 
     Raises:
-        ValueError: there is no MLP, or none that is selected, its weights are on the meta device, or the factory makes
-            something else than a layer of the sizes that it is given.
+        ValueError: there is no MLP, or none of a block, or none that is selected, its weights are on the meta device,
+            or the factory makes something else than a layer of the sizes that it is given.
     """
     mlps, left = find_mlps(model, select)
     layers = [build(mlp, layer_factory) for mlp in mlps]  # all can be made, or nothing is changed

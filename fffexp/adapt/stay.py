@@ -1,8 +1,9 @@
 """What stays as it is in a model, and why."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import permutations
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -11,10 +12,12 @@ from fffexp.adapt.mlp import MLP, linear_of
 from fffexp.adapt.probe import probe_rows, run, same, state_of
 from fffexp.layers import FeedforwardLayer, feedforward_layers
 
-NO_RESIDUAL = "nothing is added to its output, so it is no block's MLP; select takes it"
+Blocks = Callable[[nn.Module, int], Block]
+
+NO_RESIDUAL = "nothing is added to its output, so it is no block's MLP (select takes it)"
 
 
-def why_not_safe(mlp: MLP, model: nn.Module) -> str:
+def why_not_safe(mlp: MLP, model: nn.Module, blocks: Blocks) -> str:
     """Why the model might compute something else with a layer that computes what this MLP does; "" if it does not."""
     for linear in mlp.linears:
         if not _is_plain(linear.module):
@@ -23,30 +26,29 @@ def why_not_safe(mlp: MLP, model: nn.Module) -> str:
     holder = next((m for m in _around(mlp, model) if type(m).forward is not nn.Sequential.forward), None)
     if mlp.run or not holder:
         return ""
-    kind, block = type(holder).__name__, Block(holder, mlp.widths[0])
+    kind, block = type(holder).__name__, blocks(holder, mlp.widths[0])
     equal = block.takes_a_layer(mlp.parts(holder)) if block.inputs else None
     if equal is None:
         return f"{kind} has a forward of its own, which cannot be run alone" if mlp.run is False else ""
     return "" if equal else f"{kind} does more with its parts than to run them in a row"
 
 
-def why_no_block(mlp: MLP, model: nn.Module) -> str:
+def why_no_block(mlp: MLP, model: nn.Module, blocks: Blocks) -> str:
     """Why this is not the MLP of a block; "" if it is, or if that cannot be seen."""
     taken, given = mlp.widths
     if taken != given:
-        return f"it makes {given} features of {taken}, so it is no block's MLP; select takes it"
-    outside = model
-    for holder in _around(mlp, model):
-        block = Block(holder, taken)
-        if not block.inputs:
-            outside = holder
-            break
-        if (added := block.adds(mlp.parts(holder), given)) is not None:
-            return "" if added else NO_RESIDUAL
-    # of positions, say: what is around it knows no features of that number
+        return f"it makes {given} features of {taken}, so it is no block's MLP (select takes it)"
     own = {p for linear in mlp.linears for p in linear.module.parameters()}
-    others = [p for p in outside.parameters() if p not in own and p.dim()]
-    return "" if not others or any(takes(p) == taken for p in others) else NO_RESIDUAL
+    around = [*_around(mlp, model), model]
+    for at, holder in enumerate(around):
+        if holder is not model and (block := blocks(holder, taken)).inputs:
+            if (added := block.adds(mlp.parts(holder), given)) is None:
+                continue
+            return "" if added else NO_RESIDUAL
+        # it cannot be run: of positions, say, what is around it has other weights, and none for as many features
+        others = next((others for m in around[at:] if (others := [*{*m.parameters()} - own])), [])
+        return "" if not others or any(p.dim() and takes(p) == taken for p in others) else NO_RESIDUAL
+    return ""
 
 
 def told(left: Mapping[str, str]) -> str:
@@ -67,17 +69,27 @@ def is_linear(model: nn.Module) -> bool:
 def routed_experts(model: nn.Module) -> dict[str, str]:
     """Modules that hold the weights of several experts in one, by path."""
     ours = {m for layer in feedforward_layers(model).values() for m in layer.modules()}
-    holders = [
-        name
-        for name, module in model.named_modules()
-        if module not in ours and not isinstance(module, nn.modules.conv._ConvNd)
-        for p in module.parameters(recurse=False)
-        if p.dim() == 3 and len(p) > 1
-    ]
-    # up and down in one module, or in one each
-    counts = Counter(name if holders.count(name) > 1 else name.rpartition(".")[0] for name in holders)
-    kinds = {name: type(model.get_submodule(name)).__name__ for name, count in counts.items() if count > 1}
-    return {name: f"{kind} holds routed experts, which are not replaced" for name, kind in kinds.items()}
+    shapes: dict[str, list[torch.Size]] = {}
+    for name, p in model.named_parameters():
+        path, _, _ = name.rpartition(".")
+        holder = model.get_submodule(path)
+        if p.dim() == 3 and len(p) > 1 and holder not in ours and not isinstance(holder, nn.modules.conv._ConvNd):
+            # up and down are in one module, or in one each
+            at = path if sum(q.dim() == 3 for q in holder.parameters(recurse=False)) > 1 else path.rpartition(".")[0]
+            shapes.setdefault(at, []).append(p.shape)
+    return {
+        name: f"{type(model.get_submodule(name)).__name__} holds routed experts, which are not replaced"
+        for name, sizes in shapes.items()
+        if any(_up_and_down(a, b) for a, b in permutations(sizes, 2))
+    }
+
+
+def _up_and_down(a: torch.Size, b: torch.Size) -> bool:
+    # (experts, hidden or twice that, features) and (experts, features, hidden), or transposed
+    pairs = (a[1:], b[1:]), (a[:0:-1], b[:0:-1])
+    return a[0] == b[0] and any(
+        up[1] == down[0] > 1 and down[1] > 1 and up[0] in (down[1], 2 * down[1]) for up, down in pairs
+    )
 
 
 def opaque_linears(model: nn.Module) -> dict[str, str]:

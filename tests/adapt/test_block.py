@@ -122,7 +122,7 @@ def test_a_subclass_with_a_forward_of_its_own_gives_the_same(kind: type[nn.Modul
     given = [x, x] if kind is Decoder else [x]
     before = model["block"](*given)  # with a graph: torch's fused inference would pass the method by
     (made,) = replace_feedforward(model, DENSE)
-    copy_weights(made)
+    copy_weights(made.old, made.new)
     assert torch.allclose(model["block"](*given), before, atol=1e-5)
 
 
@@ -236,7 +236,7 @@ def test_squeeze_and_excitation_is_no_blocks_mlp(gate: nn.Module) -> None:
 
 
 def test_a_model_without_a_blocks_mlp() -> None:
-    with pytest.raises(ValueError, match=r"no block of Net holds an MLP; select would take parts.0, parts.1.se"):
+    with pytest.raises(ValueError, match=r"no block of Net holds an MLP .*; parts.0 \(and 1 more\): .*select takes it"):
         replace_feedforward(Net(HeldSqueezeExcitation(), MBConv(HeldSqueezeExcitation())), TREE)
 
 
@@ -254,15 +254,45 @@ def test_a_residual_further_out_is_seen() -> None:
     assert [each.name for each in replace_feedforward(Net(Wrapped()), TREE)] == ["parts.0.parts.0.1.0"]
 
 
+def test_a_residual_around_an_mlp_of_rows_is_seen() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.net = nn.LayerNorm(D + 4), nn.Sequential(*pair())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.net(self.norm(x).transpose(1, 2)).transpose(1, 2)
+
+    found = replace_feedforward(Net(Mixer()), TREE)
+    assert [each.name for each in found] == ["parts.0.net.0"]
+
+
+def test_experts_of_their_own_are_taken() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.experts = nn.Linear(D, 3), nn.ModuleList(nn.Sequential(*pair()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            share, index = self.gate(x).softmax(-1).max(-1)
+            out = torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                out[index == i] = expert(x[index == i]) * share[index == i, None]
+            return out
+
+    found = replace_feedforward(Net(Experts()), TREE)
+    assert [each.name for each in found] == [f"parts.0.experts.{i}.0" for i in range(3)]
+
+
 def test_heads_and_position_mlps_stay() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mlp = nn.Sequential(nn.Linear(2, H), nn.ReLU(), nn.Linear(H, 2))
+            self.bias = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(2, H), nn.ReLU(), nn.Linear(H, 2))})
             self.query, self.scale = nn.Linear(D, D), nn.Parameter(torch.ones(2, 1, 1))
 
         def forward(self, x: Tensor, windows: Any) -> Tensor:
-            return self.query(x) + self.mlp(windows.coordinates)
+            return self.query(x) + self.bias["mlp"](windows.coordinates)
 
     class Constant(nn.Module):
         def __init__(self) -> None:
@@ -275,7 +305,7 @@ def test_heads_and_position_mlps_stay() -> None:
     head = nn.Sequential(*pair(outer=5))
     found = replace_feedforward(Net(Block("before"), Positions(), Constant(), head), TREE)
     assert [each.name for each in found] == ["parts.0.net.0"]
-    assert list(found.left) == ["parts.1.mlp.0", "parts.2.net.0", "parts.3.0"]
+    assert list(found.left) == ["parts.1.bias.mlp.0", "parts.2.net.0", "parts.3.0"]
     assert "5 features of 16" in found.left["parts.3.0"]
 
 

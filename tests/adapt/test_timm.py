@@ -25,7 +25,7 @@ for more in ({}, {"global_pool": "map", "class_token": False}):
 
 def lines(*command: str) -> list[Any]:
     run = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent
+        [sys.executable, *command], capture_output=True, text=True, timeout=1200, cwd=Path(__file__).parent
     )
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
@@ -45,3 +45,11 @@ def test_models_of_timm() -> None:
         assert each["trained"]
         assert each["shape"] == [4, 5]
         assert each["difference"] < 1e-5, "a dense layer of the same weights changes nothing"
+
+
+def test_the_table_of_architectures(tmp_path: Path) -> None:
+    page = tmp_path / "architectures.md"
+    text = (Path(__file__).parents[2] / "docs/architectures.md").read_text()
+    page.write_text(text)
+    lines("architectures.py", str(page))
+    assert page.read_text() == text
