@@ -39,7 +39,8 @@ class MLP(NamedTuple):
 
 def linear_of(module: Any) -> Linear | None:
     """The module as a linear layer, if it is one of dense weights."""
-    weight, bias = (getattr(module, key, None) for key in ("weight", "bias"))
+    weight: Any = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None)
     dense = isinstance(module, nn.Linear)
     # quantised ones are of a class of their own, or of a byte or less
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1

@@ -37,12 +37,11 @@ def load_pretrained(folder: str | Path, layer_factory: LayerFactory) -> nn.Modul
     model = kind(config)
     layers: dict[str, str] = saved["layers"]
 
-    def names(name: str, _: object = None) -> list[str]:  # of a model or of a part of it
+    def matching(name: str) -> list[str]:  # of a model or of a part of it
         return [each for each in layers if f".{each}".endswith(f".{name}") or f".{name}".endswith(f".{each}")]
 
-    made = {
-        name: shown(each.new) for each in replace_feedforward(model, layer_factory, names) for name in names(each.name)
-    }
+    replaced = replace_feedforward(model, layer_factory, lambda name, _: bool(matching(name)))
+    made = {name: shown(each.new) for each in replaced for name in matching(each.name)}
     for name, layer in layers.items():
         if (found := made.get(name)) != layer:
             raise ValueError(f"the layer for {name} is {found}; saved was {layer}: give the layer_factory of that")

@@ -103,7 +103,7 @@ def opaque_linears(model: nn.Module) -> dict[str, str]:
         if module not in inside and all(isinstance(size, int) for size in sizes):
             linears.append((name, module, *sizes))
             inside |= {*module.modules()}
-    left = {}
+    left: dict[str, str] = {}
     for first, second in (pair for step in (1, 2) for pair in zip(linears, linears[step:], strict=False)):
         (_, _, taken, hidden), (_, _, back, given) = first, second
         if taken == given != back and hidden in (back, 2 * back):  # gated: two up, or both in one

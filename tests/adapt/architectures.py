@@ -137,11 +137,11 @@ def architectures() -> Iterator[tuple[str, str, Callable[[], nn.Module], dict[st
         pixels = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}
         vision = hasattr(config, "num_channels")
         yield "Hugging Face", name, partial(AutoModel.from_config, config), pixels if vision else text
-    import torchvision
-    from adapt import timm_models  # makes timm and torchvision importable
+    import torchvision  # type: ignore[import-not-found]
+    from adapt.timm_models import timm  # type: ignore[attr-defined]  # makes timm and torchvision importable
 
     for name, sizes in TIMM.items():
-        make = partial(timm_models.timm.create_model, name, **sizes)
+        make = partial(timm.create_model, name, **sizes)
         yield "timm", name, make, {"x": _images(sizes.get("img_size") or make().default_cfg["input_size"][-1])}
     vit = partial(torchvision.models.VisionTransformer, 32, 8, 2, 4, D, H)
     yield "torchvision", "VisionTransformer", vit, {"x": _images(32)}
@@ -188,7 +188,7 @@ def row(library: str, name: str, make: Callable[[], nn.Module], given: dict[str,
         differences[str(activation)] = float((_output(model, given) - before).abs().max() / before.abs().max())
     best = min(differences, key=differences.__getitem__, default="")
     forms = ["gated: the MLP itself in its place" if all(gated) else f"{best} in the FF"] if made else []
-    notes = forms + [f"{count} stay: {why}" for why, count in Counter(map(_kind, left)).items()]
+    notes = [*forms, *(f"{count} stay: {why}" for why, count in Counter(map(_kind, left)).items())]
     return {
         "library": library,
         "architecture": f"`{name}`" if " " not in name else name,

@@ -1,8 +1,10 @@
 """Hugging Face models with replaced MLPs, saved and loaded."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,13 @@ from fffexp import FF, FFF, convert_feedforward, load_pretrained, replace_feedfo
 
 D, H = 16, 24
 TREE = partial(FFF, depth=2, leaf_width=3)
-SIZES = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": H, "vocab_size": 50}
+SIZES: dict[str, Any] = {
+    "hidden_size": D,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": H,
+    "vocab_size": 50,
+}
 TOKENS = torch.arange(12).view(2, 6) + 3
 
 
@@ -37,7 +45,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def t5() -> PreTrainedModel:
-    config = T5Config(vocab_size=50, d_model=D, d_kv=4, d_ff=H, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    config = T5Config(vocab_size=50, d_model=D, d_kv=4, d_ff=H, num_layers=1, num_heads=4)
     return T5ForConditionalGeneration(config)
 
 
@@ -51,7 +59,7 @@ def logits(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("make", [bert, gpt2, t5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_saved_is_loaded(make: type[PreTrainedModel], dtype: torch.dtype, tmp_path: Path) -> None:
+def test_what_was_saved_is_loaded(make: Callable[[], PreTrainedModel], dtype: torch.dtype, tmp_path: Path) -> None:
     model = make().to(dtype)
     replace_feedforward(model, TREE)
     before = logits(model)
@@ -107,7 +115,7 @@ def test_a_part_of_what_was_replaced_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_part_that_was_replaced_is_saved_with_the_rest(tmp_path: Path) -> None:
-    model = bert()
+    model: Any = bert()
     replace_feedforward(model.bert, TREE)
     before = logits(model)
     model.save_pretrained(tmp_path)
@@ -118,7 +126,13 @@ def test_the_trainer_trains_and_resumes(tmp_path: Path) -> None:
     model = bert()
     replace_feedforward(model, TREE)
     data = [{"input_ids": row, "labels": row} for row in TOKENS]
-    more = {"output_dir": str(tmp_path), "save_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    more: dict[str, Any] = {
+        "output_dir": str(tmp_path),
+        "save_steps": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
     Trainer(model, TrainingArguments(max_steps=2, **more), train_dataset=data).train()
     loaded = load_pretrained(tmp_path / "checkpoint-2", TREE)
     assert torch.equal(logits(loaded), logits(model))

@@ -100,8 +100,8 @@ def test_one_line_says_what_to_do(kind: Any, which: tuple[int, ...]) -> None:
 
 
 def test_gated_and_transposed_layers_are_reported_too() -> None:
-    llama, phi3 = (kind(config(**SIZES, vocab_size=50, pad_token_id=2)) for kind, config in
-                   ((LlamaModel, LlamaConfig), (Phi3Model, Phi3Config)))  # fmt: skip
+    llama: Any = LlamaModel(LlamaConfig(**SIZES, vocab_size=50))
+    phi3: Any = Phi3Model(Phi3Config(**SIZES, vocab_size=50, pad_token_id=2))
     gpt2: Any = GPT2Model(GPT2Config(vocab_size=50, n_embd=D, n_layer=1, n_head=4, n_inner=H))
     llama.layers[0].mlp.gate_proj = Wrapper(llama.layers[0].mlp.gate_proj, D, H)
     phi3.layers[0].mlp.gate_up_proj = Wrapper(phi3.layers[0].mlp.gate_up_proj, D, 2 * H)
