@@ -143,6 +143,19 @@ def test_a_snippet(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     exec(compile(text, "README.md", "exec"), standins())  # the page is ours
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_resolve(page: Path) -> None:
+    """Files exist, and so do the headings that an anchor names, as GitHub spells them."""
+    text = re.sub(r"`[^`]*`", "", FENCED.sub("", page.read_text()))
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        path = page.parent / target if target else page
+        assert path.exists(), f"{page.name} points to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text()), re.M)
+            spelled = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+            assert anchor in spelled, f"{page.name} points to {target}#{anchor}"
+
+
 def test_each_kind_of_block_is_tested() -> None:
     known = {"sh", "bash", "yaml", "python", "text", "json", "bibtex"}
     assert {language for page in PAGES for language, _ in FENCED.findall(page.read_text())} <= known

@@ -1,6 +1,7 @@
 """`make results`: every table in docs/ is what the command above it prints, and every picture is drawn again.
 
-All of it comes from the JSON of docs/results/. A block is the first ```text after a command in backquotes with a file.
+All of it comes from the JSON of docs/results/. A table is a ```text block; its command is the last one above it, in
+backquotes and with a file of docs/results/.
 """
 
 import io
@@ -13,7 +14,7 @@ from pathlib import Path
 from fffexp.cli import main
 from fffexp.errors import UserError
 
-BLOCK = re.compile(r"(`(fffexp [^`]*?docs/results/\w+\.json[^`]*)`(?:(?!```).)*```text\n)(.*?)(?=```)", re.S)
+BLOCK = re.compile(r"(`(fffexp [^`]*?docs/results/\w+\.json[^`]*)`(?:(?!```|`fffexp ).)*```text\n)(.*?)(?=```)", re.S)
 PICTURES = {"docs/pareto.png": "digits_depth_leaf", "docs/fashion.png": "fashion_depth_leaf"}  # of studies
 
 
