@@ -13,6 +13,7 @@ import pytest
 import yaml
 from processes import CONFIGS, ROOT, artifact, enter, runs, with_store
 
+import fffexp.layers
 from fffexp.configs import load_config
 from fffexp.study.spec import load
 from fffexp.training.experiment import Context, build, run
@@ -203,5 +204,6 @@ def test_the_layers_of_a_study_are_those_of_its_configs() -> None:
         spec = load(path)
         for layer, part in spec.layers.items():
             (config, *_) = part.files
-            class_path = model_of(spec.folder / config)["layer"]["class_path"]
-            assert class_path == f"fffexp.layers.{layer}"
+            found = model_of(spec.folder / config)["layer"]
+            if layer in fffexp.layers.__all__:  # another label says more than the class
+                assert found["class_path"] == f"fffexp.layers.{layer}"

@@ -239,50 +239,6 @@ def conversion(
         print(converted.report(results))
 
 
-def text(
-    data: Literal["gcide", "python"] = "gcide",
-    rates: bool = False,
-    speeds: bool = False,
-    contenders: list[str] | None = None,
-    steps: list[PositiveInt] | None = None,
-    seeds: PositiveInt = 3,
-    jobs: PositiveInt = 2,
-    json: Path | None = None,
-    figure: Path | None = None,
-) -> None:
-    """Layers in a small language model, against their size and time (studies/paper/text.yaml).
-
-    Args:
-        data: what is trained on: GCIDE, a dictionary, or the Python files of torch.
-        rates: the trainings that chose each contender's learning rate (studies/paper/text_rates.yaml).
-        speeds: time all contenders, which wants a machine that does nothing else.
-        contenders: names in the study; all unless given.
-        steps: of a training; 300, 900 and 2700 unless given.
-        seeds: how many, from 0 on.
-        jobs: processes.
-        json: file of the results; what it has is not trained again.
-        figure: PNG; beside the JSON unless given.
-    """
-    from fffexp.paper import text as language
-    from fffexp.paper.studies import PaperStudy
-
-    study = PaperStudy("text_rates", data) if rates else PaperStudy("text", data, seeds)
-    known = list(study.content["layers"])
-    for each in contenders or []:
-        refuse((each not in known, f"--contenders {each!r}: studies/paper/text.yaml has {', '.join(known)}"))
-    epochs = {count / language.EPOCH_STEPS for count in steps or ([300] if rates else [300, 900, 2700])}
-    study.choose(lambda label, point: label in (contenders or known) and point["epochs"] in epochs)
-    with _files(json, figure, "text") as drawn:
-        results = study.open(json, {"table": "text_rates" if rates else "text", "data": data})
-        results = study.complete(results, json, jobs)
-        if speeds:
-            language.measure_speeds(results, study)
-            results.save(json)
-        print(language.best_rates(results) if rates else language.report(results))
-        if not rates:
-            language.draw(results, drawn)
-
-
 @contextmanager
 def _files(json: Path | None, figure: Path | None = None, name: str = "") -> Iterator[Path]:
     # where the figure goes, once the files can be written; nobody else writes the JSON meanwhile
