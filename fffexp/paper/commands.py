@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fffexp import paths
 from fffexp.bench.commands import use_huge_pages
 from fffexp.bench.setting import Setting
-from fffexp.commandline import NonNegativeInt, PositiveInt, check_file
+from fffexp.commandline import NonNegativeInt, PositiveFloat, PositiveInt, check_file
 from fffexp.errors import refuse
 from fffexp.files import hold, strict_json
 
@@ -237,6 +237,46 @@ def conversion(
                 converted.measure(study.arguments(dense, seed), seed, results.trials)
                 results.save(json)
         print(converted.report(results))
+
+
+def minilm(
+    contenders: list[str] | None = None,
+    minutes: list[PositiveFloat] | None = None,
+    text: Path = Path("data/gcide/gcide.txt"),
+    model: Path | None = None,
+    untimed: bool = False,
+    show: bool = False,
+    json: Path = Path("docs/results/minilm.json"),
+    figure: Path | None = None,
+) -> None:
+    """The feedforward layers of all-MiniLM-L6-v2 made into trees, beside int8 and narrow dense layers.
+
+    Args:
+        contenders: names in fffexp/paper/minilm.yaml; all unless given.
+        minutes: budgets of a conversion, of processor time on one thread; those of minilm.yaml unless given.
+        text: the dictionary that the test and the text of the conversion come from; make data fetches it.
+        model: folder of the encoder; that of its package unless given.
+        untimed: leave the timing to a later call, when the machine is quiet.
+        show: print what the file has, and measure nothing.
+        json: file of the results; what it has is not made again.
+        figure: PNG; beside the JSON unless given.
+    """
+    from fffexp.paper import figure_minilm
+    from fffexp.paper import minilm as converted
+    from fffexp.paper.encoder import SETTING, Encoder, model_folder
+
+    for name in contenders or ():
+        refuse((name not in converted.CONTENDERS, f"--contenders {name}: there are {', '.join(converted.CONTENDERS)}"))
+    for each in minutes or ():
+        refuse((each not in SETTING["minutes"], f"--minutes {each:g}: minilm.yaml has {SETTING['minutes']}"))
+    names, budgets = contenders or [*converted.CONTENDERS], minutes or SETTING["minutes"]
+    with _files(json, figure, "minilm") as drawn:
+        results = converted.Results(json)
+        lacking = converted.missing(results, names, budgets, not untimed)
+        if any(lacking) and not show:
+            converted.complete(results, Encoder(model_folder(model), text), *lacking)
+        print(converted.report(results))
+        figure_minilm.draw(results, drawn)
 
 
 @contextmanager
