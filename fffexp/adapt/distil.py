@@ -163,7 +163,7 @@ def _split(name: str, batches: list[Rows]) -> tuple[Rows, Rows]:
 
 @torch.no_grad()
 def _warn_of_activation(layer: FeedforwardLayer, mlp: MLP, x: Tensor, y: Tensor) -> bool:
-    dense = layer.dense_blocks()
+    dense = layer.summands()[0].dense_blocks()
     if dense is None or mlp.gated:  # takes none of its neurons
         return False
     (_, own), (x, y) = dense, (part[:: 1 + len(part) // ACTIVATION_ROWS] for part in (x, y))
@@ -186,6 +186,12 @@ def _warn_of_activation(layer: FeedforwardLayer, mlp: MLP, x: Tensor, y: Tensor)
 @torch.no_grad()
 def _initialise(layer: FeedforwardLayer, mlp: MLP, x: Tensor, y: Tensor) -> None:
     layer.eval()
+    for part in layer.summands():  # each begins from what those before it leave
+        _start(part, mlp, x, y)
+        y = y - part(x)
+
+
+def _start(layer: FeedforwardLayer, mlp: MLP, x: Tensor, y: Tensor) -> None:
     if (dense := layer.dense_blocks()) is None:
         return
     # each input once: rows that occur many times, as a class token does, cannot be halved
@@ -223,18 +229,20 @@ def _neurons(hidden: Tensor, outputs: Tensor, count: int) -> tuple[Tensor, Tenso
     hidden, outputs = hidden.double(), outputs.double()
     means = hidden.mean(0), outputs.mean(0)
     hidden, outputs = hidden - means[0], outputs - means[1]
-    # covariances of the neurons, and with the outputs, less what the chosen ones explain
+    # covariances of the neurons, and with the outputs; of the latter and the variances, less what the chosen explain
     own, common = hidden.T @ hidden, hidden.T @ outputs
-    least = 1e-9 * own.diagonal().max().clamp_min(1e-30)
+    left, least = own.diagonal().clone(), 1e-9 * own.diagonal().max().clamp_min(1e-30)
+    count = min(count, len(own))
+    explained = own.new_zeros(count, len(own))  # rows of a pivoted Cholesky factor
     chosen: list[int] = []
-    for _ in range(min(count, hidden.shape[1])):
-        gain = common.square().sum(1) / own.diagonal().clamp_min(least)
+    for index in range(count):
+        gain = common.square().sum(1) / left.clamp_min(least)
         gain[chosen] = -1
         best = int(gain.argmax())
+        row = (own[best] - explained[:index, best] @ explained[:index]) / left[best].clamp_min(least).sqrt()
+        common.addcmul_(row[:, None], common[best] / left[best].clamp_min(least).sqrt(), value=-1)
+        explained[index], left = row, left - row.square()
         chosen.append(best)
-        share = own[:, best] / own[best, best].clamp_min(least)
-        common = common - share[:, None] * common[best]
-        own = own - share[:, None] * own[best]
     weight = _ridge(hidden[:, chosen], outputs)
     return torch.tensor(chosen), weight, means[1] - means[0][chosen] @ weight
 

@@ -211,6 +211,10 @@ class FeedforwardLayer(nn.Module, ABC):
         """(..., in_features) -> (rows, k) index of the blocks that hard decisions use for each row; zeros for one."""
         return torch.zeros(len(self._rows(x)), 1, dtype=torch.long, device=x.device)
 
+    def summands(self) -> list["FeedforwardLayer"]:
+        """Layers whose outputs add up to this one's, in the order in which they start from a trained MLP."""
+        return [self]
+
     def dense_blocks(self) -> tuple[Blocks, nn.Module] | None:
         """Networks that can start from the neurons of a trained MLP; None if this layer has none.
 

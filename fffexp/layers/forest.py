@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from fffexp.layers.base import AuxiliaryLoss, BlockLayer, whole
+from fffexp.layers.base import AuxiliaryLoss, BlockLayer, FeedforwardLayer, whole
 from fffexp.layers.blocks import Activation, Device
 from fffexp.layers.ff import FF
 from fffexp.layers.fff import FFF
@@ -104,6 +104,9 @@ class Forest(BlockLayer):
     def route(self, x: Tensor) -> Tensor:  # the leaves are numbered through
         x = self._checked(x)
         return torch.cat([part.route(x) + i * self.parts[0].num_experts for i, part in enumerate(self.parts)], 1)
+
+    def summands(self) -> list[FeedforwardLayer]:
+        return [*([self.master] if self.master else []), *self.trees]
 
     def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
         return torch.stack([part.forward_reference(x, decisions) for part in self.parts]).sum(0)

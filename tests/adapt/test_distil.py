@@ -23,7 +23,7 @@ from transformers import (
     T5Model,
 )
 
-from fffexp import FF, FFF, NoisyTopKMoE, convert_feedforward
+from fffexp import FF, FFF, Forest, NoisyTopKMoE, convert_feedforward
 from fffexp.adapt import distil
 
 D, H = 6, 16
@@ -465,3 +465,42 @@ def test_mistakes() -> None:
         convert_feedforward(trained(), [torch.randn(10, D), torch.randn(1, D)], partial(FF, width=4))
     with pytest.raises(ValueError, match="holds no MLP"):
         convert_feedforward(nn.Linear(2, 2), batches(), partial(FF, width=4))
+
+
+@torch.no_grad()
+def test_each_layer_of_a_sum_starts_from_what_those_before_it_leave() -> None:
+    """One neuron that matters everywhere, two that matter in one half each: a shared part finds the first."""
+    torch.manual_seed(0)
+    up, down = nn.Linear(D, 3), nn.Linear(3, 1)
+    up.weight.copy_(torch.eye(3, D))
+    up.bias.copy_(torch.tensor([0.0, 0.0, 5.0]))  # the third is linear nearly everywhere
+    down.weight.copy_(torch.tensor([[1.0, 1.0, 5.0]]))
+    factory = partial(Forest, trees=1, depth=1, leaf_width=1, master_width=1)
+    errors = {}
+    for name, kind in (
+        ("sum", factory),
+        ("tree", partial(FFF, depth=1, leaf_width=1)),
+        ("dense", partial(FF, width=1)),
+    ):
+        model = nn.Sequential(copy.deepcopy(up), nn.ReLU(), copy.deepcopy(down))
+        (made,) = convert_feedforward(model, batches(), kind, steps=0)
+        errors[name] = made.initial_error
+        if name == "sum":
+            shared = made.new.master.network[0].weight
+            assert torch.allclose(shared, up.weight[2:], atol=1e-5)
+            leaves = {
+                int((up.weight - row).square().sum(1).argmin()) for row in made.new.trees[0].leaves.hidden_weight[:, 0]
+            }
+            assert leaves <= {0, 1}
+    assert errors["sum"] < 0.5 * min(errors["tree"], errors["dense"])
+
+
+def test_two_trees_start_better_than_one() -> None:
+    errors = []
+    for trees in (1, 2):
+        torch.manual_seed(0)
+        (made,) = convert_feedforward(
+            trained(), batches(), partial(Forest, trees=trees, depth=2, leaf_width=2), steps=0
+        )
+        errors.append(made.initial_error)
+    assert errors[1] < 0.7 * errors[0]
