@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         FeedforwardLayer,
         Forest,
         NoisyTopKMoE,
+        Shared,
         SigmoidMoE,
         SparseFF,
         SwitchMoE,
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 __all__ = [
     "FF", "FFF", "IDX", "PEER", "Adaptive", "Arrays", "ClassificationTask", "Constant", "Digits", "ExpertChoiceMoE",
     "Exponential", "FashionMNIST", "FeedforwardLayer", "Forest", "Hub", "ImageFolder", "LanguageModelTask",
-    "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE", "RegressionTask", "Schedule", "SigmoidMoE", "SparseFF",
-    "Step", "SwitchMoE", "Table", "Task", "Text", "TreeFF", "anneal", "auxiliary_loss", "convert_feedforward",
-    "feedforward_layers", "load_pretrained", "replace_feedforward",
+    "LayerFactory", "LazyAdamW", "Linear", "NoisyTopKMoE", "RegressionTask", "Schedule", "Shared", "SigmoidMoE",
+    "SparseFF", "Step", "SwitchMoE", "Table", "Task", "Text", "TreeFF", "anneal", "auxiliary_loss",
+    "convert_feedforward", "feedforward_layers", "load_pretrained", "replace_feedforward",
 ]  # fmt: skip
 
 # imported when first asked for: torch and lightning take seconds, which --help and reports should not pay
@@ -53,6 +54,7 @@ _HOMES = {
         "FeedforwardLayer",
         "Forest",
         "NoisyTopKMoE",
+        "Shared",
         "SigmoidMoE",
         "SparseFF",
         "SwitchMoE",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fffexp.layers import (
     FeedforwardLayer,
     Forest,
     NoisyTopKMoE,
+    Shared,
     SigmoidMoE,
     SparseFF,
     SwitchMoE,
@@ -42,7 +44,8 @@ class Case:
     sizes: tuple[int, int, int, int, int, int]
 
     def __str__(self) -> str:
-        return "-".join([self.layer.__name__, *(f"{name}{value}" for name, value in self.options.items())])
+        named = {name: getattr(value, "func", value) for name, value in self.options.items()}
+        return "-".join([self.layer.__name__, *(f"{n}{getattr(v, '__name__', v)}" for n, v in named.items())])
 
     def make(self, seed: int = 0, **options: Any) -> Any:
         """The layer with weights that nothing in it could have chosen: no zeros, no small biases."""
@@ -141,6 +144,14 @@ CASES = (
     Case(Forest, {"trees": 2, "depth": 2, "leaf_width": 3, "master_width": 2}, (26, 32, 8, 12, 364, 208)),
     # 2 trees * 7 neurons * (6 + 1 + 4) + 4; 2 * 2*3*10
     Case(TreeFF, {"depth": 3, "num_trees": 2}, (14, 14, 6, 6, 158, 120)),
+    # 6*2 + 2 + 2*4 + 4, and 3 nodes * (6 + 1) + 4 leaves * (6*3 + 3 + 3*4 + 4); 2 * 2*10 + 2 * (2*6 + 3*10)
+    Case(Shared, {"width": 2, "layer": partial(FFF, depth=2, leaf_width=3)}, (14, 17, 5, 7, 195, 124)),
+    # the same and 5*6 + 5 experts * (6*3 + 3 + 3*4 + 4); 2 * 2*10 + 2 * (5*6 + 3*10)
+    Case(
+        Shared,
+        {"width": 2, "layer": partial(SwitchMoE, num_experts=5, expert_width=3)},
+        (17, 22, 5, 10, 241, 160),
+    ),
 )
 
 # Options to draw, and the parameters they should give: (inputs, outputs, **options) -> scalars.
@@ -222,6 +233,15 @@ DRAWN: dict[type[FeedforwardLayer], tuple[st.SearchStrategy[dict[str, Any]], Cal
             + heads * query_width * (i + 2)
             + {4: 4, 8: 6, 9: 6, 16: 8, 18: 9}[num_experts] * query_width // 2
         ),
+    ),
+    Shared: (
+        st.fixed_dictionaries(
+            {
+                "width": st.integers(1, 5),
+                "layer": st.builds(partial, st.just(FFF), depth=st.integers(0, 3), leaf_width=st.integers(1, 3)),
+            }
+        ),
+        lambda i, o, width, layer: width * (i + 1 + o) + o + layer(i, o).parameter_count,
     ),
     SwitchMoE: (
         st.fixed_dictionaries({"num_experts": st.integers(1, 6), "expert_width": st.integers(1, 5)}),

@@ -41,11 +41,11 @@ class FeedforwardLayer(nn.Module, ABC):
     """
 
     shape: ClassVar[tuple[str, ...]] = ()  # attributes that print(layer) shows beside the features
-    has_soft_mode: ClassVar[bool] = False  # whether soft and hard decisions differ
+    has_soft_mode: bool = False  # whether soft and hard decisions differ
     aux_losses: Mapping[str, AuxiliaryLoss] = MappingProxyType({})  # losses, functions of `routing`
     default_aux_weights: Mapping[str, float] = MappingProxyType({})  # by the recipes of configs/recipe/
     metrics: Mapping[str, AuxiliaryLoss] = MappingProxyType({})  # tracked quantities, functions of `routing`
-    annealed_buffers: ClassVar[frozenset[str]] = frozenset()  # buffers that a schedule may set
+    annealed_buffers: frozenset[str] = frozenset()  # buffers that a schedule may set
     baseline: ClassVar[str] = ""  # benchmarks record "speedup_over_BASELINE" of the layers after this one
     peer: ClassVar[str] = ""  # module:class of another package's form of it, for benchmarks
 
@@ -317,14 +317,7 @@ class BlockLayer(FeedforwardLayer):
         self.flops_per_sample = 2 * (self.inference_size * self.in_features + width[1] * self.out_features)
         rows = width[0] + self.router_rows * deciding[0]
         of_blocks = rows * (self.in_features + 1) + (width[0] + blocks) * self.out_features
-        scalars = of_blocks if scalars is None else scalars
-        needed, memory = scalars * (factory["dtype"] or torch.get_default_dtype()).itemsize, physical_memory()
-        if needed > memory and torch.device(factory["device"] or torch.get_default_device()).type == "cpu":
-            # whole numbers, for no float holds 2 to the power of an absurd depth
-            size = f"{needed // 2**30:,}" if needed < 2**100 else f"2^{needed.bit_length() - 31}"
-            raise ValueError(
-                f"the weights would take {size} GiB and this machine has {memory / 2**30:,.1f} GiB: lower {fix}"
-            )
+        check_memory(of_blocks if scalars is None else scalars, fix, **factory)
 
 
 def whole(name: str, value: int, minimum: int = 1) -> int:
@@ -341,6 +334,17 @@ def probability(name: str, value: float) -> float:
     if not isinstance(value, Real) or not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}; it must be between 0 and 1")
     return value
+
+
+def check_memory(scalars: int, fix: str, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    """Raise ValueError, with what to lower, if memory cannot hold so many weights."""
+    needed, memory = scalars * (dtype or torch.get_default_dtype()).itemsize, physical_memory()
+    if needed > memory and torch.device(device or torch.get_default_device()).type == "cpu":
+        # whole numbers, for no float holds 2 to the power of an absurd depth
+        size = f"{needed // 2**30:,}" if needed < 2**100 else f"2^{needed.bit_length() - 31}"
+        raise ValueError(
+            f"the weights would take {size} GiB and this machine has {memory / 2**30:,.1f} GiB: lower {fix}"
+        )
 
 
 def physical_memory() -> float:

@@ -1,24 +1,25 @@
 """Several trees beside each other, and a leaf that every sample passes."""
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fffexp.layers.base import AuxiliaryLoss, BlockLayer, FeedforwardLayer, whole
+from fffexp.layers.base import AuxiliaryLoss, FeedforwardLayer, whole
 from fffexp.layers.blocks import Activation, Device
 from fffexp.layers.ff import FF
 from fffexp.layers.fff import FFF
+from fffexp.layers.summed import SummedLayer
 
 
 def _over_trees(function: AuxiliaryLoss, combine: Callable[[Tensor], Tensor]) -> AuxiliaryLoss:
     return lambda routings: combine(torch.stack([function(routing) for routing in routings]))
 
 
-class Forest(BlockLayer):
+class Forest(SummedLayer):
     """Sum of the outputs of FFF layers of one shape and, if it has a width, of a dense FF.
 
     The dense part is the master leaf of Charalampopoulos et al., arXiv 2405.16836; its weight in the sum, trained
@@ -68,8 +69,7 @@ class Forest(BlockLayer):
         self.master = FF(in_features, out_features, master, **more) if master else None
 
     @property
-    def parts(self) -> list[BlockLayer]:
-        """The trees and the master leaf."""
+    def parts(self) -> list[FeedforwardLayer]:
         return [*self.trees, *([self.master] if self.master else [])]
 
     @classmethod
@@ -79,37 +79,8 @@ class Forest(BlockLayer):
         more = {"trees": 2 if depth else 1} | more
         return super().sized(in_features, out_features, max(0, depth - 1), leaf_width, top_k, **more)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._checked(x)
-        output = reduce(torch.add, [part(x) for part in self.parts])
-        if self.training:
-            self._record(tuple(tree.routing for tree in self.trees), output)
-            for part in self.parts:  # what they decided is kept here alone
-                part._passes = []
-        return output
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # the parts are set alike; the base class sets its defaults before there are any
-        super().__setattr__(name, value)
-        if name in ("routing_mode", "backend", "vectorized") and "trees" in self._modules:
-            for part in self.parts:
-                setattr(part, name, value)
-
-    def inference_backend(self) -> str:
-        return self.parts[0].inference_backend()
-
-    def training_backend(self, x: Tensor) -> str:
-        return self.parts[0].training_backend(x)
-
-    def route(self, x: Tensor) -> Tensor:  # the leaves are numbered through
-        x = self._checked(x)
-        return torch.cat([part.route(x) + i * self.parts[0].num_experts for i, part in enumerate(self.parts)], 1)
-
     def summands(self) -> list[FeedforwardLayer]:
         return [*([self.master] if self.master else []), *self.trees]
 
-    def forward_reference(self, x: Tensor, decisions: Literal["soft", "hard"] = "hard") -> Tensor:
-        return torch.stack([part.forward_reference(x, decisions) for part in self.parts]).sum(0)
-
-    def weights_read(self, x: Tensor) -> int:
-        return sum(part.weights_read(x) for part in self.parts)
+    def _decided(self) -> Any:
+        return tuple(tree.routing for tree in self.trees)

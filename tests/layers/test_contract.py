@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fffexp.layers
 from fffexp import auxiliary_loss
-from fffexp.layers import FFF, FeedforwardLayer, Forest, SparseFF, TreeFF
+from fffexp.layers import FFF, FeedforwardLayer, Forest, Shared, SparseFF, TreeFF
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -158,7 +158,7 @@ def test_autocast(case: Case) -> None:
         (case, decisions)
         for case in CASES
         for decisions in ("soft", "hard")
-        if case.layer.has_soft_mode or decisions == "soft"
+        if case.make().has_soft_mode or decisions == "soft"
     ],
     ids=str,
 )
@@ -377,7 +377,7 @@ def test_flops_are_counted(case: Case, backend: str) -> None:
     layer.backend = backend
     with FlopCounterMode(display=False) as counter:
         layer(x)
-    if case.layer in (FFF, Forest, TreeFF) and (backend == "eager" or layer.inference_backend() == "eager"):
+    if case.layer in (FFF, Forest, Shared, TreeFF) and (backend == "eager" or layer.inference_backend() == "eager"):
         # all nodes of the upper levels, in one product
         assert counter.get_total_flops() >= 9 * layer.flops_per_sample
     else:
@@ -455,7 +455,7 @@ def test_weights_read(case: Case) -> None:
 @every_case
 def test_mistakes_are_named(case: Case) -> None:
     sizes = {"in_features": IN, "out_features": OUT, **case.options}
-    for name in sizes:
+    for name in sizes.keys() - {"layer"}:
         may_be_0 = name in ("depth", "master_width") and case.layer is not TreeFF
         low = -1 if may_be_0 else 0
         with pytest.raises(ValueError, match=f"{name} is {low}; it must be at least {low + 1}"):
