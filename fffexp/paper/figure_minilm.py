@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from fffexp.paper.encoder import SETTING
-from fffexp.paper.minilm import CONTENDERS, Results, budgets_of, shown
+from fffexp.paper.minilm import CONTENDERS, Results, budgets_of, front, shown
 from fffexp.report.figures import COLOURS
 
 
@@ -35,18 +35,18 @@ def draw(results: Results, path: Path) -> None:
 def _panel(axes: Axes, results: Results, batch_size: int, threads: int) -> tuple[list[Text], list[Line2D]]:
     kinds = dict.fromkeys(name.split()[0] for name in CONTENDERS)
     colours = dict(zip(kinds, (*COLOURS, "0.3", "0.6"), strict=False))
-    points, labels, marks = list[tuple[float, float]](), list[Text](), list[Line2D]()
+    points, labels, marks = dict[str, tuple[float, float]](), list[Text](), list[Line2D]()
     for name in CONTENDERS:
         timed, last = results.time(name, batch_size, threads), results.last(name)
         if timed and last:
             x, colour = _ms(results, batch_size, threads) / timed["speedup"], colours[name.split()[0]]
             runs = [run for minutes in budgets_of(name, SETTING["minutes"]) if (run := results.run(name, minutes))]
             axes.plot([x] * len(runs), [100 * run["recall@10"] for run in runs], "o-", color=colour, alpha=0.3, ms=4)
-            points.append((x, 100 * last["recall@10"]))
-            marks += axes.plot(*points[-1], "o", color=colour, ms=8)
-            labels.append(axes.text(*points[-1], name, fontsize=8, color=colour))
-    front = [p for p in sorted(points) if all(q[1] < p[1] for q in points if q[0] <= p[0] and q != p)]
-    axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.6", linewidth=1, zorder=0)
+            points[name] = x, 100 * last["recall@10"]
+            marks += axes.plot(*points[name], "o", color=colour, ms=8)
+            labels.append(axes.text(*points[name], name, fontsize=8, color=colour))
+    best = [points[name] for name in front(results, batch_size, threads)]
+    axes.step([x for x, _ in best], [y for _, y in best], where="post", color="0.6", linewidth=1, zorder=0)
     axes.set_title(f"batch {batch_size}, {threads} thread{'s' * (threads > 1)}", loc="left", fontsize=10)
     axes.set_xlabel("milliseconds per sentence (further left is faster)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -157,10 +157,29 @@ def _model(encoder: Encoder, name: str) -> torch.nn.Module:
     return make(encoder, CONTENDERS[name], min(SETTING["minutes"]))[0]
 
 
+def front(results: Results, batch_size: int, threads: int) -> list[str]:
+    """Contenders that find more than all that are as fast, the fastest first."""
+    timed = [(name, results.time(name, batch_size, threads), results.last(name)) for name in CONTENDERS]
+    known = [(time["speedup"], run["recall@10"], name) for name, time, run in timed if time and run]
+    ordered = sorted(known, reverse=True)
+    return [name for i, (_, recall, name) in enumerate(ordered) if all(recall > other for _, other, _ in ordered[:i])]
+
+
+def _fronts(results: Results) -> str:
+    lines = [
+        f"batch {batch}, {threads} thread{'s' * (threads > 1)}: {', '.join(names)}"
+        for batch, threads in points()
+        if (names := front(results, batch, threads))
+    ]
+    return "\n".join(["the best recall@10 at their speed, the fastest first", *lines] if lines else [])
+
+
 def report(results: Results) -> str:
     """Who wins at equal time, quality after each budget, and the times."""
     return "\n\n".join(
-        part for part in (_compared(results), _quality(results), _times(results), _about(results)) if part
+        part
+        for part in (_fronts(results), _compared(results), _quality(results), _times(results), _about(results))
+        if part
     )
 
 
@@ -168,17 +187,18 @@ def _compared(results: Results) -> str:
     # each tree beside the dense layer of its inference size, after equal minutes
     rows = []
     for name, spec in CONTENDERS.items():
-        run, other = results.last(name), results.last(spec.get("beside", name))
-        if "beside" not in spec or not run or not (other := results.run(spec["beside"], run["minutes"])):
+        run = results.last(name) if "beside" in spec else None
+        other = results.run(spec["beside"], run["minutes"]) if run else None
+        if not run or not other:
             continue
         pairs = zip(found_among_ten(run), found_among_ten(other), strict=True)
         mean, interval = mean_interval([100.0 * (a - b) for a, b in pairs])
         low, high = interval or (mean, mean)
-        ahead = "ahead" if low > 0 else "behind" if high < 0 else "not significant"
-        speeds = {f"x as fast, b{b}": _ratio(results, name, spec["beside"], b, t) for b, t in shown()}
         rows.append(
             {"contender": name, "beside": spec["beside"], "minutes": run["minutes"]}
-            | {"recall@10, points": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", "": ahead, **speeds}
+            | {"recall@10, points": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"}
+            | {"": "ahead" if low > 0 else "behind" if high < 0 else "not significant"}
+            | {f"x as fast, b{b}": _ratio(results, name, spec["beside"], b, t) for b, t in shown()}
         )
     return table(rows, dict.fromkeys((f"x as fast, b{b}" for b, _ in shown()), ".2f"))
 

