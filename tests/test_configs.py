@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from processes import CONFIGS, ROOT, artifact, enter, runs, with_store
 
 import fffexp.layers
@@ -51,6 +52,26 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with inputs.npy and targets.npy."""
+    folder, random = tmp_path_factory.mktemp("arrays"), np.random.default_rng(0)
+    np.save(folder / "inputs.npy", random.normal(size=(60, 5)))
+    np.save(folder / "targets.npy", np.arange(60) % 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images in a folder for each of two classes."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(40):
+        (folder / str(number % 2)).mkdir(exist_ok=True)
+        pixels = random.integers(0, 256, (9, 8, 3)).astype("u1")
+        Image.fromarray(pixels).save(folder / str(number % 2) / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_store(tmp_path_factory.mktemp("configs"))
 
@@ -65,11 +86,13 @@ def content(path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def data_arguments(fashion: Path, text: Path) -> Callable[[Path], list[str]]:
+def data_arguments(fashion: Path, text: Path, arrays: Path, pictures: Path) -> Callable[[Path], list[str]]:
     """What a config needs beside itself, for its data are not here."""
     found = {
         "fffexp.data.FashionMNIST": [f"--data.init_args.root={fashion}"],
         "fffexp.data.Text": [f"--data.init_args.path={text}"],
+        "fffexp.data.Arrays": [f"--data.init_args.{name}={arrays / name}.npy" for name in ("inputs", "targets")],
+        "fffexp.data.ImageFolder": [f"--data.init_args.root={pictures}"],
     }
     return lambda path: found.get(content(path).get("data", {}).get("class_path"), [])
 
@@ -129,6 +152,8 @@ def test_recipes_go_on_top(recipe: Path, data_arguments: Arguments) -> None:
     data = []
     if recipe.stem == "text":
         pieces, data = ["data/text_gcide", "layer/fff"], data_arguments(CONFIGS / "data/text_gcide.yaml")
+    if recipe.stem == "regression":
+        pieces = ["data/table_regression", "layer/fff"]
     configs = [f"--config={CONFIGS / piece}.yaml" for piece in pieces]
     result = run(["fit", *configs, f"--config={recipe}", *SHORT, *data, "--test=false"], Context(quiet=True))
     assert result is not None
@@ -166,7 +191,8 @@ def test_every_data_config_is_accepted_without_a_network(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     if data.stem == "text_tinystories":
         pytest.skip("its text is on the hub, and its length is known only there")
-    pieces = ("recipe/text", "layer/fff") if data.stem.startswith("text") else ("recipe/common", "layer/fff")
+    recipe = "text" if data.stem.startswith("text") else "regression" if "regression" in data.stem else "common"
+    pieces = (f"recipe/{recipe}", "layer/fff")
     configs = [f"--config={path}" for path in (data, *(CONFIGS / f"{piece}.yaml" for piece in pieces))]
     build(["fit", *configs, *data_arguments(data)])
 

@@ -95,7 +95,7 @@ class NormalizedExperts(GatedExperts):
         if self.top_k == 1 and self.num_experts > 1:
             raise ValueError(
                 "top_k is 1: a weight that is normalized over one expert is 1 and gives the gate no gradient from "
-                "the prediction loss; train with top_k >= 2 (SwitchMoE is the form that trains at top_k = 1)"
+                "the prediction loss; train with top_k >= 2 (SwitchMoE, a Switch gate, trains at top_k = 1)"
             )
 
 

@@ -172,7 +172,7 @@ def row(library: str, name: str, make: Callable[[], nn.Module], given: dict[str,
     model = make().eval()
     with torch.no_grad():  # else zeros and small scales of an initialisation would hide a difference
         for p in model.parameters():
-            p += torch.randn_like(p) * (0.5 if p.dim() < 2 else p[0].numel() ** -0.5)
+            p.add_(torch.randn_like(p), alpha=0.5 if p.dim() < 2 else p[0].numel() ** -0.5)
     before = _output(model, given)
     try:
         made = replace_feedforward(model, Slot)
