@@ -20,6 +20,8 @@ from fffexp.study.spec import load
 from fffexp.training.experiment import Context, build, run
 
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
+LONG = ("text_ff", "text_moe", "text_switch")  # text_fff is of their kind
+EXPERIMENTS_IN_TIERS = [pytest.param(p, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in EXPERIMENTS]
 LAYERS = sorted(path for path in (CONFIGS / "layer").glob("*.yaml") if path.stem != "none")
 RECIPES = sorted((CONFIGS / "recipe").glob("*.yaml"))
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
@@ -102,7 +104,7 @@ def model_of(path: Path) -> Any:
     return model.get("init_args", model)
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS_IN_TIERS, ids=lambda path: path.stem)
 def test_an_experiment_stands_alone(path: Path, data_arguments: Arguments, workplace: Path) -> None:
     result = run(["fit", f"--config={path}", *SHORT, *data_arguments(path)], Context(quiet=True))
     assert result is not None

@@ -334,6 +334,7 @@ def test_a_trial_with_a_non_finite_loss_fails_alone(work: Callable[..., Results]
     assert parent_run(tmp_path).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_an_objective_that_is_not_a_number_fails_its_trial_once(
     work: Callable[..., Results], monkeypatch: pytest.MonkeyPatch
 ) -> None:

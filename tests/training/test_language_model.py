@@ -101,8 +101,8 @@ def test_sampling_follows_the_probabilities() -> None:
         network.classifier.bias.copy_(torch.where(torch.arange(VOCABULARY) < 2, torch.tensor(0.0), -math.inf))
         network.classifier.bias[1] = math.log(3)
     torch.manual_seed(0)
-    made = network.generate([0], 2000)
-    assert sum(made) / 2000 == pytest.approx(0.75, abs=0.04), "four standard errors"
+    made = network.generate([0], 500)
+    assert sum(made) / 500 == pytest.approx(0.75, abs=0.08), "four standard errors"
 
 
 def test_loss_and_metrics_against_their_definitions() -> None:
