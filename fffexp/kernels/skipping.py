@@ -27,12 +27,13 @@ def used(h_BH: Tensor) -> Tensor:
 
 @torch.library.custom_op("fffexp::skip_zeros", mutates_args=())
 def _skip_zeros(h_BH: Tensor, weight_HO: Tensor, bias_O: Tensor, compiled: bool) -> Tensor:
-    if compiled:
-        return torch.ops.fffexp.native_skip_zeros(h_BH, weight_HO, bias_O)
-    used_U = used(h_BH)
-    if 2 * len(used_U) <= len(weight_HO):  # else gathering costs more than it saves
-        h_BH, weight_HO = h_BH[:, used_U], weight_HO[used_U]
-    return torch.addmm(bias_O, h_BH, weight_HO)
+    with torch.autocast(h_BH.device.type, enabled=False):  # the type of the result is that of the inputs
+        if compiled:
+            return torch.ops.fffexp.native_skip_zeros(h_BH, weight_HO, bias_O)
+        used_U = used(h_BH)
+        if 2 * len(used_U) <= len(weight_HO):  # else gathering costs more than it saves
+            h_BH, weight_HO = h_BH[:, used_U], weight_HO[used_U]
+        return torch.addmm(bias_O, h_BH, weight_HO)
 
 
 def _fake(h_BH: Tensor, weight_HO: Tensor, *_: Any) -> Tensor:
@@ -46,7 +47,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
     # of zeros too: an activation may be 0 where it is not flat
     h_BH, weight_HO = ctx.saved_tensors
-    return grad_BO @ weight_HO.T, h_BH.T @ grad_BO, grad_BO.sum(0), None
+    with torch.autocast(h_BH.device.type, enabled=False):
+        return grad_BO @ weight_HO.T, h_BH.T @ grad_BO, grad_BO.sum(0), None
 
 
 _skip_zeros.register_fake(_fake)

@@ -55,6 +55,22 @@ def test_every_gradient(share: float, compiled: bool) -> None:
 
 
 @compiled_and_not
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_autocast_changes_nothing(share: float, compiled: bool) -> None:
+    assert available()
+    h, weight, bias = sparse(9, 40, share, torch.float32), matrix(40, 5), matrix(5)
+    wanted = {name: t.requires_grad_() for name, t in (("h", h), ("weight", weight), ("bias", bias))}
+    expected = skip_zeros(h, weight, bias, compiled)
+    found = gradients(expected, wanted)
+    for within in (True, False):  # backward too
+        with torch.autocast("cpu", torch.bfloat16):
+            output = skip_zeros(h, weight, bias, compiled)
+            inside = gradients(output, wanted) if within else {}
+        assert torch.equal(output, expected)
+        assert_all_close(inside or gradients(output, wanted), found)
+
+
+@compiled_and_not
 def test_rows_that_are_not_needed_are_not_read(compiled: bool) -> None:
     assert available()
     h, weight = sparse(2, 40, 0.1, torch.float32), matrix(40, 5)
