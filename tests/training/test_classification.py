@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer, seed_everything
 from tolerances import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
 from fffexp.errors import NonFiniteLossError
-from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE
+from fffexp.layers import FF, FFF, ExpertChoiceMoE, FeedforwardLayer, NoisyTopKMoE
 from fffexp.models.mlp import MLP
-from fffexp.training.callbacks.routing import block_usage
+from fffexp.training.callbacks.routing import BlockCounter, block_usage
 from fffexp.training.callbacks.stability import DEVIATIONS, WINDOW, Stability, count_spikes
 from fffexp.training.classification import ClassificationTask
 from fffexp.training.optim import LazyAdamW
@@ -302,6 +302,24 @@ def test_count_spikes() -> None:
     two[[WINDOW + 10, WINDOW + 60]] = edge + 1
     assert count_spikes(two) == 2
     assert count_spikes(np.array([])) == 0
+
+
+def test_a_row_counts_once_for_a_block() -> None:
+    torch.manual_seed(0)
+    layer = ExpertChoiceMoE(6, 4, 5, 3)
+    nn.init.normal_(layer.gate_weight)
+    layer(torch.randn(60, 6))
+    x = torch.randn(40, 6)
+    weights = torch.softmax(x @ layer.gate_weight.T, dim=1)
+    taken = weights >= layer.cutoff
+    counter = BlockCounter({"layer": layer.eval()})
+    layer(x)
+    counts = counter.finish()["layer"]
+    dropped = (~taken.any(1)).sum()
+    assert len(set(taken.sum(1).tolist())) > 2, "rows of different numbers of experts"
+    assert (counts >= taken.sum(0)).all()
+    assert counts.sum() == taken.sum() + dropped  # whose first expert is read, for nothing
+    assert counter.rows["layer"] == 40
 
 
 def test_block_usage() -> None:

@@ -65,13 +65,21 @@ class BlockCounter:
     def _count(self, path: str, layer: FeedforwardLayer, inputs: tuple[Tensor, ...]) -> None:
         if layer.hard:
             blocks = layer.route(inputs[0])
-            self.counts[path] = block_counts(blocks, layer.num_experts) + self.counts.get(path, 0)
+            self.counts[path] = block_counts(_once(blocks), layer.num_experts) + self.counts.get(path, 0)
             self.rows[path] += len(blocks)
 
     def finish(self) -> dict[str, Tensor]:  # (blocks,) rows of each block, by layer
         for hook in self._hooks:
             hook.remove()
         return self.counts
+
+
+def _once(blocks: Tensor) -> Tensor:
+    """(rows, k) blocks of each row -> all of them, each once for a row: a row may name one several times."""
+    ordered = blocks.sort(1).values
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return ordered[first]
 
 
 @torch.inference_mode()
