@@ -121,6 +121,24 @@ class Calls(TorchDispatchMode):
         return result
 
 
+def product_forms(layer: FeedforwardLayer, x: Tensor) -> set[bool]:
+    """Whether the products with chosen rows that a pass makes are compiled (True) or plain torch's."""
+    with Forms() as forms:
+        layer(x)
+    return forms.seen
+
+
+class Forms(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[bool] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.fffexp.gathered_dots.default, torch.ops.fffexp.gathered_sum.default):
+            self.seen.add(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
 CASES = (
     # 6*7 + 7 + 7*4 + 4 parameters, 2 * 7 * (6 + 4) operations
     Case(FF, {"width": 7}, (7, 7, 7, 7, 81, 140)),

@@ -16,9 +16,9 @@ STEP = 2**24
 
 
 @torch.library.custom_op("fffexp::gathered_dots", mutates_args=())
-def gathered_dots(x_BI: Tensor, row_BK: Tensor, weight_NI: Tensor) -> Tensor:
-    """(B, K): each sample's products with its rows."""
-    if compiled(weight_NI):
+def gathered_dots(x_BI: Tensor, row_BK: Tensor, weight_NI: Tensor, compiled: bool) -> Tensor:
+    """(B, K): each sample's products with its rows, by the compiled kernels or plain torch."""
+    if compiled:
         return torch.ops.fffexp.native_dots(x_BI, row_BK, weight_NI)
     parts = _steps(row_BK, weight_NI, x_BI)
     with torch.autocast(x_BI.device.type, enabled=False):  # the type of the result is that of the inputs
@@ -27,9 +27,9 @@ def gathered_dots(x_BI: Tensor, row_BK: Tensor, weight_NI: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fffexp::gathered_sum", mutates_args=())
-def gathered_sum(h_BK: Tensor, row_BK: Tensor, weight_NI: Tensor) -> Tensor:
+def gathered_sum(h_BK: Tensor, row_BK: Tensor, weight_NI: Tensor, compiled: bool) -> Tensor:
     """(B, I): the sum of each sample's rows, weighted by h."""
-    if compiled(weight_NI):
+    if compiled:
         return torch.ops.fffexp.native_sum(h_BK, row_BK, weight_NI)
     parts = _steps(row_BK, weight_NI, h_BK)
     with torch.autocast(h_BK.device.type, enabled=False):
@@ -38,9 +38,9 @@ def gathered_sum(h_BK: Tensor, row_BK: Tensor, weight_NI: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fffexp::scattered_outer", mutates_args=())
-def scattered_outer(h_BK: Tensor, row_BK: Tensor, x_BI: Tensor, rows: int) -> Tensor:
+def scattered_outer(h_BK: Tensor, row_BK: Tensor, x_BI: Tensor, rows: int, compiled: bool) -> Tensor:
     """(rows, I): for each row the sum of the samples that chose it, weighted by h; 0 where there are none."""
-    if compiled(x_BI):
+    if compiled:
         return torch.ops.fffexp.native_outer(h_BK, row_BK, x_BI, rows)
     total = torch.promote_types(x_BI.dtype, torch.float32)  # of many terms
     out = x_BI.new_zeros(rows, x_BI.shape[1], dtype=total)
@@ -49,8 +49,8 @@ def scattered_outer(h_BK: Tensor, row_BK: Tensor, x_BI: Tensor, rows: int) -> Te
     return out.to(x_BI.dtype)
 
 
-def compiled(matrix: Tensor) -> bool:
-    """Whether the compiled kernels compute these products with such a matrix."""
+def compiles(matrix: Tensor) -> bool:
+    """Whether the compiled kernels can compute these products with such a matrix."""
     return matrix.is_cpu and matrix.dtype == torch.float32 and available()
 
 
@@ -60,42 +60,45 @@ def _steps(row_BK: Tensor, matrix: Tensor, *others: Tensor) -> list[tuple[Tensor
 
 
 def _setup_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.compiled = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _dots_backward(ctx: Any, grad_BK: Tensor) -> tuple[Tensor | None, ...]:
-    x_BI, row_BK, weight_NI = ctx.saved_tensors
+    (x_BI, row_BK, weight_NI), compiled = ctx.saved_tensors, ctx.compiled
     # the input of a network's first layer needs none
-    grad_x = gathered_sum(grad_BK, row_BK, weight_NI) if ctx.needs_input_grad[0] else None
-    grad_weight = scattered_outer(grad_BK, row_BK, x_BI, len(weight_NI)) if ctx.needs_input_grad[2] else None
-    return grad_x, None, grad_weight
+    grad_x = gathered_sum(grad_BK, row_BK, weight_NI, compiled) if ctx.needs_input_grad[0] else None
+    grad_weight = scattered_outer(grad_BK, row_BK, x_BI, len(weight_NI), compiled) if ctx.needs_input_grad[2] else None
+    return grad_x, None, grad_weight, None
 
 
 def _sum_backward(ctx: Any, grad_BI: Tensor) -> tuple[Tensor | None, ...]:
-    h_BK, row_BK, weight_NI = ctx.saved_tensors
-    grad_weight = scattered_outer(h_BK, row_BK, grad_BI, len(weight_NI)) if ctx.needs_input_grad[2] else None
-    return gathered_dots(grad_BI, row_BK, weight_NI), None, grad_weight
+    (h_BK, row_BK, weight_NI), compiled = ctx.saved_tensors, ctx.compiled
+    grad_weight = scattered_outer(h_BK, row_BK, grad_BI, len(weight_NI), compiled) if ctx.needs_input_grad[2] else None
+    return gathered_dots(grad_BI, row_BK, weight_NI, compiled), None, grad_weight, None
 
 
 def _setup_outer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    *tensors, _, ctx.compiled = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _outer_backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor | None, ...]:
-    h_BK, row_BK, x_BI = ctx.saved_tensors
-    return gathered_dots(x_BI, row_BK, grad_NI), None, gathered_sum(h_BK, row_BK, grad_NI), None
+    (h_BK, row_BK, x_BI), compiled = ctx.saved_tensors, ctx.compiled
+    grad_h, grad_x = gathered_dots(x_BI, row_BK, grad_NI, compiled), gathered_sum(h_BK, row_BK, grad_NI, compiled)
+    return grad_h, None, grad_x, None, None
 
 
-gathered_dots.register_fake(lambda x_BI, row_BK, _: x_BI.new_empty(row_BK.shape))
+gathered_dots.register_fake(lambda x_BI, row_BK, *_: x_BI.new_empty(row_BK.shape))
 gathered_dots.register_autograd(_dots_backward, setup_context=_setup_product)
-gathered_sum.register_fake(lambda h_BK, _, weight_NI: h_BK.new_empty(h_BK.shape[0], weight_NI.shape[1]))
+gathered_sum.register_fake(lambda h_BK, _0, weight_NI, _1: h_BK.new_empty(h_BK.shape[0], weight_NI.shape[1]))
 gathered_sum.register_autograd(_sum_backward, setup_context=_setup_product)
-scattered_outer.register_fake(lambda h_BK, row_BK, x_BI, rows: x_BI.new_empty(rows, x_BI.shape[1]))
+scattered_outer.register_fake(lambda _0, _1, x_BI, rows, _2: x_BI.new_empty(rows, x_BI.shape[1]))
 scattered_outer.register_autograd(_outer_backward, setup_context=_setup_outer)
 
 
 @register_flop_formula([torch.ops.fffexp.gathered_dots, torch.ops.fffexp.gathered_sum])
-def _product_flops(_: Any, row_shape: torch.Size, weight_shape: torch.Size, **__: Any) -> int:
+def _product_flops(_: Any, row_shape: torch.Size, weight_shape: torch.Size, *__: Any, **___: Any) -> int:
     return 2 * row_shape.numel() * weight_shape[1]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fffexp.kernels import eager
-from fffexp.kernels.gathered import gathered_dots, gathered_sum, scattered_outer
+from fffexp.kernels.gathered import compiles, gathered_dots, gathered_sum, scattered_outer
 from fffexp.kernels.operators import ACTIVATIONS
 from fffexp.routing.paths import path_neurons
 
@@ -56,15 +56,16 @@ def _backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
     x_BI, node_weight, node_bias, output_weight, _ = ctx.saved_tensors
     neuron_BK = path_neurons(walk(x_BI, node_weight, node_bias, compiled=True), node_bias.shape[1].bit_length())
     w1, b1, w2 = node_weight.flatten(0, 1), node_bias.flatten(), output_weight.flatten(0, 1)
-    z_BK = gathered_dots(x_BI, neuron_BK, w1) + b1[neuron_BK]
+    compiled = compiles(w1)
+    z_BK = gathered_dots(x_BI, neuron_BK, w1, compiled) + b1[neuron_BK]
     h_BK, derive = torch.func.vjp(ACTIVATIONS[ctx.activation], z_BK)  # type: ignore[misc] # three with has_aux alone
-    (grad_BK,) = derive(gathered_dots(grad_BO, neuron_BK, w2))
+    (grad_BK,) = derive(gathered_dots(grad_BO, neuron_BK, w2, compiled))
     grad_b1 = torch.zeros_like(b1).index_add(0, neuron_BK.flatten(), grad_BK.flatten())
     return (
-        gathered_sum(grad_BK, neuron_BK, w1) if ctx.needs_input_grad[0] else None,
-        scattered_outer(grad_BK, neuron_BK, x_BI, len(w1)).view_as(node_weight),
+        gathered_sum(grad_BK, neuron_BK, w1, compiled) if ctx.needs_input_grad[0] else None,
+        scattered_outer(grad_BK, neuron_BK, x_BI, len(w1), compiled).view_as(node_weight),
         grad_b1.view_as(node_bias),
-        scattered_outer(h_BK, neuron_BK, grad_BO, len(w2)).view_as(output_weight),
+        scattered_outer(h_BK, neuron_BK, grad_BO, len(w2), compiled).view_as(output_weight),
         grad_BO.sum(0),
         None,
     )

@@ -102,6 +102,16 @@ def compiled(requested: str, tensors: list[Tensor], hidden: nn.Sequential) -> tu
     )
 
 
+def native(requested: str, weight: Tensor, served: bool) -> bool:
+    """Whether the requested backend, which may be "auto", is the native one; a ValueError where it does not serve."""
+    if requested not in ("auto", "eager", *(("native",) if served else ())):
+        raise ValueError(
+            f"backend is {requested!r}, which does not serve {weight.dtype} on {weight.device.type} here; of 'auto', "
+            "'native' or 'eager', 'auto' always does"
+        )
+    return served and requested != "eager"
+
+
 def parameters(module: nn.Module, names: tuple[str, ...]) -> list[Tensor]:
     """Attributes of a module that are, as a rule, its parameters."""
     own = module._parameters  # a module's attribute takes 0.4 us, a small batch a few

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fffexp.kernels import naive
-from fffexp.kernels.gathered import gathered_dots, gathered_sum
+from fffexp.kernels import gathered, naive
 from fffexp.layers.base import BlockLayer, recomputing, whole
-from fffexp.layers.blocks import Activation, Device, make_activation, reset_parts
+from fffexp.layers.blocks import Activation, Device, make_activation, native, reset_parts
 from fffexp.layers.random import Dropout
 from fffexp.routing import retrieval
 
@@ -126,8 +125,11 @@ class PEER(BlockLayer):
     def forward(self, x: Tensor) -> Tensor:
         rows = self._rows(x, self.hidden_weight.dtype)
         expert_BK, gates_BK = self._retrieve(rows, self.training and len(rows) > 1)
-        h_BK = self.hidden(gathered_dots(rows, expert_BK, self.hidden_weight))
-        output = gathered_sum(h_BK * gates_BK.to(h_BK.dtype), expert_BK, self.output_weight)
+        backend = self.training_backend(rows) if self.training else self.inference_backend()
+        w1, w2, compiled = self.hidden_weight, self.output_weight, backend == "native"
+        h_BK = self.hidden(gathered.gathered_dots(rows, expert_BK, w1, compiled))
+        # in whatever type the activation returns under autocast
+        output = gathered.gathered_sum((h_BK * gates_BK).to(w2.dtype), expert_BK, w2, compiled)
         if torch.is_autocast_enabled(device := rows.device.type):  # as other layers' outputs
             output = output.to(torch.get_autocast_dtype(device))
         if self.training:
@@ -159,6 +161,13 @@ class PEER(BlockLayer):
             mean, var = self.running_mean.to(kind), self.running_var.to(kind)
         scale = self.norm_weight.to(kind) * torch.rsqrt(var + self.epsilon)
         return (query_BQ - mean) * scale + self.norm_bias.to(kind)
+
+    def inference_backend(self) -> str:
+        served = gathered.compiles(self.hidden_weight)
+        return "native" if native(self.backend, self.hidden_weight, served) else "eager"
+
+    def training_backend(self, x: Tensor) -> str:
+        return "native" if gathered.compiles(self.hidden_weight) else "eager"
 
     def route(self, x: Tensor) -> Tensor:
         return self._retrieve(self._rows(x, self.hidden_weight.dtype), by_batch=False)[0]

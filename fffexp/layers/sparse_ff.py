@@ -11,7 +11,7 @@ from fffexp.kernels import operators
 from fffexp.kernels.naive import Blocks
 from fffexp.kernels.skipping import skip_zeros, used
 from fffexp.layers.base import BlockLayer, whole
-from fffexp.layers.blocks import Activation, BlockMLP, Device
+from fffexp.layers.blocks import Activation, BlockMLP, Device, native
 from fffexp.routing import activations
 
 
@@ -73,13 +73,8 @@ class SparseFF(BlockLayer):
 
     def inference_backend(self) -> str:
         weight = self.network.output_weight
-        native = weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16) and operators.available()
-        if self.backend not in ("auto", "eager", *(("native",) if native else ())):
-            raise ValueError(
-                f"backend is {self.backend!r}, which does not serve {weight.dtype} on {weight.device.type} here; of "
-                "'auto', 'native' or 'eager', 'auto' always does"
-            )
-        return "native" if native and self.backend != "eager" else "eager"
+        served = weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16) and operators.available()
+        return "native" if native(self.backend, weight, served) else "eager"
 
     def training_backend(self, x: Tensor) -> str:
         return "linear"

@@ -75,10 +75,14 @@ class TreeFF(BlockLayer):
         self.hidden = nn.Sequential(make_activation(activation), Dropout(dropout)).to(device, dtype)
         self.reset_parameters()
 
-    def _along_paths(self) -> bool:
+    def _compiled(self, training: bool = True) -> bool:
+        """Whether products along the paths are; the backend asked for is that of inference."""
+        return (training or self.backend != "eager") and gathered.compiles(self.node_weight)
+
+    def _along_paths(self, training: bool = True) -> bool:
         if self.vectorized or self.trained != "auto":
             return self.trained == "paths" and not self.vectorized
-        share = COMPILED_SHARE if gathered.compiled(self.node_weight) else PLAIN_SHARE
+        share = COMPILED_SHARE if self._compiled(training) else PLAIN_SHARE
         return self.training_width > share * self.inference_width
 
     @property
@@ -112,7 +116,7 @@ class TreeFF(BlockLayer):
     def _evaluate(self, rows: Tensor) -> Tensor:
         *others, b2 = self.trees
         w1, b1, w2 = (tensor.flatten(0, 1) for tensor in others)
-        dense = not self._along_paths()
+        dense, compiled = not self._along_paths(self.training), self._compiled(self.training)
         if dense:
             logits_BN = decision_logits(rows, w1, b1)
             path_BT = paths.descend(logits_BN.detach().unflatten(1, (self.num_trees, -1)))
@@ -122,14 +126,14 @@ class TreeFF(BlockLayer):
         if dense:
             logits_BK = logits_BN.gather(1, neuron_BK)
         else:
-            logits_BK = gathered.gathered_dots(rows, neuron_BK, w1) + b1[neuron_BK]
+            logits_BK = gathered.gathered_dots(rows, neuron_BK, w1, compiled) + b1[neuron_BK]
             logits_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32))
         h_BK = self.hidden(logits_BK).to(w2.dtype)
         if dense:
             h_BN = h_BK.new_zeros(len(rows), len(w2)).scatter(1, neuron_BK, h_BK)
             output = F.linear(h_BN, w2.mT, b2)
         else:
-            output = gathered.gathered_sum(h_BK, neuron_BK, w2) + b2
+            output = gathered.gathered_sum(h_BK, neuron_BK, w2, compiled) + b2
             if torch.is_autocast_enabled(device := rows.device.type):  # as products with all are cast
                 output = output.to(torch.get_autocast_dtype(device))
         if self.training:
@@ -148,10 +152,12 @@ class TreeFF(BlockLayer):
 
     def inference_backend(self) -> str:
         served = compiled(self.backend, parameters(self, Trees._fields), self.hidden)
-        return str(operators.backend_of(served[0], served[-1])) if served else "eager"
+        if served:
+            return str(operators.backend_of(served[0], served[-1]))
+        return "native" if self._along_paths(False) and self._compiled(False) else "eager"  # in parts
 
     def training_backend(self, x: Tensor) -> str:
-        return "native" if self._along_paths() and gathered.compiled(self.node_weight) else "eager"
+        return "native" if self._along_paths() and self._compiled() else "eager"
 
     def route(self, x: Tensor) -> Tensor:
         first = torch.arange(self.num_trees, device=x.device) * 2 ** (self.depth - 1)

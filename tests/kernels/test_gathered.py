@@ -11,8 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fffexp.kernels import gathered
 from fffexp.kernels.gathered import gathered_dots, gathered_sum, scattered_outer
+from fffexp.kernels.operators import available
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+needs_compiler = pytest.mark.skipif(not available(), reason="no C++ compiler")
+FORMS = pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [
+        (torch.float64, False),
+        (torch.float32, False),
+        pytest.param(torch.float32, True, marks=needs_compiler),
+        (torch.bfloat16, False),
+    ],
+    ids=str,
+)
+both = pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 # samples, rows of each, rows of the matrix, columns; some rows chosen by several, some by none, one twice by a sample
 SHAPES = [(7, 3, 5, 4), (1, 1, 1, 1), (0, 2, 3, 5), (5, 0, 3, 4), (30, 4, 100, 37), (9, 2, 2, 16)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -26,7 +38,7 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(autouse=True, params=[1, 2**24], ids=["a sample a step", "one step"])
+@pytest.fixture(params=[1, 2**24], ids=["a sample a step", "one step"])
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gathered, "STEP", request.param)
 
@@ -42,29 +54,32 @@ def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     return x, h, torch.randint(rows, (samples, k), generator=generator), weight
 
 
-@DTYPES
+@FORMS
 @shapes
-def test_dots(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.usefixtures("step")
+def test_dots(shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> None:
     x, _, row, weight = make(shape, dtype)
-    output = gathered_dots(x, row, weight)
+    output = gathered_dots(x, row, weight, compiled)
     expected = torch.einsum("bi,bki->bk", x.double(), weight.double()[row])
     compare(output, expected, {"x": x, "weight": weight}, dtype)
 
 
-@DTYPES
+@FORMS
 @shapes
-def test_sum(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.usefixtures("step")
+def test_sum(shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> None:
     _, h, row, weight = make(shape, dtype)
-    output = gathered_sum(h, row, weight)
+    output = gathered_sum(h, row, weight, compiled)
     expected = torch.einsum("bk,bki->bi", h.double(), weight.double()[row])
     compare(output, expected, {"h": h, "weight": weight}, dtype)
 
 
-@DTYPES
+@FORMS
 @shapes
-def test_outer(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.usefixtures("step")
+def test_outer(shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> None:
     x, h, row, weight = make(shape, dtype)
-    output = scattered_outer(h, row, x, len(weight))
+    output = scattered_outer(h, row, x, len(weight), compiled)
     chosen = F.one_hot(row, len(weight)).double()
     expected = torch.einsum("bk,bkn,bi->ni", h.double(), chosen, x.double())
     compare(output, expected, {"x": x, "h": h}, dtype)
@@ -79,32 +94,33 @@ def compare(output: Tensor, expected: Tensor, wanted: dict[str, Tensor], dtype: 
 
 def test_second_derivatives() -> None:
     x, h, row, weight = make((4, 3, 5, 2), torch.float64)
-    assert torch.autograd.gradgradcheck(lambda x, weight: gathered_dots(x, row, weight), (x, weight))
-    assert torch.autograd.gradgradcheck(lambda h, weight: gathered_sum(h, row, weight), (h, weight))
-    assert torch.autograd.gradgradcheck(lambda h, x: scattered_outer(h, row, x, 5), (h, x))
+    assert torch.autograd.gradgradcheck(lambda x, weight: gathered_dots(x, row, weight, False), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda h, weight: gathered_sum(h, row, weight, False), (h, weight))
+    assert torch.autograd.gradgradcheck(lambda h, x: scattered_outer(h, row, x, 5, False), (h, x))
 
 
-def test_inputs_that_are_not_contiguous() -> None:
+@both
+def test_inputs_that_are_not_contiguous(compiled: bool) -> None:
     x, h, row, weight = make((7, 3, 5, 4), torch.float32)
     turned = [each.T.contiguous().T for each in (x, h, row, weight)]
     assert not any(each.is_contiguous() for each in turned)
     tx, th, trow, tweight = turned
-    assert_close(gathered_dots(tx, trow, tweight), gathered_dots(x, row, weight))
-    assert_close(gathered_sum(th, trow, tweight), gathered_sum(h, row, weight))
-    assert_close(scattered_outer(th, trow, tx, 5), scattered_outer(h, row, x, 5))
+    assert_close(gathered_dots(tx, trow, tweight, compiled), gathered_dots(x, row, weight, compiled))
+    assert_close(gathered_sum(th, trow, tweight, compiled), gathered_sum(h, row, weight, compiled))
+    assert_close(scattered_outer(th, trow, tx, 5, compiled), scattered_outer(h, row, x, 5, compiled))
 
 
 def test_registered_as_torch_wants_it() -> None:
-    x, h, row, weight = make((7, 3, 5, 4), torch.float32)
-    torch.library.opcheck(gathered_dots, (x, row, weight))
-    torch.library.opcheck(gathered_sum, (h, row, weight))
-    torch.library.opcheck(scattered_outer, (h, row, x, 5))
+    (x, h, row, weight), compiled = make((7, 3, 5, 4), torch.float32), available()
+    torch.library.opcheck(gathered_dots, (x, row, weight, compiled))
+    torch.library.opcheck(gathered_sum, (h, row, weight, compiled))
+    torch.library.opcheck(scattered_outer, (h, row, x, 5, compiled))
 
 
 def test_operations_are_counted() -> None:
     x, h, row, weight = make((7, 3, 5, 4), torch.float32)
     with FlopCounterMode(display=False) as counter:
-        gathered_sum(h, row, weight)
-        scattered_outer(h, row, x, 5)
-        gathered_dots(x, row, weight)
+        gathered_sum(h, row, weight, False)
+        scattered_outer(h, row, x, 5, False)
+        gathered_dots(x, row, weight, False)
     assert counter.get_total_flops() == 3 * 2 * 7 * 3 * 4

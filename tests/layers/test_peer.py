@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import IN, OUT, Calls, copy_dense, inputs, randomized
+from cases import IN, OUT, Calls, copy_dense, inputs, product_forms, randomized
 from planted import clusters, dense_error, train
 from tolerances import assert_all_close, assert_close, gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fffexp.kernels import naive
+from fffexp.kernels import naive, operators
 from fffexp.layers import FF, PEER
 from fffexp.routing.retrieval import RetrievalRouting, product_top_k, unevenness
 
@@ -63,6 +63,38 @@ def test_other_sizes(options: Any) -> None:
 def test_a_large_batch_in_single_precision() -> None:
     layer, x = make(torch.float32).eval(), inputs(257)
     assert_close(layer(x), layer.forward_reference(x))
+
+
+def test_the_backend_is_the_one_that_runs() -> None:
+    layer, x = make(torch.float32), inputs(9)
+    flags = {"auto": operators.available(), "eager": False} | ({"native": True} if operators.available() else {})
+    for backend, compiled in flags.items():
+        layer.backend = backend
+        assert layer.eval().inference_backend() == ("native" if compiled else "eager")
+        assert product_forms(layer, x) == {compiled}
+        assert layer.train().training_backend(x) == ("native" if operators.available() else "eager")
+        assert product_forms(layer, x) == {operators.available()}
+    layer.backend = "triton"
+    with pytest.raises(ValueError, match=r"backend is 'triton', which does not serve torch.float32 on cpu here"):
+        layer.eval()(x)
+    layer = make().eval()
+    assert layer.inference_backend() == layer.training_backend(x) == "eager"
+    layer.backend = "native"
+    with pytest.raises(ValueError, match=r"'native', which does not serve torch.float64"):
+        layer(x)
+
+
+def test_an_activation_may_return_another_type() -> None:
+    class Lower(nn.Module):  # as torch.nn.PReLU under autocast on CUDA
+        def forward(self, z: Tensor) -> Tensor:
+            return torch.relu(z).bfloat16()
+
+    x = inputs(9)
+    lower, plain = make(torch.float32, activation=Lower()).eval(), make(torch.float32).eval()
+    output = lower(x)
+    assert output.dtype == torch.float32
+    assert (output - plain(x)).abs().max() < 0.02
+    output.sum().backward()
 
 
 def test_the_definition_by_hand() -> None:

@@ -1,11 +1,12 @@
 """Trees whose nodes are the neurons: both ways to train against a walk down each tree, and what they can learn."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, IN, OUT, Calls, Case, copy_dense, inputs, randomized
+from cases import CASES, IN, OUT, Calls, Case, copy_dense, inputs, product_forms, randomized
 from layers import test_contract
 from tolerances import assert_all_close, assert_close, gradients
 from torch import Tensor, nn
@@ -221,6 +222,19 @@ def test_deep_trees_are_trained_along_paths() -> None:
     with calls:
         deep(x).sum().backward()
     assert calls.largest == deep.node_weight.numel(), "nothing is as large as the weights' gradients"
+
+
+def test_the_backend_is_the_one_that_runs() -> None:
+    x, available = inputs(9), operators.available()
+    for activation, backend in itertools.product(("gelu", "mish"), ("auto", "eager")):  # the kernel does not know mish
+        layer = make(3, 2, "paths", torch.float32, activation=activation).eval()
+        layer.backend = backend
+        compiled = available and backend == "auto"
+        assert layer.inference_backend() == ("native" if compiled else "eager")
+        assert product_forms(layer, x) == (set() if compiled and activation == "gelu" else {compiled})
+        assert_close(layer(x), layer.forward_reference(x))
+        assert layer.train().training_backend(x) == ("native" if available else "eager")
+        assert product_forms(layer, x) == {available}
 
 
 @both_ways
