@@ -42,14 +42,16 @@ class Block:
             self.inputs = inputs if self.run(inputs) else None
 
     def _tried(self, width: int, like: Tensor) -> Iterator[Inputs]:
-        # rows of an MLP's width or another, as many of them (an MLP may mix rows), images of channels first and last;
-        # what else is required is nothing, or the same
+        # rows of an MLP's width or another, as many of another as the MLP takes (it may mix rows), images of channels
+        # first and last; what else is required is nothing, or the same
         taken = [takes(p) for p in self.module.parameters() if p.dim()]
         more = max(0, required(self.module) - 1)
         for features in dict.fromkeys([width, taken[0], taken[-1]]):
             image = probe_rows(features * 16, like)[:, 1].view(2, 4, 4, features)
-            many = probe_rows(features * width, like)[:, 1].view(2, width, features)
-            for x in (probe_rows(features, like), image.permute(0, 3, 1, 2).contiguous(), image, many):
+            tried = [probe_rows(features, like), image.permute(0, 3, 1, 2).contiguous(), image]
+            if features != width:  # else a block that cannot be run, as a decoder's, would take minutes to fail
+                tried.append(probe_rows(features * width, like)[:, 1].view(2, width, features))
+            for x in tried:
                 yield [x, *[None] * more]
                 if more:
                     yield [x, *[x] * more]

@@ -326,6 +326,23 @@ def test_a_gated_shared_expert_is_a_blocks_mlp() -> None:
     assert [each.name for each in replace_feedforward(Net(nn.ModuleList([Shared()])), TREE)] == ["parts.0.0.expert.0"]
 
 
+def test_a_block_that_cannot_be_run_is_tried_on_few_rows() -> None:
+    tried: list[int] = []
+
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8 * D)
+            self.net = nn.Sequential(nn.Linear(8 * D, H), nn.ReLU(), nn.Linear(H, 8 * D))
+
+        def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+            tried.append(x.numel() // (8 * D))
+            return x + self.net(self.norm(x)) + cache.mean
+
+    assert len(replace_feedforward(Net(Failing()), TREE)) == 1
+    assert max(tried) < 2 * 8 * D, "not as many rows as it has features"
+
+
 def test_running_blocks_leaves_no_trace() -> None:
     class Counting(Block):
         passes = 0
