@@ -12,8 +12,18 @@ from fffexp.models.mlp import MLP
 from fffexp.training.task import Task, from_data
 
 
+class R2(R2Score):
+    """R2Score, which raises for less than two samples; of these it is NaN."""
+
+    def compute(self) -> Tensor:
+        return super().compute() if self.total > 1 else self.residual.new_tensor(float("nan"))
+
+
 class RegressionTask(Task):
     """Mean squared error of (inputs, targets), in the unit of the targets as the data give them.
+
+    Data in memory give standardised targets, unless `normalize_targets` is off: the errors that are logged are then in
+    standard deviations of the training part.
 
     Args:
         layer: which feedforward layer, with all but its in_features and out_features; None for a network without.
@@ -38,7 +48,7 @@ class RegressionTask(Task):
         self.check()
 
     def make_metrics(self) -> dict[str, Metric]:
-        return {"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "r2": R2Score()}
+        return {"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "r2": R2()}
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         x, y = batch

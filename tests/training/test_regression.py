@@ -1,5 +1,6 @@
 """Regression: the squared error and its metrics."""
 
+import math
 from functools import partial
 
 import pytest
@@ -53,3 +54,10 @@ def test_another_network() -> None:
 
     task = RegressionTask(None, (3,), 2, network=network)
     assert task.loss(rows(2))[1].shape == (64, 2)
+
+
+def test_one_row_has_no_r2() -> None:
+    metrics = RegressionTask(None, (3,), 1, network=lambda *_: nn.Linear(3, 1)).make_metrics()
+    found = {name: float(metric(torch.tensor([[1.0]]), torch.tensor([[3.0]]))) for name, metric in metrics.items()}
+    assert (found["mse"], found["mae"]) == (4, 2)
+    assert math.isnan(found["r2"])
