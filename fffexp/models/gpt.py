@@ -66,9 +66,9 @@ class GPT(nn.Module):
             raise ValueError("the prompt is empty; give at least one token")
         self.eval()
         tokens, device = list(prompt), self.embedding.weight.device
-        caches, logits = self.make_caches(1), torch.empty(0)
+        caches: list[Cache] = []
         for _ in range(new_tokens):
-            fresh = caches[0].length == 0 or caches[0].length >= self.context
+            fresh = not caches or caches[0].length >= self.context
             if fresh:
                 caches = self.make_caches(1)
             keep = self.context if len(tokens) < self.context else max(1, self.context // 2)

@@ -63,7 +63,8 @@ class LanguageModelTask(Task):
         context = min(rows.shape[1], TIMED_CONTEXT)
         tokens = rows.repeat(math.ceil(batch_size / len(rows)), 1)[:batch_size, :context]
         caches = network.make_caches(batch_size, context)
-        network(tokens, caches)
+        for place in range(context):  # all at once would make their logits at once: gigabytes, with a large vocabulary
+            network(tokens[:, place : place + 1], caches)
 
         # at another place of the second half in each call, for one token would always take the same leaves
         def decode(place: int) -> Tensor:
