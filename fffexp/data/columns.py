@@ -16,6 +16,7 @@ from fffexp.errors import UserError, refuse
 
 TargetKind = Literal["classification", "regression"]
 NUMBER, INTEGER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$", r"^[-+]?\d+$"
+MAX_TEXTS, FEW_TEXTS = 1000, 20  # different texts of a column of inputs; few may be different in each row
 Values = np.ndarray[Any, Any]
 
 
@@ -110,6 +111,12 @@ class Inputs:
         texts = [name for name in names if name in categorical or not _is_numeric(frame, name)]
         self.numbers = [name for name in names if name not in texts]
         self.texts = {name: name_classes(_texts(frame, name))[0] for name in texts}
+        for name, found in self.texts.items():
+            many = f"{frame.name}: column {name!r} has {len(found)} different texts in {len(frame)} rows"
+            leave = f"leave it out by --data.exclude '[{name}]'"
+            # each becomes a column: those of names and numbers of rows would fill the memory, and tell nothing
+            limit = min(MAX_TEXTS, max(FEW_TEXTS, len(frame) // 2))
+            refuse((len(found) > limit, f"{many}, too many for a column each: {leave}"))
         self.num_texts = sum(map(len, self.texts.values()))
         self.width = len(self.numbers) + self.num_texts
 

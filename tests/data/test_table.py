@@ -350,3 +350,14 @@ def test_too_few_rows(tmp_path: Path) -> None:
 
 def test_no_such_table_of_scikit_learn() -> None:
     assert "sklearn:none: scikit-learn has no such table: give one of breast_cancer" in error("sklearn:none")
+
+
+def test_a_different_text_in_each_row(tmp_path: Path) -> None:
+    named = [f"person {row},{row % 7}.5,{row % 2}" for row in range(60)]
+    said = error(write(tmp_path / "f.csv", named, "name,size,label"))
+    assert said.endswith(
+        "f.csv: column 'name' has 60 different texts in 60 rows, too many for a column each: "
+        "leave it out by --data.exclude '[name]'"
+    )
+    assert table(tmp_path / "f.csv", exclude=["name"]).in_shape == (1,)
+    assert table(write(tmp_path / "few.csv", named[:15], "name,size,label")).in_shape == (16,)
