@@ -153,7 +153,8 @@ class Text(Data):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
-        return [int(token) for token in self._encode(text.encode())]
+        # a command line holds what is not UTF-8 as lone surrogates
+        return [int(token) for token in self._encode(text.encode(errors="surrogateescape"))]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens; bytes that are not UTF-8 are replaced."""

@@ -290,3 +290,10 @@ def test_a_file_on_the_hub(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, message in (("owner/name/f", "cannot be fetched"), ("owner/name", "give hf://datasets/OWNER/NAME/FILE")):
         with pytest.raises(UserError, match=message):
             Text(f"hf://datasets/{path}")
+
+
+@pytest.mark.parametrize("bpe", [None, 300])
+def test_bytes_of_a_command_line_that_are_not_utf8(file: Path, bpe: int | None) -> None:
+    data = text(file, bpe_vocab_size=bpe)
+    tokens = data.encode(b"caf\xe9 and".decode(errors="surrogateescape"))
+    assert b"".join(data.token_bytes[token] for token in tokens) == b"caf\xe9 and"
