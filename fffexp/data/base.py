@@ -251,9 +251,13 @@ class InMemoryData(Data):
         """The columns of a table of what a task predicts: names of classes, or numbers in their own unit.
 
         Args:
-            outputs: labels (rows,), or numbers (rows, num_outputs) in the unit of the targets of `train_data`.
+            outputs: labels (rows,), or numbers (rows, num_outputs) in the unit of the targets of `train_data`. Anything
+                else, such as logits that a task of your own predicts, is taken as it is, see `plain_columns`.
         """
-        if not outputs.is_floating_point():
+        classes, width = hasattr(self, "num_classes"), tuple(outputs.shape[1:])
+        if outputs.is_floating_point() == classes or width != (() if classes else (self.num_outputs,)):
+            return plain_columns(outputs)
+        if classes:
             names = self.class_names or range(self.num_classes)
             return {(self.target_names or ("class",))[0]: [names[label] for label in outputs.tolist()]}
         columns = (outputs.double().cpu() * self.target_std + self.target_mean).T.tolist()
@@ -311,6 +315,13 @@ class InMemoryData(Data):
 
 def _first(wrong: Tensor) -> int | None:
     return next(iter(wrong.nonzero().flatten().tolist()), None)
+
+
+def plain_columns(outputs: Tensor) -> dict[str, list[Any]]:
+    """The columns `prediction`, or `prediction_0`, `prediction_1`, ..., of outputs (rows, ...)."""
+    columns = outputs.flatten(1).unbind(1) if outputs.dim() > 1 else [outputs]
+    names = [f"prediction_{i}" for i in range(len(columns))] if len(columns) > 1 else ["prediction"]
+    return dict(zip(names, (column.tolist() for column in columns), strict=True))
 
 
 def pixels(array: np.ndarray[Any, Any]) -> Tensor:

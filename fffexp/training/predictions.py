@@ -7,22 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from fffexp.data.base import plain_columns
 from fffexp.errors import UserError, refuse
 from fffexp.files import replace
 from fffexp.training.task import Task
 
 
 def write_table(data: Any, outputs: Tensor, path: str | None) -> None:
-    """Write (samples, ...) outputs as the columns that the data make of them: a CSV file, or lines on stdout.
-
-    Without a `decode` of the data the columns are `prediction`, or `prediction_0`, `prediction_1`, ...
-    """
-    if hasattr(data, "decode"):
-        columns = data.decode(outputs)
-    else:
-        each = outputs.flatten(1).unbind(1) if outputs.dim() > 1 else [outputs]
-        names = [f"prediction_{i}" for i in range(len(each))] if len(each) > 1 else ["prediction"]
-        columns = dict(zip(names, (column.tolist() for column in each), strict=True))
+    """Write (samples, ...) outputs as the columns that the data make of them: a CSV file, or lines on stdout."""
+    columns = data.decode(outputs) if hasattr(data, "decode") else plain_columns(outputs)
     text = io.StringIO()
     header = [columns.keys()] if path is not None else []
     csv.writer(text, lineterminator="\n").writerows([*header, *zip(*columns.values(), strict=True)])

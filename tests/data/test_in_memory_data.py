@@ -240,3 +240,15 @@ def test_batches_of_evaluation_are_as_large_as_memory_allows(shape: tuple[int, .
     data.in_shape = shape
     assert 16 <= data.evaluation_batch_size <= 2048
     assert data.evaluation_batch_size == 16 or data.evaluation_batch_size * math.prod(shape) <= 2**23
+
+
+@pytest.mark.parametrize("data", [Small, Numbers])
+def test_decode_takes_other_outputs_as_they_are(data: type[Small | Numbers]) -> None:
+    made = data()
+    made.setup()
+    assert made.decode(torch.tensor([[0.5, 1.0, 2.0], [3.0, 4.0, 5.0]])) == {
+        "prediction_0": [0.5, 3],
+        "prediction_1": [1, 4],
+        "prediction_2": [2, 5],
+    }
+    assert made.decode(torch.tensor([[7.0], [8.0]])) == {"prediction": [7, 8]}
