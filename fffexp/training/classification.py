@@ -51,6 +51,9 @@ class ClassificationTask(Task):
         if len(weights) != num_classes or not (weights.min() >= 0 and 0 < weights.sum() < float("inf")):
             raise ValueError(f"class_weights are {class_weights}; give {num_classes} numbers that are not negative")
         self.num_classes, self.label_smoothing, self.metrics = num_classes, label_smoothing, dict(metrics or {})
+        if "loss" in self.metrics:
+            raise ValueError("metrics: 'loss' is the name of the loss itself; give the metric another")
+        self.make_metrics()  # a ValueError of one that does not take a number of classes
         self.register_buffer("class_weights", weights if class_weights else None, persistent=False)
         self.network = (network or MLP)(layer, in_shape, num_classes)
         self.check()

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
+from torchmetrics.classification import BinaryF1Score, MulticlassCalibrationError, MulticlassF1Score
 
 from fffexp.errors import NonFiniteLossError
 from fffexp.layers import FF, FFF, ExpertChoiceMoE, FeedforwardLayer, NoisyTopKMoE
@@ -332,3 +332,12 @@ def test_block_usage() -> None:
     # one of four: shares 1, 0, 0, 0 with mean 1/4 and deviation sqrt(3)/4
     assert_close(block_usage(torch.tensor([8, 0, 0, 0]), 8)["usage_cv"], torch.tensor(math.sqrt(3)))
     assert block_usage(torch.zeros(4, dtype=torch.long), 0)["used_leaves"] == 0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [({"loss": MulticlassF1Score}, "'loss' is the name of the loss"), ({"f1": BinaryF1Score}, "threshold")],
+)
+def test_metrics_that_do_not_fit(metrics: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassificationTask(partial(FF, width=4), (3,), 5, metrics=metrics)
