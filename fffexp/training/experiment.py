@@ -233,13 +233,22 @@ class ExperimentCLI(LightningCLI):
         self.result.run_id, self.result.backend, self.result.metrics = run.id, backend, metrics
 
     def predict(self, model: Task, datamodule: LightningDataModule, ckpt_path: str, **kwargs: Any) -> None:
-        config = self.resolved
+        config, given = self.resolved, self._given.keys()
         if config.prompt is None:
             text = hasattr(datamodule, "encode")
-            refuse((text, "a language model predicts by continuing a text: give --prompt"))
+            stray = next((name for name in ("new_tokens", "temperature") if name in given), None)
+            none = self.trainer.limit_predict_batches == 0
+            refuse(
+                (text, "a language model predicts by continuing a text: give --prompt"),
+                (stray is not None, f"{stray} is of a text that --prompt begins: give that, or leave {stray} out"),
+                (none, "trainer.limit_predict_batches is 0, so that nothing is predicted: leave it out"),
+            )
             options = {**kwargs, "ckpt_path": ckpt_path, "return_predictions": True}
             outputs: Any = self.trainer.predict(model, datamodule=datamodule, **options)
             return write_table(datamodule, torch.cat(outputs), config.out)
+        refuse(
+            (config.out is not None, "out is for a table of predictions, and --prompt prints a text: give one of them")
+        )
         model.load_state_dict(checks.read_checkpoint("ckpt_path", ckpt_path)["state_dict"])
         datamodule.prepare_data()
         datamodule.setup("predict")

@@ -45,6 +45,7 @@ def test_a_text_is_continued(capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt="], "prompt is empty"),
         (["--prompt=a", "--new_tokens=0"], "new_tokens is 0"),
         (["--prompt=a", "--temperature=-1"], "temperature is -1"),
+        (["--prompt=a", "--out=found.csv"], "out is for a table"),
         ([], "give --prompt"),
     ):
         assert main([*predict, *mistake]) == 2
@@ -76,4 +77,11 @@ def test_a_prompt_is_for_language_models(capsys: pytest.CaptureFixture[str]) -> 
     assert set(rows) <= set("0123456789")
     assert main(["predict", *digits, f"--ckpt_path={checkpoint}"]) == 0
     assert capsys.readouterr().out.splitlines() == rows
+    for option, named in (
+        ("--temperature=0", "temperature is of a text"),
+        ("--trainer.limit_predict_batches=0", "nothing is predicted"),
+    ):
+        assert main(["predict", *digits, f"--ckpt_path={checkpoint}", option]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert named in line
     assert header
