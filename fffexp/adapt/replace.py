@@ -51,11 +51,11 @@ def replace_feedforward(model: nn.Module, layer_factory: LayerFactory, select: S
     or of torch's layers with methods of its own. docs/architectures.md lists models.
 
     By default the MLPs of blocks are replaced: as many features come out as go in, and a sum with what the input was
-    made of follows, unless the block cannot be run alone. Heads, squeeze-and-excitation and MLPs of positions stay. A
-    model of linear layers alone is taken whole. What else looks like an MLP stays too (routed experts, quantised
-    layers, those of adapters); `left` of the list that is returned says why, by path. Dropout within an MLP goes with
-    it: give the factory's layer its own; a dropout module behind it stays. The new layers can be trained where the MLP
-    was frozen, and share no weights with other modules where it did.
+    made of follows, unless the block cannot be run alone. Heads of another width, squeeze-and-excitation and MLPs of
+    positions stay. A model of linear layers alone is taken whole. What else looks like an MLP stays too (routed
+    experts, quantised layers, those of adapters); `left` of the list that is returned says why, by path. Dropout within
+    an MLP goes with it: give the factory's layer its own; a dropout module behind it stays. The new layers can be
+    trained where the MLP was frozen, and share no weights with other modules where it did.
 
     In evaluation torch's encoder gave zeros where `src_key_padding_mask` marks padding, by a fused path; after
     replacement such places hold values, as in training. Hugging Face's `from_pretrained` refuses what such a model

@@ -74,6 +74,8 @@ class Arrays(InMemoryData):
             self.num_outputs = labels.shape[1] if labels.ndim == 2 else 1
         else:
             refuse((labels.ndim != 1, f"{shape}, not (rows,): give one class a row, or --data.kind regression"))
+            name, row = self.source("train", "labels"), next(iter(np.flatnonzero(labels != labels)), None)  # a NaN's
+            refuse((row is not None, f"{name} has a NaN in row {row}: fix or remove that row"))
             self.class_names, _ = name_classes(labels)
             self.num_classes = len(self.class_names)
             many = f"{self.source('train', 'labels')} has {self.num_classes} different values in {len(labels)} rows"

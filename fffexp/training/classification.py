@@ -53,7 +53,10 @@ class ClassificationTask(Task):
         self.num_classes, self.label_smoothing, self.metrics = num_classes, label_smoothing, dict(metrics or {})
         if "loss" in self.metrics:
             raise ValueError("metrics: 'loss' is the name of the loss itself; give the metric another")
-        self.make_metrics()  # a ValueError of one that does not take a number of classes
+        for name, metric in self.make_metrics().items():  # a ValueError of one that takes no number of classes
+            value = metric(torch.eye(num_classes), torch.arange(num_classes))
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise ValueError(f"metrics.{name}: {type(metric).__name__} gives more than a number; give its average")
         self.register_buffer("class_weights", weights if class_weights else None, persistent=False)
         self.network = (network or MLP)(layer, in_shape, num_classes)
         self.check()

@@ -15,7 +15,8 @@ from fffexp.layers.base import LayerFactory
 from fffexp.models.gpt import GPT
 from fffexp.training.task import Task, from_data
 
-TIMED_CONTEXT = 64  # tokens that the cache holds at most where the decoding of one more is timed
+# what the cache holds at most where the decoding of one more token is timed: tokens, and scalars, a gibibyte of float32
+TIMED_CONTEXT, CACHE_SCALARS = 64, 2**28
 
 
 class LanguageModelTask(Task):
@@ -60,7 +61,8 @@ class LanguageModelTask(Task):
         network = self.network
         if not isinstance(network, GPT):
             return super().timed(rows, batch_size)
-        context = min(rows.shape[1], TIMED_CONTEXT)
+        scalars = 2 * batch_size * len(network.blocks) * network.embedding.embedding_dim  # of a token in the cache
+        context = max(1, min(rows.shape[1], TIMED_CONTEXT, CACHE_SCALARS // scalars))
         tokens = rows.repeat(math.ceil(batch_size / len(rows)), 1)[:batch_size, :context]
         caches = network.make_caches(batch_size, context)
         for place in range(context):  # all at once would make their logits at once: gigabytes, with a large vocabulary

@@ -286,7 +286,9 @@ class Task(LightningModule, ABC):
 def from_data(name: str, value: int | None) -> int:
     """What a task gets from its data, or a ValueError if they do not have it."""
     if value is None:
-        raise ValueError(f"{name} is missing, for the data have none: give another task by --model, or other data")
+        kind = "--data.kind regression if the targets are quantities, " * (name == "num_outputs")
+        fix = f"give {kind}another task by --model, or other data"
+        raise ValueError(f"{name} is missing, for the data have none: {fix}")
     return value
 
 

@@ -93,6 +93,11 @@ def test_whole_numbers_as_quantities(tmp_path: Path) -> None:
     )
 
 
+def test_a_class_is_not_nan(tmp_path: Path) -> None:
+    targets = spoiled(np.arange(ROWS) % 3, np.nan)
+    assert "targets.npy has a NaN in row 7" in error(**save(tmp_path, targets=targets), kind="classification")
+
+
 def test_large_numbers_keep_their_digits(tmp_path: Path) -> None:
     times = 1_700_000_000.0 + np.arange(ROWS)[:, None]
     data = Arrays(**save(tmp_path, inputs=times, test_inputs=times[:20]), normalize="standard")

@@ -336,7 +336,11 @@ def test_block_usage() -> None:
 
 @pytest.mark.parametrize(
     ("metrics", "message"),
-    [({"loss": MulticlassF1Score}, "'loss' is the name of the loss"), ({"f1": BinaryF1Score}, "threshold")],
+    [
+        ({"loss": MulticlassF1Score}, "'loss' is the name of the loss"),
+        ({"f1": BinaryF1Score}, "threshold"),
+        ({"f1": partial(MulticlassF1Score, average="none")}, "metrics.f1: .* gives more than a number"),
+    ],
 )
 def test_metrics_that_do_not_fit(metrics: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
