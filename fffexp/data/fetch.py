@@ -114,7 +114,9 @@ def _unpack(package: Path, into: Path) -> None:
             archive.seek(len(content) % 2, io.SEEK_CUR)
             if header.startswith(b"data.tar"):
                 with tarfile.open(fileobj=io.BytesIO(content)) as files:
-                    files.extractall(into, filter="data")
+                    for member in filter(tarfile.TarInfo.isfile, files):  # by their bare names, so none ends elsewhere
+                        if (packed := files.extractfile(member)) is not None:
+                            (into / Path(member.name).name).write_bytes(packed.read())
 
 
 def _fashion_is_whole(folder: Path) -> bool:

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,9 @@ def architectures() -> Iterator[tuple[str, str, Callable[[], nn.Module], dict[st
         pixels = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}
         vision = hasattr(config, "num_channels")
         yield "Hugging Face", name, partial(AutoModel.from_config, config), pixels if vision else text
-    import torchvision  # type: ignore[import-not-found]
     from adapt.timm_models import timm  # type: ignore[attr-defined]  # makes timm and torchvision importable
 
+    torchvision = import_module("torchvision")
     for name, sizes in TIMM.items():
         make = partial(timm.create_model, name, **sizes)
         yield "timm", name, make, {"x": _images(sizes.get("img_size") or make().default_cfg["input_size"][-1])}

@@ -229,4 +229,4 @@ def test_the_real_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     spec = {"layer": "fffexp.layers:FFF", "depth": 1, "leaf_width": 192}
     model, _ = encoders.convert(encoder, spec, 0.0)
     cosines = (encoder.encode(model, texts) * found).sum(1)
-    assert cosines.min() > 0.7
+    assert cosines.mean() > 0.75, "started, not trained"
