@@ -68,5 +68,5 @@ ui: setup ## the MLflow UI on http://127.0.0.1:5000 (PORT=... for another port)
 	$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $${PORT:-5000} \
 	  --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///outputs/mlflow.db}
 
-data: setup ## fetch Fashion-MNIST and GCIDE, a text, into data/
+data: setup ## fetch Fashion-MNIST and two texts into data/
 	$(BIN)/python -m fffexp.data.fetch

@@ -11,7 +11,7 @@ from torch import nn
 from fffexp.adapt.block import Block
 from fffexp.adapt.mlp import MLP, linear_of
 from fffexp.adapt.probe import activates, bent, by_row, probe_rows, run, same
-from fffexp.adapt.stay import is_linear, opaque_linears, routed_experts, told, why_no_block, why_not_safe
+from fffexp.adapt.stay import each_reason, is_linear, opaque_linears, routed_experts, why_no_block, why_not_safe
 from fffexp.layers import FeedforwardLayer
 
 Select = Callable[[str, nn.Module], bool]
@@ -43,14 +43,14 @@ def find_mlps(model: nn.Module, select: Select | None) -> tuple[list[MLP], dict[
         found, left = found + [mlp for mlp in mlps if mlp.name not in unsafe], left | unsafe
     if not found:
         none = f"{type(model).__name__} holds no MLP of a known form (see replace_feedforward)"
-        raise ValueError(f"{none}; {told(left)}" if left else none)
+        raise ValueError(f"{none}; {each_reason(left)}" if left else none)
     if select:
         chosen = [mlp for mlp in found if select(mlp.name, mlp.module)]
         none = f"select takes none of the MLPs: {', '.join(mlp.name or '(the model)' for mlp in found)}"
     else:
         outside = {} if is_linear(model) else {m.name: why for m in found if (why := why_no_block(m, model, blocks))}
         chosen, left = [mlp for mlp in found if mlp.name not in outside], left | outside
-        none = f"no block of {type(model).__name__} holds an MLP (see replace_feedforward); {told(outside)}"
+        none = f"no block of {type(model).__name__} holds an MLP (see replace_feedforward); {each_reason(outside)}"
     if not chosen:
         raise ValueError(none)
     return chosen, left

@@ -51,7 +51,7 @@ def why_no_block(mlp: MLP, model: nn.Module, blocks: Blocks) -> str:
     return ""
 
 
-def told(left: Mapping[str, str]) -> str:
+def each_reason(left: Mapping[str, str]) -> str:
     """What stays, with each reason once."""
     paths: dict[str, list[str]] = {}
     for path, reason in left.items():

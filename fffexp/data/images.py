@@ -83,9 +83,9 @@ class ImageFolder(InMemoryData):
         found = []
         for name in names:
             inside = (path for path in sorted((place / name).rglob("*")) if path.is_file())
-            shown = [path for path in inside if not any(each[0] == "." for each in path.relative_to(place).parts)]
-            refuse((not shown and part == "train", f"{place / name} has no images in it: add some, or remove it"))
-            found += [(path, self.class_names.index(name)) for path in shown]
+            visible = [path for path in inside if not any(each[0] == "." for each in path.relative_to(place).parts)]
+            refuse((not visible and part == "train", f"{place / name} has no images in it: add some, or remove it"))
+            found += [(path, self.class_names.index(name)) for path in visible]
         refuse((not found, f"{place} has no images in it: add folders of classes with some"))
         return found
 

@@ -49,7 +49,7 @@ class FF(BlockLayer):
         network = self._modules["network"]
         up = network._modules["0"]  # type: ignore[union-attr] # attributes of a module take 0.7 us
         try:
-            dtype = up.weight.dtype  # type: ignore[union-attr]
+            dtype = up.weight.dtype  # type: ignore[union-attr] # as above
         except AttributeError:  # quantised, by torch.ao
             dtype = x.dtype
         return network(self._checked(x, dtype))  # type: ignore[misc,arg-type] # as above

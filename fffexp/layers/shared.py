@@ -81,11 +81,11 @@ class Shared(SummedLayer):
         return self.routed.aux_losses
 
     @property
-    def default_aux_weights(self) -> Mapping[str, float]:  # type: ignore[override]
+    def default_aux_weights(self) -> Mapping[str, float]:  # type: ignore[override] # as above
         return self.routed.default_aux_weights
 
     @property
-    def metrics(self) -> Mapping[str, AuxiliaryLoss]:  # type: ignore[override]
+    def metrics(self) -> Mapping[str, AuxiliaryLoss]:  # type: ignore[override] # as above
         return self.routed.metrics
 
     @property

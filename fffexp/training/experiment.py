@@ -22,11 +22,9 @@ from torch import Tensor
 
 import fffexp.data
 import fffexp.layers
-
-# with these imported the names of their classes need no module path
 import fffexp.training.language_model
 import fffexp.training.regression
-import fffexp.training.schedules  # noqa: F401
+import fffexp.training.schedules  # noqa: F401 # with these imported the names of their classes need no module path
 from fffexp import configs, paths, tracking
 from fffexp.environment import peak_memory_mb
 from fffexp.errors import handling, refuse

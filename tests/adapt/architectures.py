@@ -179,8 +179,8 @@ def row(library: str, name: str, make: Callable[[], nn.Module], given: dict[str,
         made = replace_feedforward(model, Slot)
         left = [*made.left.values()]
     except ValueError as error:
-        told = re.findall(r"; \S+(?: \(and (\d+) more\))?: ([^;]*)", str(error))
-        made, left = Replacements([], {}), [reason for more, reason in told for _ in range(1 + int(more or 0))]
+        reported = re.findall(r"; \S+(?: \(and (\d+) more\))?: ([^;]*)", str(error))
+        made, left = Replacements([], {}), [reason for more, reason in reported for _ in range(1 + int(more or 0))]
     gated = [_fill(each, nn.GELU()) for each in made]
     differences = {}
     for activation in ACTIVATIONS if made else []:

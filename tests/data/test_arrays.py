@@ -130,9 +130,9 @@ def spoiled(array: Array, value: float) -> Array:
     ],
 )
 def test_bad_arrays(tmp_path: Path, change: dict[str, Array], message: str) -> None:
-    told = error(**save(tmp_path, **change))
-    assert message in told
-    assert str(tmp_path) in told
+    reported = error(**save(tmp_path, **change))
+    assert message in reported
+    assert str(tmp_path) in reported
 
 
 def test_bad_kinds(tmp_path: Path) -> None:
@@ -159,9 +159,9 @@ def test_bad_files(tmp_path: Path) -> None:
         (packed.getvalue(), "is an .npz: give it by --data.path"),
     ):
         file.write_bytes(content)
-        told = error(**paths)
-        assert message in told
-        assert "inputs.npy" in told
+        reported = error(**paths)
+        assert message in reported
+        assert "inputs.npy" in reported
     assert "absent.npy cannot be read (No such file" in error(**{**paths, "inputs": str(tmp_path / "absent.npy")})
     (tmp_path / "a.npz").write_bytes(packed.getvalue())
     assert "a.npz has no array 'x': give one of inputs, targets" in error(inputs="x", path=str(tmp_path / "a.npz"))

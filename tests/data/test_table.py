@@ -250,9 +250,9 @@ def edited(tmp_path: Path, line: int, text: str | bytes, suffix: str = "csv") ->
 )
 def test_a_bad_line(tmp_path: Path, line: int, text: str | bytes, message: str) -> None:
     path = edited(tmp_path, line, text)
-    told = error(path)
-    assert told.startswith(str(path))
-    assert message in told
+    reported = error(path)
+    assert reported.startswith(str(path))
+    assert message in reported
 
 
 def test_a_bad_line_of_the_test(file: Path, tmp_path: Path) -> None:
