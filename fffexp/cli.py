@@ -17,7 +17,7 @@ EXPERIMENT = {
     "predict": "Print what a checkpoint (--ckpt_path) predicts for the test inputs, or continue a text (--prompt).",
 }
 STUDY = ("run", "resume", "show", "trials", "best", "delete", "clean")
-TABLES = ("table1", "table2", "table3", "figure3", "figure5", "figure6", "conversion", "minilm")
+TABLES = ("table1", "table2", "table3", "figure3", "figure5", "figure6", "conversion", "minilm", "text")
 # else "module:function", of modules that import quickly; how a typed function becomes a command: see commandline.py
 COMMANDS: Mapping[str, Any] = {
     **EXPERIMENT,

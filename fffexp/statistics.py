@@ -104,9 +104,9 @@ def adjusted(ps: Sequence[float]) -> list[float]:
     return [float(p) for p in stats.false_discovery_control(ps)] if ps else []
 
 
-def format_difference(test: Paired, scale: float = 1.0) -> str:
+def format_difference(test: Paired, scale: float = 1.0, digits: int = 2) -> str:
     """`+1.93 [+1.75, +2.11], p 1.2e-05`, or `+0.10 [-0.20, +0.40], p 0.45, not significant`, of scaled values."""
-    difference, *bounds = (f"{scale * x:+.2f}" for x in (test.difference, *(test.interval or ())))
+    difference, *bounds = (f"{scale * x:+.{digits}f}" for x in (test.difference, *(test.interval or ())))
     interval = f" [{', '.join(bounds)}], p {test.p:.2g}" if bounds else ""
     return f"{difference}{interval}{'' if test.significant else ', not significant'}"
 

@@ -279,6 +279,51 @@ def minilm(
         figure_minilm.draw(results, drawn)
 
 
+def text(
+    data: Literal["gcide", "python"] = "gcide",
+    contenders: list[str] | None = None,
+    steps: list[PositiveInt] | None = None,
+    seeds: PositiveInt = 3,
+    jobs: PositiveInt = 2,
+    speeds: bool = False,
+    json: Path | None = None,
+    figure: Path | None = None,
+) -> None:
+    """Layers in a small language model, against their size and time (studies/paper/text_gcide.yaml).
+
+    Args:
+        data: what is trained on; GCIDE, a dictionary, or the Python files of torch (studies/paper/text_python.yaml).
+        contenders: names in the study; all unless given.
+        steps: of a training; all of the study unless given.
+        seeds: how many, from 0 on.
+        jobs: processes.
+        speeds: time the contenders with the weights of these trainings, which wants a quiet machine.
+        json: file of the results; what it has is not trained again.
+        figure: PNG; beside the JSON unless given. A second one, with _steps in its name, is of the course of training.
+    """
+    from fffexp.paper import figure_text
+    from fffexp.paper import speeds as timing
+    from fffexp.paper import text as language
+    from fffexp.paper.studies import PaperStudy
+
+    study = PaperStudy(f"text_{data}", data, seeds)
+    groups, file = study.content["layers"], f"studies/paper/text_{data}.yaml"
+    budgets = sorted({language.EPOCH_STEPS * point["epochs"] for of in groups.values() for point in of["points"]})
+    for name in contenders or ():
+        refuse((name not in groups, f"--contenders {name}: {file} has {', '.join(groups)}"))
+    for count in steps or ():
+        refuse((count not in budgets, f"--steps {count}: {file} has {budgets}"))
+    epochs = {count / language.EPOCH_STEPS for count in steps or budgets}
+    study.choose(lambda label, point: label in (contenders or groups) and point["epochs"] in epochs)
+    with _files(json, figure, f"text_{data}") as drawn:
+        results = study.complete(study.open(json, {"table": "text", "data": data}), json, jobs)
+        if speeds:
+            timing.in_language_model(results, study)
+            results.save(json)
+        print(language.report(results))
+        figure_text.draw(results, drawn)
+
+
 @contextmanager
 def _files(json: Path | None, figure: Path | None = None, name: str = "") -> Iterator[Path]:
     # where the figure goes, once the files can be written; nobody else writes the JSON meanwhile

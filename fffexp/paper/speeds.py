@@ -2,22 +2,29 @@
 
 import statistics
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import mlflow
 import torch
+from mlflow.exceptions import MlflowException
 from torch import Tensor, nn
 
+from fffexp import paths
 from fffexp.environment import environment
+from fffexp.errors import UserError
 from fffexp.layers import feedforward_layers
 from fffexp.paper.comparisons import BATCH_SIZE, dense_of
 from fffexp.paper.rows import Row, describe, is_dense, point_of, width
 from fffexp.paper.studies import PaperStudy
-from fffexp.study.results import Results
+from fffexp.study.results import Results, Trial
 from fffexp.timing import interleaved, rotating
+from fffexp.training.config import read_checkpoint
 from fffexp.training.experiment import build
 
 BESIDE_S = 10.0  # of timing, for all dense widths beside one tree
 TIMING_S = 60.0  # for all models, and for all layers: a few rounds of models of 70 ms do not order them
+BATCH_SIZES, CONTEXT = (1, BATCH_SIZE), 64  # tokens at once in a language model, and before each of them
 
 
 @torch.inference_mode()
@@ -73,6 +80,53 @@ def _in_turn(results: Results, study: PaperStudy) -> None:
             speed |= {f"{kind}_s": mine, f"{kind}_speedup": mine and base and base / mine}
     where = environment([1], "cpu")
     results.extra["speeds"] = [speed | {"environment": where} for speed in speeds.values()]
+
+
+def in_language_model(results: Results, study: PaperStudy) -> None:
+    """Each contender's first layer on tokens of the validation text, and its model that decodes one, on one thread.
+
+    The weights are those of its longest training, for how many neurons are 0 and which experts are taken depends on
+    them. UserError where this tracking store does not have them.
+    """
+    trials = sorted(study.wanted(results), key=lambda trial: (trial.params["epochs"], trial.number))
+    longest: dict[str, Trial] = {trial.params["contender"]: trial for trial in trials}
+    speeds: dict[str, Row] = {}
+    calls: dict[str, dict[str, Callable[[], object]]] = {}
+    for key, trial in longest.items():
+        run = trial.runs[0]
+        made: Any = build(study.arguments(trial, run["seed"]))
+        task, layer, tokens = made.task.eval(), _first(made.task), list[Tensor]()
+        task.load_state_dict(_trained(run["run_id"]))
+        made.data.setup("fit")
+        windows = next(iter(made.data.val_dataloader()))[0][:, :CONTEXT]
+        with torch.inference_mode():
+            for size in BATCH_SIZES:
+                calls.setdefault(f"model_b{size}", {})[key] = task.timed(windows, size)
+            if layer is not None:
+                with layer.register_forward_pre_hook(lambda _, args, to=tokens: to.append(args[0])):
+                    task(windows)
+                mixed = tokens[0].flatten(0, -2)[torch.randperm(windows.numel(), generator=torch.Generator())]
+                for size in BATCH_SIZES:
+                    calls.setdefault(f"layer_b{size}", {})[key] = rotating(layer, mixed.split(size))
+        speeds[key] = {"contender": key, "epochs": trial.params["epochs"]}
+        speeds[key]["backend"] = layer and layer.inference_backend()
+    for kind, of_kind in calls.items():
+        for key, seconds in _medians(of_kind, TIMING_S).items():
+            speeds[key][f"{kind}_ms"] = 1e3 * seconds
+    where = environment([1], "cpu")
+    results.extra["speeds"] = [speed | {"environment": where} for speed in speeds.values()]
+
+
+def _trained(run_id: str) -> Any:
+    # of the run's best checkpoint
+    try:
+        folder = mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path="checkpoint", tracking_uri=paths.tracking_uri()
+        )
+        (file,) = Path(folder).glob("*.ckpt")
+    except (MlflowException, OSError, ValueError) as error:
+        raise UserError(f"run {run_id} has no checkpoint in this tracking store: time where it was trained") from error
+    return read_checkpoint("run", str(file))["state_dict"]
 
 
 # trees beside all dense layers, into results.extra["controls"]; all models and their first layers, into "speeds"

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from fffexp.study.spec import Point, StudySpec
 
 FOLDER = Path(__file__).parents[2] / "studies/paper"
-DATA = {"fashion_mnist": "../../configs/data/fashion_mnist.yaml"}  # the hub has the others
+DATA = {  # the hub has the others
+    "fashion_mnist": "../../configs/data/fashion_mnist.yaml",
+    "gcide": "../../configs/data/text_gcide.yaml",
+    "python": "../../configs/data/text_python.yaml",
+}
 KEYS = {"epochs": "trainer.max_epochs", "blocks": "model.network.init_args.num_blocks"}
 # pixels of a vision transformer's patch that divide the images
 PATCH, PATCHES = "model.network.init_args.patch_size", {"fashion_mnist": 7, "mnist": 7, "cifar10": 4, "usps": 4}
