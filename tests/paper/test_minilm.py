@@ -116,6 +116,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["reproduce", "minilm", *(part for option, name in files.items() for part in (option, str(tmp_path / name)))]
 
 
+@pytest.mark.slow
 def test_the_command_converts_times_and_goes_on_where_it_stopped(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,6 +317,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
     return lambda **changes: run_here(tmp_path, **{"evaluation_seeds": [5]} | changes)
 
 
+@pytest.mark.slow
 def test_a_trial_with_a_non_finite_loss_fails_alone(work: Callable[..., Results], tmp_path: Path) -> None:
     lr = {"lr": {"keys": ["model.optimizer.init_args.lr"], "choices": [0.01, 1e30]}}
     layers = {
@@ -471,7 +472,8 @@ def run_listed(path: Path | None, **changes: Any) -> Results:
     return runner.run()
 
 
-@pytest.mark.parametrize("together", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [False, True])
 def test_listed_points(together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(with_store(tmp_path), monkeypatch)
     results = run_listed(None, vectorize_seeds=together, seeds=[0, 1])
@@ -547,6 +549,7 @@ def test_a_constraint_that_nothing_meets(work: Callable[..., Results], capsys: p
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_pruned_trials(work: Callable[..., Results], tmp_path: Path) -> None:
     # no accuracy reaches 1.1
     pruner = {"class_path": "optuna.pruners.ThresholdPruner", "init_args": {"lower": 1.1}}

@@ -97,6 +97,7 @@ def test_a_layer_from_elsewhere(own: str) -> None:
     assert result.params["training_width"] == 7
 
 
+@pytest.mark.slow
 def test_no_path_needs_to_be_set(task: list[str], tmp_path: Path) -> None:
     with started("fit", *task, "--trainer.max_epochs=1", folder=tmp_path) as process:
         assert process.wait() == 0, process.errors()
