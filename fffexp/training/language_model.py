@@ -45,7 +45,20 @@ class LanguageModelTask(Task):
         super().__init__(**kwargs)
         refuse((self.input_noise_std > 0, "input_noise_std: tokens take no noise: leave it out"))
         self.network = (network or GPT)(layer, in_shape, from_data("vocab_size", vocab_size))
+        if not isinstance(self.network, GPT):
+            self._try(torch.zeros(1, *in_shape, dtype=torch.long), vocab_size)
         self.check()
+
+    def _try(self, tokens: Tensor, vocab_size: int) -> None:
+        wanted = f"a language model's network takes (samples, context) tokens and gives {vocab_size} logits for each"
+        name, training = type(self.network).__name__, self.network.training
+        try:
+            with torch.no_grad():
+                shape = tuple(self.network.eval()(tokens).shape)
+        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"network: {wanted}; {name} fails on them: {error}") from error
+        refuse((shape != (*tokens.shape, vocab_size), f"network: {wanted}; {name} gives {shape} for {len(tokens)}"))
+        self.network.train(training)
 
     def make_metrics(self) -> dict[str, Metric]:
         return {"bits_per_byte": BitsPerByte(), "perplexity": Perplexity()}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from tolerances import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fffexp.layers import FF, FFF, FeedforwardLayer, NoisyTopKMoE, SwitchMoE
-from fffexp.models import GPT
+from fffexp.models import GPT, MLP
 from fffexp.training.language_model import TIMED_CONTEXT, LanguageModelTask
 
 CONTEXT, VOCABULARY = 12, 17
@@ -134,6 +134,25 @@ def test_a_language_model_learns_and_reports(layer: str) -> None:
     assert metrics["val/perplexity"] == pytest.approx(math.exp(metrics["val/loss"]), rel=1e-5)
     assert ("val/hardening_gap" in metrics) == (layer == "FFF")
     assert all(part.numel() <= 16 * 2 for part in made.loss(next(iter(data())))[1:]), "little is kept of a batch"
+
+
+class Flat(nn.Module):
+    """A network of tokens that gives one row of logits for a sample."""
+
+    def __init__(self, layer: Any, in_shape: Any, vocab_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embedding(x).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("network", "says"), [(MLP, "MLP fails on them: x is torch.int64"), (Flat, rf"Flat gives \(1, {VOCABULARY}\)")]
+)
+def test_a_network_of_another_kind_is_refused(network: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=f"takes .samples, context. tokens and gives {VOCABULARY} logits.*{says}"):
+        LanguageModelTask(LAYERS["FF"], (CONTEXT,), VOCABULARY, network=network)
 
 
 def test_input_noise_is_refused() -> None:
