@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import optuna
 from mlflow.exceptions import MlflowException
 
 from fffexp import paths, tracking
-from fffexp.errors import UserError
+from fffexp.errors import UserError, report
 from fffexp.report import page
 from fffexp.report.text import settings, value
 from fffexp.study import store, worker
@@ -21,6 +22,8 @@ from fffexp.study.results import LATENCY, Record, Results, Trial
 from fffexp.study.spec import StudySpec, Values
 from fffexp.study.worker import StoredStudy
 from fffexp.training.experiment import build
+
+MAX_LOST = store.MAX_VANISHED + 2  # workers in a row; so many that a job which kills them all is given up before
 
 
 class StudyRunner:
@@ -137,6 +140,7 @@ class StudyRunner:
         spawn = multiprocessing.get_context("spawn").Process
         firsts = [self.begun_here, *[False] * (self.jobs - 1)]
         workers = [spawn(target=worker.main, args=(*same, first, threads)) for first in firsts]
+        lost = 0  # workers, since a job was finished
         progress = [_progress(self.study, queues) for queues in (self.study.queues[:-1], self.study.queues[-1:])]
         for part in progress:  # what is finished by now is not news
             next(part)
@@ -147,12 +151,18 @@ class StudyRunner:
             while alive:
                 time.sleep(worker.POLL_S)
                 alive = any(process.is_alive() for process in workers)  # before the rest, which then misses nothing
-                if sum(map(next, progress)) and self.path is not None:
-                    self._results().save(self.path)
-                if any(process.exitcode == 2 for process in workers):
-                    raise UserError("a worker met the mistake above; nothing that was finished is lost")
-                if status := next((process.exitcode for process in workers if process.exitcode), None):
-                    raise RuntimeError(f"a worker ended with status {status}; `fffexp study resume` goes on")
+                if sum(map(next, progress)):
+                    lost = 0
+                    if self.path is not None:
+                        self._results().save(self.path)
+                for process in [each for each in workers if each.exitcode]:
+                    lost += 1
+                    self._replaceable(process.exitcode or 0, lost)
+                    for queue in self.study.queues:
+                        queue.give_up(process.pid or 0)
+                    workers[workers.index(process)] = new = spawn(target=worker.main, args=(*same, False, threads))
+                    new.start()
+                    alive = True
         finally:
             left = [process for process in workers if process.is_alive()]
             for process in left:
@@ -160,6 +170,17 @@ class StudyRunner:
             for process in left:
                 process.join(60)  # in which it marks its trial
             runs.set_user_attr("worked_s", runs.user_attrs["worked_s"] + time.monotonic() - begun)
+
+    def _replaceable(self, status: int, lost: int) -> None:
+        if status == 2:
+            raise UserError("a worker met the mistake above; nothing that was finished is lost")
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        if lost > MAX_LOST:
+            raise UserError(
+                f"{lost} workers ended before they finished anything, the last {how}: nothing that was finished is "
+                f"lost; see what kills them, such as too little memory, then `fffexp study resume {self.spec.name}`"
+            )
+        report(f"a worker {how}: another takes its place")
 
     def _results(self) -> Results:
         attrs = self.study.runs_study.user_attrs
@@ -205,6 +226,7 @@ class StudyRunner:
             values = own[0].params if own and searched else point.values
             if not own or (searched and not values):
                 continue  # nobody has begun it
+            errors = [error for job in own if (error := store.error_of(job))]
             stored: dict[str, Any] = {name: attr for job in reversed(own) for name, attr in job.user_attrs.items()}
             trial = Trial(
                 number=number,
@@ -214,7 +236,8 @@ class StudyRunner:
                 evaluation=_records([job for job in jobs[number] if job not in own]),
                 attempts=max(map(store.attempts, own)),
                 recipe=self.recipes.get(number),
-                **{key: stored[key] for key in ("run_id", "sizes", "error") if key in stored},
+                error=errors[0] if errors else None,
+                **{key: stored[key] for key in ("run_id", "sizes") if key in stored},
             )
             if searched:
                 trial.values = own[0].values
@@ -273,7 +296,7 @@ def _progress(study: StoredStudy, queues: Sequence[store.Queue]) -> Iterator[boo
             if kind != "trial":
                 values["seed"] = " ".join(map(str, attrs["seeds"]))
             scores = [record[study.attrs["monitor"]] for record in _records([job])]
-            score = value(fmean(scores), unit=study.attrs["unit"]) if scores else attrs.get("error", job.state.name)
+            score = value(fmean(scores), unit=study.attrs["unit"]) if scores else store.error_of(job) or job.state.name
             where = f"{kind} {count} of {total}, {left_s:.0f} s left: {study.attrs['classes'][label]}"
             print(f"{where} {settings(values)}  {score}", flush=True)
         yield bool(new)

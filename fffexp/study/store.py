@@ -1,16 +1,22 @@
 """Jobs in an Optuna storage, shared by any number of processes: none is done twice, and none is left out."""
 
+import math
+import os
+import socket
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import optuna
+import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
+from requests import RequestException
 
-from fffexp.errors import UserError
+from fffexp.environment import peak_memory_mb
+from fffexp.errors import UserError, report
 from fffexp.files import first_line, store_lock
 
 # heartbeats, their retries and constraints are used knowingly, and pinned
@@ -21,6 +27,8 @@ warnings.filterwarnings("ignore", "Choices for a categorical distribution should
 # a worker that has not been heard of for this long is taken for dead
 HEARTBEAT_S = 5
 GRACE_S = 20
+# a job is given up after so many errors that a worker reports, and after so many workers that vanish with it
+MAX_ERRORS, MAX_VANISHED = 3, 8
 
 
 class Storage(optuna.storages.RDBStorage):
@@ -45,6 +53,13 @@ class Storage(optuna.storages.RDBStorage):
             if state == TrialState.RUNNING and self.get_trial(trial_id).state == TrialState.WAITING:
                 self.record_heartbeat(trial_id)
             return super().set_trial_state_values(trial_id, state, values)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """As Optuna's, with what a worker has needed: the kernel may kill it for that."""
+        super().record_heartbeat(trial_id)
+        if (peak := peak_memory_mb()) is not None:
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):  # this machine slept, and another took the trial
+                self.set_trial_user_attr(trial_id, "peak_memory_mb", peak)
 
 
 def open_storage(url: str) -> Storage:
@@ -92,6 +107,7 @@ def free(storage: Storage, study: optuna.Study) -> int:
         return before - len(running(study))
 
 
+OUTAGES = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, RequestException, ConnectionError)
 Job = tuple[dict[str, Any], dict[str, Any]]  # values that are given to a trial, and its user attributes
 
 
@@ -100,14 +116,45 @@ class Surplus(Exception):  # no error
 
 
 def _finished(trial: FrozenTrial) -> bool:
-    # its job needs no other: it has a result, or failed for a reason of its own
-    return trial.state.is_finished() and (trial.state != TrialState.FAIL or "error" in trial.user_attrs)
+    # its job needs no other: it has a result, or failed for good
+    return trial.state.is_finished() and (trial.state != TrialState.FAIL or error_of(trial) is not None)
+
+
+def error_of(trial: FrozenTrial) -> str | None:
+    """Why the job of a trial is not tried again; None if it has not failed for good."""
+    attrs = trial.user_attrs
+    if "error" in attrs or trial.state != TrialState.FAIL:
+        return attrs.get("error")
+    vanished = attempts(trial) - len(attrs.get("errors", ())) - attrs.get("interruptions", 0)
+    needed = f", the last with {attrs['peak_memory_mb']:.0f} MiB of memory" if "peak_memory_mb" in attrs else ""
+    return f"{vanished} workers vanished with it{needed}" if vanished >= MAX_VANISHED else None
+
+
+def _checked(values: Any, count: int) -> Any:
+    # Optuna would fail the trial without saying why
+    each = values if isinstance(values, tuple) else (values,)
+    if len(each) != count or not all(isinstance(value, float | int) and not math.isnan(value) for value in each):
+        raise ValueError(f"its objectives are {values}, and not {count} numbers")
+    return values
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    # whether a store or server does not answer, which is no fault of a trial
+    while error is not None:
+        if isinstance(error, OUTAGES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def attempts(trial: FrozenTrial) -> int:
     """How often its job was started."""
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback
     return len(retry.retry_history(trial)) + (trial.state != TrialState.WAITING)
+
+
+def _worker(pid: int) -> str:
+    return f"{socket.gethostname()}/{pid}"
 
 
 class Queue:
@@ -144,36 +191,61 @@ class Queue:
     def run_one(self, objective: Callable[[optuna.Trial], Any], errors: tuple[type[Exception], ...] = ()) -> bool:
         """Do a job that waits, if there is one; whether there was.
 
-        What the objective raises makes the trial fail: an error of `errors` finishes it, any other is raised here.
+        What the objective raises makes the trial fail. An error of `errors` finishes the job; any other is reported,
+        and finishes it when it is the third. After Ctrl-C or SIGTERM, raised as KeyboardInterrupt, and where a store
+        does not answer, which is raised here, it is tried again.
         """
         if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return False
-        raised: Exception | None = None
+        outage: Exception | None = None
+
+        def interrupted(trial: optuna.Trial) -> None:
+            trial.set_user_attr("interruptions", trial.user_attrs.get("interruptions", 0) + 1)
 
         def checked(trial: optuna.Trial) -> Any:
-            nonlocal raised
-            if "job" not in trial.user_attrs:
+            nonlocal outage
+            attrs = trial.user_attrs
+            if "job" not in attrs:
                 raise Surplus
+            trial.set_user_attr("worker", _worker(os.getpid()))
             try:
-                return objective(trial)
+                return _checked(objective(trial), len(self.study.directions))
             except errors as error:
                 trial.set_user_attr("error", str(error))
                 raise
-            except SystemExit as stop:  # of SIGTERM, which Optuna would let pass with the trial still running
+            except (KeyboardInterrupt, SystemExit) as stop:  # Optuna would let SystemExit pass, the trial still running
+                interrupted(trial)
                 raise KeyboardInterrupt from stop
+            except (optuna.TrialPruned, optuna.exceptions.UpdateFinishedTrialError):
+                raise
             except Exception as error:
-                raised = error
+                if _is_outage(error):
+                    outage = error
+                    with suppress(Exception):  # if it is the storage
+                        interrupted(trial)
+                    raise
+                found = [*attrs.get("errors", ()), f"{type(error).__name__}: {error}"]
+                trial.set_user_attr("errors", found)
+                if len(found) >= MAX_ERRORS:
+                    trial.set_user_attr("error", found[-1])
+                report(f"trial {attrs.get('number')}, error {len(found)} of {MAX_ERRORS}: {found[-1]}")
                 raise
 
-        try:
+        # a trial that was given up in the meantime, because this machine slept, say, cannot end a second time; Optuna
+        # then says so by any of these; what the objective raises is caught
+        with suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError):
             # the collection frees a trainer and its data, which refer to each other
-            self.study.optimize(checked, n_trials=1, catch=(Surplus, *errors), gc_after_trial=True)
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError) as error:
-            # a trial that was given up in the meantime, because this machine slept, say, cannot end a second time;
-            # Optuna then says so by any of these
-            if error is raised and not isinstance(error, optuna.exceptions.UpdateFinishedTrialError):
-                raise
+            self.study.optimize(checked, n_trials=1, catch=(Exception,), gc_after_trial=True)
+        if outage is not None:
+            raise outage
         return True
+
+    def give_up(self, pid: int) -> None:
+        """Fail what a process of this machine did, which has ended without saying so."""
+        with self.storage.exclusive():
+            for trial in running(self.study):
+                if trial.user_attrs.get("worker") == _worker(pid):
+                    self.study.tell(trial.number, state=TrialState.FAIL)
 
     def finished(self) -> dict[str, FrozenTrial]:
         """The trials of the jobs that are."""

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
+import requests
 from optuna.trial import TrialState
 
 from fffexp.errors import UserError
@@ -119,13 +121,65 @@ def test_an_error_of_its_own_finishes_a_job(queue: Queue) -> None:
     assert queue.finished()["a"].user_attrs["error"] == "the loss is nan"
 
 
-def test_any_other_error_puts_it_back(queue: Queue) -> None:
-    queue.fill()
-    with pytest.raises(Oops):
-        queue.run_one(raising(Oops()))
-    with pytest.raises(ValueError, match="own"):
-        queue.run_one(raising(ValueError("own")))
-    assert waiting(queue) == ["a", "b", "c"]
+@pytest.mark.parametrize("error", [Oops("oh"), ValueError("own"), AssertionError("no"), MemoryError("full")], ids=repr)
+def test_any_other_error_is_tried_three_times(
+    error: Exception, storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = make(storage, {"a": JOBS["a"]})
+    text = f"{type(error).__name__}: {error}"
+    for attempt in (1, 2, 3):
+        assert waiting(queue) == ["a"]
+        assert queue.run_one(raising(error))
+        assert capsys.readouterr().err == f"fffexp: trial 0, error {attempt} of 3: {text}\n"
+    assert waiting(queue) == []
+    trial = queue.finished()["a"]
+    assert (store.error_of(trial), trial.user_attrs["errors"], store.attempts(trial)) == (text, [text] * 3, 3)
+
+
+def test_an_objective_that_is_no_number_is_tried_three_times(storage: Storage) -> None:
+    queue = make(storage, {"a": JOBS["a"]})
+    for value in (float("nan"), (1.0, 2.0), "text"):
+        assert waiting(queue) == ["a"]
+        assert queue.run_one(lambda trial, value=value: value)  # type: ignore[misc] # a default of a lambda
+    assert waiting(queue) == []
+    assert "text" in str(store.error_of(queue.finished()["a"]))
+
+
+def test_interruptions_are_not_counted(storage: Storage) -> None:
+    queue = make(storage, {"a": JOBS["a"]})
+    for _ in range(store.MAX_VANISHED + 1):
+        queue.fill()
+        with pytest.raises(KeyboardInterrupt):
+            queue.run_one(raising(KeyboardInterrupt()))
+    assert waiting(queue) == ["a"]
+
+
+def test_a_store_that_does_not_answer_is_no_fault_of_a_job(storage: Storage) -> None:
+    queue = make(storage, {"a": JOBS["a"]})
+    for _ in range(store.MAX_VANISHED + 1):
+        queue.fill()
+        with pytest.raises(requests.ConnectionError):
+            queue.run_one(raising(requests.ConnectionError("refused")))
+    assert waiting(queue) == ["a"]
+
+
+def test_a_job_with_which_workers_vanish_is_given_up(storage: Storage) -> None:
+    queue = make(storage, {"a": JOBS["a"]})
+    for _ in range(store.MAX_VANISHED):
+        assert waiting(queue) == ["a"]
+        process = multiprocessing.get_context("fork").Process(target=queue.run_one, args=(die,))
+        process.start()
+        process.join()
+        queue.give_up(process.pid or 0)
+    assert waiting(queue) == []
+    assert re.fullmatch(
+        r"8 workers vanished with it, the last with \d+ MiB of memory", str(store.error_of(queue.finished()["a"]))
+    )
+
+
+def die(trial: optuna.Trial) -> float:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 def test_a_pruned_job_is_finished(queue: Queue) -> None:

@@ -292,22 +292,6 @@ def test_an_interrupted_study_is_resumed(
         assert trained[trial.user_attrs["number"]] == [trial.user_attrs["run/0"]], "what was finished counts"
 
 
-@pytest.mark.slow
-def test_a_killed_worker_is_reported_and_its_trial_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    psutil = pytest.importorskip("psutil")
-    write_yaml(with_store(tmp_path) / "tiny.yaml", CONTENT)
-    with started("study", "run", "tiny.yaml", folder=tmp_path) as process:
-        process.until_printed("trial 1 of 4")
-        for child in psutil.Process(process.popen.pid).children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.kill()
-        assert process.wait() == 1
-        assert "resume" in process.errors()
-    enter(tmp_path, monkeypatch)
-    assert main(["study", "resume", "tiny"]) == 0
-    assert_exact_budget(tmp_path)
-
-
 # what a trial may meet
 
 
