@@ -46,7 +46,7 @@ def hold(path: Path | None) -> AbstractContextManager[object]:
         raise UserError(f"{path}: another command writes it: wait for that, or give another file") from error
 
 
-def store_lock(uri: str) -> AbstractContextManager[object]:
+def store_lock(uri: str, timeout_s: float = 30.0) -> AbstractContextManager[object]:
     """Only one process at a time creates a store's tables, which two can break for good, or decides what is left to do.
 
     A tracking server by http has locks of its own. A store that cannot be created, reached or locked is a UserError.
@@ -59,7 +59,7 @@ def store_lock(uri: str) -> AbstractContextManager[object]:
         if uri.startswith("sqlite:///"):
             path = Path(uri.removeprefix("sqlite:///"))
             path.parent.mkdir(parents=True, exist_ok=True)
-            return FileLock(f"{path}.lock", timeout=30).acquire()  # creating takes a few seconds
+            return FileLock(f"{path}.lock", timeout=timeout_s).acquire()  # creating takes a few seconds
         if uri.startswith("postgresql"):
             import sqlalchemy
 

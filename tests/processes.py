@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,13 @@ def user_environment() -> dict[str, str]:
     """Without what a test has set, so that a process takes the stores of its folder."""
     ours = ("MLFLOW_TRACKING_URI", "FFFEXP_STORAGE")
     return {k: v for k, v in os.environ.items() if k not in ours} | ONE_THREAD | {"PYTHONUNBUFFERED": "1"}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 class Process:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,18 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, digits, enter, user_environment, with_store
+from processes import ROOT, digits, enter, free_port, user_environment, with_store
 
 from fffexp.training.experiment import Context, Result, run
 
 LIMIT_S = 120
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def recipe() -> str:

@@ -2,17 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import mlflow
 import torch
-from mlflow.exceptions import MlflowException
 from torch import Tensor, nn
 
-from fffexp import paths
+from fffexp import paths, tracking
 from fffexp.environment import environment
-from fffexp.errors import UserError
 from fffexp.layers import feedforward_layers
 from fffexp.paper.comparisons import BATCH_SIZE, dense_of
 from fffexp.paper.rows import Row, describe, is_dense, point_of, width
@@ -118,15 +114,7 @@ def in_language_model(results: Results, study: PaperStudy) -> None:
 
 
 def _trained(run_id: str) -> Any:
-    # of the run's best checkpoint
-    try:
-        folder = mlflow.artifacts.download_artifacts(
-            run_id=run_id, artifact_path="checkpoint", tracking_uri=paths.tracking_uri()
-        )
-        (file,) = Path(folder).glob("*.ckpt")
-    except (MlflowException, OSError, ValueError) as error:
-        raise UserError(f"run {run_id} has no checkpoint in this tracking store: time where it was trained") from error
-    return read_checkpoint("run", str(file))["state_dict"]
+    return read_checkpoint("run", str(tracking.checkpoint(paths.tracking_uri(), run_id)))["state_dict"]
 
 
 # trees beside all dense layers, into results.extra["controls"]; all models and their first layers, into "speeds"

@@ -11,13 +11,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import optuna
-import sqlalchemy.exc
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
-from requests import RequestException
 
 from fffexp.environment import peak_memory_mb
 from fffexp.errors import UserError, report
 from fffexp.files import first_line, store_lock
+from fffexp.outages import PATIENCE_S, is_outage, last_outage_s, patiently
 
 # heartbeats, their retries and constraints are used knowingly, and pinned
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -40,7 +40,7 @@ class Storage(optuna.storages.RDBStorage):
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """No other process changes the state of a trial in this block."""
-        with self._threads, nullcontext() if self._held else store_lock(self.url):
+        with self._threads, nullcontext() if self._held else store_lock(self.url, PATIENCE_S):
             before, self._held = self._held, True
             try:
                 yield
@@ -60,6 +60,12 @@ class Storage(optuna.storages.RDBStorage):
         if (peak := peak_memory_mb()) is not None:
             with suppress(optuna.exceptions.UpdateFinishedTrialError):  # this machine slept, and another took the trial
                 self.set_trial_user_attr(trial_id, "peak_memory_mb", peak)
+
+
+# all that is asked of it, by Optuna's cache too
+_CACHED = ("_create_new_trial", "_get_trials", "_set_trial_param", "_get_stale_trial_ids", "record_heartbeat")
+for _name in (*BaseStorage.__abstractmethods__, *_CACHED):
+    setattr(Storage, _name, patiently(getattr(Storage, _name)))
 
 
 def open_storage(url: str) -> Storage:
@@ -95,11 +101,18 @@ def running(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
+def _fail_stale_trials(study: optuna.Study) -> None:
+    # not after an outage, before those that live have been heard of again
+    if last_outage_s() > GRACE_S:
+        optuna.storages.fail_stale_trials(study)
+
+
+@patiently
 def free(storage: Storage, study: optuna.Study) -> int:
     """Fail the trials of workers that are gone; how many there were."""
     with storage.exclusive():
         before = len(running(study))
-        optuna.storages.fail_stale_trials(study)
+        _fail_stale_trials(study)
         for trial in running(study):
             begun = trial.datetime_start
             if "job" not in trial.user_attrs and begun and time.time() - begun.timestamp() > GRACE_S:
@@ -107,7 +120,6 @@ def free(storage: Storage, study: optuna.Study) -> int:
         return before - len(running(study))
 
 
-OUTAGES = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, RequestException, ConnectionError)
 Job = tuple[dict[str, Any], dict[str, Any]]  # values that are given to a trial, and its user attributes
 
 
@@ -136,15 +148,6 @@ def _checked(values: Any, count: int) -> Any:
     if len(each) != count or not all(isinstance(value, float | int) and not math.isnan(value) for value in each):
         raise ValueError(f"its objectives are {values}, and not {count} numbers")
     return values
-
-
-def _is_outage(error: BaseException | None) -> bool:
-    # whether a store or server does not answer, which is no fault of a trial
-    while error is not None:
-        if isinstance(error, OUTAGES):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def attempts(trial: FrozenTrial) -> int:
@@ -176,10 +179,11 @@ class Queue:
                 trials[job] = trial
         return trials
 
+    @patiently
     def fill(self) -> None:
         """Enqueue every job that is neither finished, running nor waiting."""
         with self.storage.exclusive():
-            optuna.storages.fail_stale_trials(self.study)
+            _fail_stale_trials(self.study)
             trials = self.trials()
             for key, (values, attrs) in self.jobs().items():
                 trial = trials.get(key)
@@ -219,7 +223,7 @@ class Queue:
             except (optuna.TrialPruned, optuna.exceptions.UpdateFinishedTrialError):
                 raise
             except Exception as error:
-                if _is_outage(error):
+                if is_outage(error):
                     outage = error
                     with suppress(Exception):  # if it is the storage
                         interrupted(trial)
@@ -240,6 +244,7 @@ class Queue:
             raise outage
         return True
 
+    @patiently
     def give_up(self, pid: int) -> None:
         """Fail what a process of this machine did, which has ended without saying so."""
         with self.storage.exclusive():

@@ -23,6 +23,7 @@ from optuna_integration import PyTorchLightningPruningCallback as Pruning
 from fffexp import tracking
 from fffexp.environment import environment, training_device
 from fffexp.errors import InvalidConfigError, NonFiniteLossError, UserError, report, terminated_by_signal
+from fffexp.outages import asked_again
 from fffexp.study import store
 from fffexp.study.results import Record
 from fffexp.study.spec import StudySpec, Values, parse
@@ -91,7 +92,7 @@ def main(text: str, folder: Path, name: str, url: str, uri: str, keep_seed: bool
     try:
         with terminated_by_signal():
             study = StoredStudy(parse(text, folder, "in the storage"), name, store.open_storage(url), keep_seed)
-            Worker(study, uri).work()
+            asked_again()(Worker, study, uri).work()
     except UserError as error:
         report(error)
         sys.exit(2)
@@ -119,8 +120,7 @@ class Worker:
         """Do all there is to do."""
         filled, queues = float("-inf"), self.study.queues
         while True:
-            # one of each queue in turn
-            if sum(queue.run_one(self._objective, (NonFiniteLossError, InvalidConfigError)) for queue in queues):
+            if asked_again()(self._turn):
                 continue
             if all(queue.all_finished() for queue in queues):
                 return
@@ -130,6 +130,11 @@ class Worker:
                 filled = time.monotonic()
             else:
                 time.sleep(POLL_S)
+
+    def _turn(self) -> int:
+        # one of each queue
+        errors = NonFiniteLossError, InvalidConfigError
+        return sum(queue.run_one(self._objective, errors) for queue in self.study.queues)
 
     def _objective(self, trial: optuna.Trial) -> float | tuple[float, ...]:
         with self.study.storage.exclusive():

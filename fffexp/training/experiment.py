@@ -226,7 +226,7 @@ class ExperimentCLI(LightningCLI):
             named = {model.monitor: model.monitor.replace("/", "/best_", 1)}
             finals = {named.get(n, n): v for n, v in metrics.items() if n in named or n not in self.best.metrics}
             run.log_metrics(finals, trainer.global_step)
-            if self.context.parent is not None:  # a study keeps its checkpoints with the runs alone
+            if self.context.parent is not None and not run.lacking:  # a study keeps its checkpoints with the runs alone
                 shutil.rmtree(folder, ignore_errors=True)
         self.result.run_id, self.result.backend, self.result.metrics = run.id, backend, metrics
 

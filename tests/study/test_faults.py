@@ -5,14 +5,19 @@ import resource
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import optuna
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
+from mlflow_server import Server
 from optuna.trial import TrialState
-from processes import CONFIGS, ROOT, Process, runs, started, with_store, write_yaml
+from postgres import Postgres
+from processes import CONFIGS, ROOT, Process, digits, runs, started, with_store, write_yaml
 
 from fffexp.study import store
 from fffexp.study.results import Results, Trial
@@ -49,12 +54,14 @@ def study(folder: Path, *points: int, **more: Any) -> Path:
     })  # fmt: skip
 
 
-def results(folder: Path) -> dict[int, Trial]:
+def results(folder: Path, url: str = "") -> dict[int, Trial]:
     found = Results.load(folder / "outputs/studies/tiny/summary.json").trials
     assert not [r for r in runs(folder) if r.info.status == "RUNNING"]
     completed = Counter(
         t.user_attrs["job"]
-        for t in optuna.load_study(study_name="tiny/runs", storage=f"sqlite:///{folder}/outputs/optuna.db").trials
+        for t in optuna.load_study(
+            study_name="tiny/runs", storage=url or f"sqlite:///{folder}/outputs/optuna.db"
+        ).trials
         if t.state == TrialState.COMPLETE
     )
     assert set(completed.values()) <= {1}, "a job was done twice"
@@ -117,6 +124,103 @@ def test_killed_workers_are_replaced(tmp_path: Path) -> None:
     found = results(tmp_path)
     assert {trial.state for trial in found.values()} == {"COMPLETE"}
     assert len(found) == 6
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    with Postgres() as server:
+        yield server
+
+
+@pytest.mark.parametrize("how", ["fast", "immediate"])
+def test_a_database_that_is_restarted(how: str, tmp_path: Path, postgres: Postgres) -> None:
+    study(tmp_path, *range(20, 26))
+    run = ("study", "run", "tiny.yaml", "--jobs=2", f"--storage={postgres.url}")
+    with started(*run, folder=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}") as process:
+        for number in (1, 3):
+            process.until_printed(f"run {number} of 6")
+            postgres.ctl("stop", "-m", how)
+            time.sleep(5)
+            postgres.ctl("start")
+        assert process.wait() == 0, process.errors()
+        assert "Traceback" not in process.errors(), process.errors()
+    found = results(tmp_path, postgres.url)
+    assert {trial.state for trial in found.values()} == {"COMPLETE"}
+    assert len(found) == 6
+    # the server may have noted a start without being able to say so
+    assert max(trial.attempts for trial in found.values()) <= 2
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with Server(tmp_path / "server") as running:
+        yield running
+
+
+def epochs_of(server: Server) -> dict[str, tuple[str, int]]:
+    """Of each run the status, and the number of values that its loss has."""
+    client = MlflowClient(server.url)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    found = client.search_runs(experiments)
+    return {r.info.run_id: (r.info.status, len(client.get_metric_history(r.info.run_id, "val/loss"))) for r in found}
+
+
+LONG = ("--trainer.max_epochs=60", "--trainer.limit_train_batches=40")
+
+
+def test_a_fit_goes_on_without_its_tracking_server(tmp_path: Path, server: Server) -> None:
+    fit = (*digits("ff"), *LONG, f"--tracking_uri={server.url}")
+    with started(*fit, folder=tmp_path) as process:
+        process.until_printed("epoch 2/60")
+        server.stop()
+        process.until_printed("epoch 12/60")
+        time.sleep(5)
+        server.start()
+        assert process.wait() == 0, process.errors()
+        assert "the training goes on, and its metrics wait" in process.errors()
+    assert [*epochs_of(server).values()] == [("FINISHED", 60)]
+
+
+def test_a_server_that_never_comes_back_costs_no_result(tmp_path: Path, server: Server) -> None:
+    fit = (*digits("ff"), *LONG, f"--tracking_uri={server.url}")
+    with started(*fit, folder=tmp_path, FFFEXP_PATIENCE_S="4") as process:
+        process.until_printed("epoch 2/60")
+        server.stop()
+        assert process.wait() == 2
+        *_, line = process.errors().splitlines()
+    assert "has what it lacks" in line
+    (path,) = (tmp_path / "outputs/unlogged").glob("*.json")
+    assert path.name in line
+    kept = json.loads(path.read_text())
+    assert {"val/loss", "val/accuracy", "test/accuracy"} <= {metric["key"] for metric in kept["metrics"]}
+    assert [Path(file).is_file() for file in kept["files"]] == [True], "the best checkpoint"
+    server.start()
+    lacking = sum(metric["key"] == "val/loss" for metric in kept["metrics"])
+    assert epochs_of(server) == {kept["run_id"]: ("RUNNING", 60 - lacking)}
+
+
+def test_a_study_waits_for_its_tracking_server(tmp_path: Path, server: Server) -> None:
+    study(tmp_path, *range(20, 24))
+    run = ("study", "run", "tiny.yaml", "--jobs=2", f"--tracking_uri={server.url}")
+    with started(*run, folder=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}") as process:
+        process.until_printed("run 1 of 4")
+        server.stop()
+        time.sleep(15)
+        server.start()
+        assert process.wait() == 0, process.errors()
+        assert "Traceback" not in process.errors(), process.errors()
+    found = Results.load(tmp_path / "outputs/studies/tiny/summary.json").trials
+    assert [trial.state for trial in found] == ["COMPLETE"] * 4
+    assert "RUNNING" not in {status for status, _ in epochs_of(server).values()}
+
+
+def test_four_fits_at_once_on_a_new_experiment(tmp_path: Path, server: Server) -> None:
+    fit = (*digits("ff"), "--trainer.max_epochs=1", f"--tracking_uri={server.url}", "--name=new")
+    with ExitStack() as stack:
+        fits = [stack.enter_context(started(*fit, folder=tmp_path, label=f"fit{i}")) for i in range(4)]
+        for process in fits:
+            assert process.wait() == 0, process.errors()
+    assert [status for status, _ in epochs_of(server).values()] == ["FINISHED"] * 4
 
 
 def test_a_worker_that_slept_drops_its_trial(tmp_path: Path) -> None:

@@ -349,9 +349,12 @@ def test_a_finished_seed_is_kept_where_tracking_fails_after_it(tmp_path: Path, m
 
     enter(with_store(tmp_path), monkeypatch)
     monkeypatch.setattr(tracking.Run, "text", out_of_reach)
-    with pytest.raises(ConnectionError):
-        run_here(tmp_path, seeds=[0, 1])
-    assert [sorted(t.user_attrs) for t in trials_of(tmp_path, "FF") if "run/0" in t.user_attrs]
+    results = run_here(tmp_path, seeds=[0, 1])
+    assert sorted(trial.attempts for trial in results.trials) == [1, 1, 1, 2]
+    assert all([run["seed"] for run in trial.runs] == [0, 1] for trial in results.trials)
+    (failed,) = (t for part in ("FF", "FFF") for t in trials_of(tmp_path, part) if t.state == TrialState.FAIL)
+    kept = results.trial(failed.user_attrs["number"]).runs[0]
+    assert kept == failed.user_attrs["run/0"], "what was trained was trained again"
 
 
 ACCURACY = {"objectives": {"val/accuracy": "maximize"}}
