@@ -14,7 +14,9 @@ from fffexp.statistics import mean_interval
 from fffexp.study.results import Results, Trial
 
 LINE = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5}
-MARKERS = "os^Dv"  # with the colours, more layers than there are
+# three more colours that differ from those, and no markers that meet them again before all have been used
+MORE = ("#882255", "#7F7F7F", "#000000")
+MARKERS = "os^Dv"
 
 
 def draw(results: Results, path: Path) -> None:
@@ -83,6 +85,7 @@ def _steps(results: Results, per_budget: text.Budgets) -> Figure:
     figure = Figure(figsize=(13, 6), dpi=110, layout="constrained")
     figure.suptitle("Bits per byte of the test text, and what each layer recovers, over training", x=0.01, ha="left")
     left, right = figure.subplots(1, 2)
+    ends: dict[Axes, list[tuple[int, float, str, str]]] = {left: [], right: []}
     for key in dict.fromkeys(key for trials in per_budget.values() for key in trials):
         of = {steps: trials[key] for steps, trials in per_budget.items() if key in trials}
         shares = {steps: text.recovered(results, per_budget[steps], key) for steps in of}
@@ -92,13 +95,18 @@ def _steps(results: Results, per_budget: text.Budgets) -> Figure:
         for axes, course in ((left, bits), (right, share)):
             if course:
                 axes.plot([*course], [*course.values()], f"{marker}-", color=colour, markersize=4, linewidth=1)
-                end = max(course), course[max(course)]
-                axes.annotate(key, end, (5, 0), textcoords="offset points", fontsize=8, va="center", color=colour)
+                ends[axes].append((max(course), course[max(course)], key, colour))
     for axes, label in ((left, "bits per byte"), (right, f"% of what {text.DENSE} gains over {text.NONE}")):
         _dress(axes, "steps of 4,096 bytes")
         axes.set_xticks([*per_budget], [f"{steps:,}" for steps in per_budget])
-        axes.set_xlim(right=2.2 * max(per_budget))
+        axes.set_xlim(right=2.5 * max(per_budget))
         axes.set_ylabel(label)
+        low, high = axes.get_ylim()
+        before, place = 0, low
+        for x, y, key, colour in sorted(ends[axes]):  # one above the other, beside the ends of their lines
+            place = max(y, place + 0.026 * (high - low)) if x == before else y
+            axes.text(1.08 * x, place, key, fontsize=8, va="center", color=colour)
+            before = x
     return figure
 
 
@@ -115,4 +123,5 @@ def _dress(axes: Axes, label: str) -> None:
 
 def _styles(results: Results) -> dict[str, tuple[str, str]]:
     layers = dict.fromkeys(trial.layer for trial in sorted(results.trials, key=lambda t: t.number))
-    return {layer: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, layer in enumerate(layers)}
+    colours = (*COLOURS, *MORE)
+    return {layer: (colours[i % len(colours)], MARKERS[i % len(MARKERS)]) for i, layer in enumerate(layers)}
