@@ -61,6 +61,14 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def machine() -> str:
+    """What process numbers belong to: containers may share the name of their host, but not these two."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not on Linux
+        return platform.node()
+
+
 def peak_memory_mb() -> float | None:
     """Most memory that this process ever held; None where the system does not say."""
     try:

@@ -52,6 +52,7 @@ def store_lock(uri: str, timeout_s: float = 30.0) -> AbstractContextManager[obje
     A tracking server by http has locks of its own. A store that cannot be created, reached or locked is a UserError.
     """
     problem = "is of a kind that is not known here"
+    cause: Exception | None = None
     fix = "give sqlite:///FILE, postgresql+psycopg://... or, for tracking, http(s)://..."
     try:
         if uri.startswith(("http://", "https://")):
@@ -68,13 +69,13 @@ def store_lock(uri: str, timeout_s: float = 30.0) -> AbstractContextManager[obje
             connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(230814711)"))
             return connection
     except OSError as error:  # filelock's Timeout is one
-        problem, fix = f"cannot be created ({error})", "give a path that can be written"
+        problem, fix, cause = f"cannot be created ({error})", "give a path that can be written", error
     except ImportError as error:
         problem = f"needs a driver ({first_line(error)})"
         fix = "pip install 'fffexp[postgres]' and write postgresql+psycopg://..."
     except Exception as error:  # every driver has errors of its own
-        problem, fix = f"cannot be reached ({first_line(error)})", "start it, or give another"
-    raise UserError(f"the store {hide_password(uri)} {problem}: {fix}")
+        problem, fix, cause = f"cannot be reached ({first_line(error)})", "start it, or give another", error
+    raise UserError(f"the store {hide_password(uri)} {problem}: {fix}") from cause
 
 
 def first_line(error: Exception) -> str:

@@ -105,10 +105,13 @@ def adjusted(ps: Sequence[float]) -> list[float]:
 
 
 def format_difference(test: Paired, scale: float = 1.0, digits: int = 2) -> str:
-    """`+1.93 [+1.75, +2.11], p 1.2e-05`, or `+0.10 [-0.20, +0.40], p 0.45, not significant`, of scaled values."""
+    """`+1.93 [+1.75, +2.11], p 1.2e-05`, or `+0.10 [-0.20, +0.40], p 0.45, not significant`, of scaled values.
+
+    One pair is not tested: `+1.93`.
+    """
     difference, *bounds = (f"{scale * x:+.{digits}f}" for x in (test.difference, *(test.interval or ())))
     interval = f" [{', '.join(bounds)}], p {test.p:.2g}" if bounds else ""
-    return f"{difference}{interval}{'' if test.significant else ', not significant'}"
+    return f"{difference}{interval}{'' if test.significant or test.seeds == 1 else ', not significant'}"
 
 
 def _varies(values: Sequence[float]) -> bool:

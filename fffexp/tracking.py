@@ -15,10 +15,10 @@ import torch
 from typing_extensions import override
 
 from fffexp import paths
-from fffexp.environment import git_commit
+from fffexp.environment import git_commit, machine
 from fffexp.errors import UserError, handling, hide_password, report
 from fffexp.files import first_line, save_json, store_lock
-from fffexp.outages import is_outage, patiently
+from fffexp.outages import hurry, is_outage, patiently
 
 # an unreachable server is reported at the start, not after minutes of retries
 os.environ.update(
@@ -55,7 +55,7 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             ) from error
     for run in client.search_runs([number], "attributes.status = 'RUNNING'", max_results=1000):
         tag = run.data.tags.get("process", "")
-        if tag.endswith(f" {_machine()}") and tag != _process(int(tag.split()[0])):
+        if tag.endswith(f" {machine()}") and tag != _process(int(tag.split()[0])):
             client.set_terminated(run.info.run_id, "FAILED")
     return client, number
 
@@ -86,16 +86,8 @@ def checkpoint(uri: str, run_id: str) -> Path:
 def _process(number: int | None = None) -> str:
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(number)
-        return f"{process.pid} {process.create_time():.2f} {_machine()}"
+        return f"{process.pid} {process.create_time():.2f} {machine()}"
     return ""
-
-
-# what process numbers belong to: containers may share the name of their host, but not these two
-def _machine() -> str:
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not on Linux
-        return platform.node()
 
 
 @contextmanager
@@ -164,6 +156,10 @@ class Run(Logger):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: object) -> None:
+        if kind is not None and kind.__name__ == "UpdateFinishedTrialError":
+            return  # this machine slept, and another goes on with the run
+        if kind is not None and not issubclass(kind, Exception):
+            hurry()
         pruned = kind is not None and kind.__name__ == "TrialPruned"
         status = "KILLED" if pruned else "FAILED" if kind else "FINISHED"
         try:

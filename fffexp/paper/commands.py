@@ -313,6 +313,8 @@ def text(
         refuse((name not in groups, f"--contenders {name}: {file} has {', '.join(groups)}"))
     for count in steps or ():
         refuse((count not in budgets, f"--steps {count}: {file} has {budgets}"))
+    part = speeds and (contenders or steps)
+    refuse((part, "--speeds: contenders are compared, so all are timed: leave --contenders and --steps out"))
     epochs = {count / language.EPOCH_STEPS for count in steps or budgets}
     study.choose(lambda label, point: label in (contenders or groups) and point["epochs"] in epochs)
     with _files(json, figure, f"text_{data}") as drawn:

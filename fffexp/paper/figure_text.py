@@ -25,7 +25,8 @@ def draw(results: Results, path: Path) -> None:
     complete = [steps for steps, trials in per_budget.items() if {text.NONE, text.DENSE} <= trials.keys()]
     if complete:
         _costs(results, max(complete), per_budget[max(complete)]).savefig(path)
-    _steps(results, per_budget).savefig(path.with_stem(f"{path.stem}_steps"))
+    if per_budget:
+        _steps(results, per_budget).savefig(path.with_stem(f"{path.stem}_steps"))
 
 
 def _costs(results: Results, steps: int, trials: Mapping[str, Trial]) -> Figure:

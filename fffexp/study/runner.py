@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from fffexp import paths, tracking
 from fffexp.errors import UserError, report
+from fffexp.outages import hurry
 from fffexp.report import page
 from fffexp.report.text import settings, value
 from fffexp.study import store, worker
@@ -23,7 +24,7 @@ from fffexp.study.spec import StudySpec, Values
 from fffexp.study.worker import StoredStudy
 from fffexp.training.experiment import build
 
-MAX_LOST = store.MAX_VANISHED + 2  # workers in a row; so many that a job which kills them all is given up before
+MAX_LOST = 5  # workers in a row
 
 
 class StudyRunner:
@@ -140,7 +141,7 @@ class StudyRunner:
         spawn = multiprocessing.get_context("spawn").Process
         firsts = [self.begun_here, *[False] * (self.jobs - 1)]
         workers = [spawn(target=worker.main, args=(*same, first, threads)) for first in firsts]
-        lost = 0  # workers, since a job was finished
+        lost = 0  # workers that did nothing, since a job was finished
         progress = [_progress(self.study, queues) for queues in (self.study.queues[:-1], self.study.queues[-1:])]
         for part in progress:  # what is finished by now is not news
             next(part)
@@ -156,15 +157,16 @@ class StudyRunner:
                     if self.path is not None:
                         self._results().save(self.path)
                 for process in [each for each in workers if each.exitcode]:
-                    lost += 1
+                    # what it did is given up one day; without, it may be that none can work
+                    lost += not sum(queue.give_up(process.pid or 0) for queue in self.study.queues)
                     self._replaceable(process.exitcode or 0, lost)
-                    for queue in self.study.queues:
-                        queue.give_up(process.pid or 0)
                     workers[workers.index(process)] = new = spawn(target=worker.main, args=(*same, False, threads))
                     new.start()
                     alive = True
         finally:
             left = [process for process in workers if process.is_alive()]
+            if left:
+                hurry()
             for process in left:
                 process.terminate()
             for process in left:
@@ -177,8 +179,8 @@ class StudyRunner:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         if lost > MAX_LOST:
             raise UserError(
-                f"{lost} workers ended before they finished anything, the last {how}: nothing that was finished is "
-                f"lost; see what kills them, such as too little memory, then `fffexp study resume {self.spec.name}`"
+                f"{lost} workers ended before they began anything, the last {how}: nothing that was finished is lost; "
+                f"see what ends them, such as too little memory, then `fffexp study resume {self.spec.name}`"
             )
         report(f"a worker {how}: another takes its place")
 

@@ -1,8 +1,9 @@
 """Jobs in an Optuna storage, shared by any number of processes: none is done twice, and none is left out."""
 
+import copy
 import math
 import os
-import socket
+import signal
 import threading
 import time
 import warnings
@@ -14,10 +15,10 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from fffexp.environment import peak_memory_mb
+from fffexp.environment import machine, peak_memory_mb
 from fffexp.errors import UserError, report
 from fffexp.files import first_line, store_lock
-from fffexp.outages import PATIENCE_S, is_outage, last_outage_s, patiently
+from fffexp.outages import PATIENCE_S, hurry, is_outage, last_outage_s, patiently
 
 # heartbeats, their retries and constraints are used knowingly, and pinned
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -53,6 +54,10 @@ class Storage(optuna.storages.RDBStorage):
             if state == TrialState.RUNNING and self.get_trial(trial_id).state == TrialState.WAITING:
                 self.record_heartbeat(trial_id)
             return super().set_trial_state_values(trial_id, state, values)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        # after an outage not before those that live have been heard of again
+        return super()._get_stale_trial_ids(study_id) if last_outage_s() > GRACE_S else []
 
     def record_heartbeat(self, trial_id: int) -> None:
         """As Optuna's, with what a worker has needed: the kernel may kill it for that."""
@@ -101,18 +106,12 @@ def running(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
-def _fail_stale_trials(study: optuna.Study) -> None:
-    # not after an outage, before those that live have been heard of again
-    if last_outage_s() > GRACE_S:
-        optuna.storages.fail_stale_trials(study)
-
-
 @patiently
 def free(storage: Storage, study: optuna.Study) -> int:
     """Fail the trials of workers that are gone; how many there were."""
     with storage.exclusive():
         before = len(running(study))
-        _fail_stale_trials(study)
+        optuna.storages.fail_stale_trials(study)
         for trial in running(study):
             begun = trial.datetime_start
             if "job" not in trial.user_attrs and begun and time.time() - begun.timestamp() > GRACE_S:
@@ -138,7 +137,9 @@ def error_of(trial: FrozenTrial) -> str | None:
     if "error" in attrs or trial.state != TrialState.FAIL:
         return attrs.get("error")
     vanished = attempts(trial) - len(attrs.get("errors", ())) - attrs.get("interruptions", 0)
-    needed = f", the last with {attrs['peak_memory_mb']:.0f} MiB of memory" if "peak_memory_mb" in attrs else ""
+    needed = (
+        f", the last of which had needed up to {attrs['peak_memory_mb']:.0f} MiB" if "peak_memory_mb" in attrs else ""
+    )
     return f"{vanished} workers vanished with it{needed}" if vanished >= MAX_VANISHED else None
 
 
@@ -157,7 +158,7 @@ def attempts(trial: FrozenTrial) -> int:
 
 
 def _worker(pid: int) -> str:
-    return f"{socket.gethostname()}/{pid}"
+    return f"{machine()}/{pid}"
 
 
 class Queue:
@@ -183,14 +184,15 @@ class Queue:
     def fill(self) -> None:
         """Enqueue every job that is neither finished, running nor waiting."""
         with self.storage.exclusive():
-            _fail_stale_trials(self.study)
+            optuna.storages.fail_stale_trials(self.study)
             trials = self.trials()
             for key, (values, attrs) in self.jobs().items():
                 trial = trials.get(key)
                 if trial is None:
                     self.study.enqueue_trial(values, user_attrs={"job": key, **attrs})
                 elif trial.state == TrialState.FAIL and not _finished(trial):
-                    optuna.storages.RetryHeartbeatStaleTrialCallback()(self.study, trial)
+                    # which changes the trial that it is given
+                    optuna.storages.RetryHeartbeatStaleTrialCallback()(self.study, copy.deepcopy(trial))
 
     def run_one(self, objective: Callable[[optuna.Trial], Any], errors: tuple[type[Exception], ...] = ()) -> bool:
         """Do a job that waits, if there is one; whether there was.
@@ -201,14 +203,18 @@ class Queue:
         """
         if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return False
-        outage: Exception | None = None
+        stop: BaseException | None = None  # or the outage
+        begun: int | None = None
 
-        def interrupted(trial: optuna.Trial) -> None:
-            trial.set_user_attr("interruptions", trial.user_attrs.get("interruptions", 0) + 1)
+        def put_back(trial: optuna.Trial, why: BaseException) -> None:
+            nonlocal stop
+            stop = why
+            with suppress(Exception):  # the storage is away, or has given the trial up
+                trial.set_user_attr("interruptions", trial.user_attrs.get("interruptions", 0) + 1)
 
         def checked(trial: optuna.Trial) -> Any:
-            nonlocal outage
-            attrs = trial.user_attrs
+            nonlocal begun
+            begun, attrs = trial._trial_id, trial.user_attrs
             if "job" not in attrs:
                 raise Surplus
             trial.set_user_attr("worker", _worker(os.getpid()))
@@ -217,40 +223,43 @@ class Queue:
             except errors as error:
                 trial.set_user_attr("error", str(error))
                 raise
-            except (KeyboardInterrupt, SystemExit) as stop:  # Optuna would let SystemExit pass, the trial still running
-                interrupted(trial)
-                raise KeyboardInterrupt from stop
             except (optuna.TrialPruned, optuna.exceptions.UpdateFinishedTrialError):
                 raise
-            except Exception as error:
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
+                if isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == 128 + signal.SIGTERM:
+                    hurry()
+                    put_back(trial, KeyboardInterrupt())
+                    raise KeyboardInterrupt from error  # Optuna would let SystemExit pass, the trial still running
                 if is_outage(error):
-                    outage = error
-                    with suppress(Exception):  # if it is the storage
-                        interrupted(trial)
+                    put_back(trial, error)
                     raise
                 found = [*attrs.get("errors", ()), f"{type(error).__name__}: {error}"]
                 trial.set_user_attr("errors", found)
                 if len(found) >= MAX_ERRORS:
                     trial.set_user_attr("error", found[-1])
                 report(f"trial {attrs.get('number')}, error {len(found)} of {MAX_ERRORS}: {found[-1]}")
-                raise
+                raise RuntimeError(found[-1]) from error
 
-        # a trial that was given up in the meantime, because this machine slept, say, cannot end a second time; Optuna
-        # then says so by any of these; what the objective raises is caught
-        with suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError):
+        try:
             # the collection frees a trainer and its data, which refer to each other
             self.study.optimize(checked, n_trials=1, catch=(Exception,), gc_after_trial=True)
-        if outage is not None:
-            raise outage
+        except (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError):
+            # a trial that was given up in the meantime, because this machine slept, say, cannot end a second time;
+            # Optuna then says so by any of these; what the objective raises is caught
+            if begun is None or not self.storage.get_trial(begun).state.is_finished():
+                raise
+        if stop is not None:
+            raise stop
         return True
 
     @patiently
-    def give_up(self, pid: int) -> None:
-        """Fail what a process of this machine did, which has ended without saying so."""
+    def give_up(self, pid: int) -> bool:
+        """Fail what a process of this machine did, which has ended without saying so; whether it did anything."""
         with self.storage.exclusive():
-            for trial in running(self.study):
-                if trial.user_attrs.get("worker") == _worker(pid):
-                    self.study.tell(trial.number, state=TrialState.FAIL)
+            left = [trial for trial in running(self.study) if trial.user_attrs.get("worker") == _worker(pid)]
+            for trial in left:
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        return bool(left)
 
     def finished(self) -> dict[str, FrozenTrial]:
         """The trials of the jobs that are."""

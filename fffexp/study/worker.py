@@ -91,8 +91,12 @@ def main(text: str, folder: Path, name: str, url: str, uri: str, keep_seed: bool
     gc.freeze()  # all modules: a collection after a trial is then a matter of milliseconds
     try:
         with terminated_by_signal():
-            study = StoredStudy(parse(text, folder, "in the storage"), name, store.open_storage(url), keep_seed)
-            asked_again()(Worker, study, uri).work()
+            spec = parse(text, folder, "in the storage")
+
+            def begin() -> Worker:
+                return Worker(StoredStudy(spec, name, store.open_storage(url), keep_seed), uri)
+
+            asked_again()(begin).work()
     except UserError as error:
         report(error)
         sys.exit(2)

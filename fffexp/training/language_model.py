@@ -55,7 +55,7 @@ class LanguageModelTask(Task):
         try:
             with torch.no_grad():
                 shape = tuple(self.network.eval()(tokens).shape)
-        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"network: {wanted}; {name} fails on them: {error}") from error
         refuse((shape != (*tokens.shape, vocab_size), f"network: {wanted}; {name} gives {shape} for {len(tokens)}"))
         self.network.train(training)

@@ -94,18 +94,23 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "trainer.limit_val_batches": 2,
         "data.init_args.context": 16,
     }
+    study["layers"] = {name: study["layers"][name] for name in ("none", "dense 512", "SparseFF 512")}
+    for group in study["layers"].values():
+        group["points"] = [point for point in group["points"] if point["epochs"] == 1]
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     monkeypatch.setattr(studies, "FOLDER", folder)
     return folder
 
 
 @pytest.mark.slow
-def test_the_command_trains_times_and_goes_on(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_trains_times_and_goes_on(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "text.json"
-    command = ["reproduce", "text", "--jobs", "1", "--json", str(path), "--contenders"]
-    assert main([*command, "none", "dense 512", "--steps", "300", "--seeds", "2"]) == 0
+    command = ["reproduce", "text", "--jobs", "1", "--seeds", "2", "--json", str(path)]
+    assert main([*command, "--contenders", "none", "dense 512"]) == 0
     before: Any = {trial["params"]["contender"]: trial["runs"] for trial in json.loads(path.read_text())["trials"]}
-    assert main([*command, "none", "dense 512", "SparseFF 512", "--steps", "300", "--seeds", "2", "--speeds"]) == 0
+    assert main([*command, "--speeds"]) == 0
     found = json.loads(path.read_text())
     runs = {trial["params"]["contender"]: trial["runs"] for trial in found["trials"]}
     assert {key: runs[key] for key in before} == before, "what was trained was trained again"
@@ -128,24 +133,20 @@ def test_the_command_trains_times_and_goes_on(small: Path, tmp_path: Path, capsy
     trained = speeds._trained(trial.runs[0]["run_id"])
     assert trained.keys() == fresh.keys()
     assert not any(np.allclose(trained[key], fresh[key]) for key in fresh if key.endswith("mlp.fc.weight"))
-
-
-@pytest.mark.slow
-def test_speeds_want_the_trained_weights(
-    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ["reproduce", "text", "--jobs", "1", "--json", str(tmp_path / "text.json"), "--contenders", "dense 48"]
-    command += ["--steps", "300", "--seeds", "1"]
-    assert main(command) == 0
     monkeypatch.setenv("FFFEXP_OUTPUTS", str(tmp_path / "elsewhere"))
     capsys.readouterr()
     assert main([*command, "--speeds"]) == 2
-    assert "has no checkpoint in this tracking store" in capsys.readouterr().err
+    assert "has no checkpoint of run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("option", "says"),
-    [(["--contenders", "dense 49"], "it has"), (["--steps", "301"], "has [300"), (["--data", "latin"], "gcide")],
+    [
+        (["--contenders", "dense 49"], "it has"),
+        (["--steps", "301"], "has [300"),
+        (["--data", "latin"], "gcide"),
+        (["--speeds", "--steps=300"], "leave --contenders"),
+    ],
 )
 def test_what_is_not_in_the_study_is_one_line(option: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "text", *option]) == 2

@@ -110,7 +110,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
         assert process.errors().count("a worker was killed by SIGKILL: another takes its place") == store.MAX_VANISHED
     found = results(tmp_path)
     assert (found[9].state, found[9].attempts) == ("FAIL", store.MAX_VANISHED)
-    assert "8 workers vanished with it, the last with" in str(found[9].error)
+    assert "8 workers vanished with it, the last of which had needed up to" in str(found[9].error)
     assert {found[8].state, found[10].state} == {"COMPLETE"}
 
 

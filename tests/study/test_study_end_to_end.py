@@ -13,6 +13,7 @@ from typing import Any
 
 import optuna
 import pytest
+import requests
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 from processes import CONFIGS, artifact, client, enter, runs, started, with_store, write_yaml
@@ -344,7 +345,7 @@ def test_a_finished_seed_is_kept_where_tracking_fails_after_it(tmp_path: Path, m
         written_texts.append(file)
         # of the study, of the first seed, and of all seeds of the trial
         if written_texts == ["study.yaml", "config.yaml", "config.yaml"]:
-            raise ConnectionError("the tracking server is gone")
+            raise requests.ConnectionError("the tracking server is gone")
         text(run, content, file)
 
     enter(with_store(tmp_path), monkeypatch)
