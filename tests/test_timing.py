@@ -60,9 +60,9 @@ def test_a_short_call_is_repeated_in_a_round_and_a_long_one_is_not() -> None:
         calls[name] += 1
         time.sleep(pause)
 
-    seconds = interleaved({"a": lambda: call("a", 1e-4), "b": lambda: call("b", 0.02)}, 0.0, rounds=(3, 3))
+    seconds = interleaved({"a": lambda: call("a", 1e-4), "b": lambda: call("b", 0.2)}, 0.0, rounds=(3, 3))
     assert calls["a"] > 5 * calls["b"]
-    assert all(1e-4 <= each < 0.01 for each in seconds["a"]), "it is the time of one call"
+    assert all(1e-4 <= each < 0.2 for each in seconds["a"]), "it is the time of one call"
 
 
 def test_the_threads_of_torch_are_set_for_the_timing_alone() -> None:
