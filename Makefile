@@ -26,7 +26,6 @@ setup: .venv/.complete ## create .venv from pinned versions and compile (done by
 
 # what only `make test-all` uses
 .venv/.all: .venv/.complete
-	$(PIP) -e '.[postgres]'
 	# apart from the rest: the torchvision that timm imports is a CUDA build, and beside a CPU torch torchmetrics trips on it
 	$(PIP) --no-deps --upgrade --target .venv/timm timm torchvision
 	$(PIP) --no-deps --upgrade --target .venv/adapters peft torchao

@@ -51,6 +51,17 @@ def test_the_store_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert paths.tracking_uri(None) == "sqlite:///outputs/mlflow.db"
 
 
+def test_params_beyond_the_limits_of_the_store(tmp_path: Path) -> None:
+    opened, experiment = tracking.open_store(paths.tracking_uri(None), "tries")
+    many = {f"param{number}": number for number in range(250)}
+    with tracking.Run(opened, experiment) as run:
+        run.params({**many, "long": "x" * 7000})
+    found = opened.get_run(run.id).data.params
+    assert {name: int(found[name]) for name in many} == many
+    assert found["long"].startswith("xxx")
+    assert found["long"].endswith("(cut: see config.yaml)")
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> tuple[MlflowClient, str]:
     with_store(tmp_path)

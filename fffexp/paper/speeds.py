@@ -17,10 +17,11 @@ from fffexp.study.results import Results, Trial
 from fffexp.timing import interleaved, rotating
 from fffexp.training.config import read_checkpoint
 from fffexp.training.experiment import build
+from fffexp.training.language_model import TIMED_CONTEXT
 
 BESIDE_S = 10.0  # of timing, for all dense widths beside one tree
 TIMING_S = 60.0  # for all models, and for all layers: a few rounds of models of 70 ms do not order them
-BATCH_SIZES, CONTEXT = (1, BATCH_SIZE), 64  # tokens at once in a language model, and before each of them
+BATCH_SIZES = (1, BATCH_SIZE)  # tokens at once in a language model
 
 
 @torch.inference_mode()
@@ -94,7 +95,7 @@ def in_language_model(results: Results, study: PaperStudy) -> None:
         task, layer, tokens = made.task.eval(), _first(made.task), list[Tensor]()
         task.load_state_dict(_trained(run["run_id"]))
         made.data.setup("fit")
-        windows = next(iter(made.data.val_dataloader()))[0][:, :CONTEXT]
+        windows = next(iter(made.data.val_dataloader()))[0][:, :TIMED_CONTEXT]
         with torch.inference_mode():
             for size in BATCH_SIZES:
                 calls.setdefault(f"model_b{size}", {})[key] = task.timed(windows, size)

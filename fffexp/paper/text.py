@@ -6,9 +6,10 @@ from typing import Any
 
 from fffexp.paper.comparisons import Comparison, Share, compare, equal_in_time, percent, shares
 from fffexp.paper.rows import bounds, section
-from fffexp.paper.speeds import BATCH_SIZES, CONTEXT
+from fffexp.paper.speeds import BATCH_SIZES
 from fffexp.statistics import format_difference, mean_interval
 from fffexp.study.results import Results, Trial
+from fffexp.training.language_model import TIMED_CONTEXT
 
 EPOCH_STEPS = 300  # of studies/paper/text_*.yaml
 BLOCKS = 2  # of configs/model/gpt.yaml
@@ -110,7 +111,7 @@ def _sizes(results: Results) -> str:
     text = (
         "neurons, kFLOPs: of one layer for a token. layer, model: median milliseconds for a batch of 1 and of 256 "
         "tokens, one thread, with trained weights on the validation text; the model decodes one token after up to "
-        f"{CONTEXT} others that a key-value cache holds."
+        f"{TIMED_CONTEXT} others that a key-value cache holds."
     )
     return section("size and time", lines, {"kFLOPs": ".1f", **dict.fromkeys(TIMES, ".3f")}, text)
 

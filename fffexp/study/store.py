@@ -137,9 +137,8 @@ def error_of(trial: FrozenTrial) -> str | None:
     if "error" in attrs or trial.state != TrialState.FAIL:
         return attrs.get("error")
     vanished = attempts(trial) - len(attrs.get("errors", ())) - attrs.get("interruptions", 0)
-    needed = (
-        f", the last of which had needed up to {attrs['peak_memory_mb']:.0f} MiB" if "peak_memory_mb" in attrs else ""
-    )
+    peak = attrs.get("peak_memory_mb")
+    needed = f", the last of which had needed up to {peak:.0f} MiB" if peak else ""
     return f"{vanished} workers vanished with it{needed}" if vanished >= MAX_VANISHED else None
 
 

@@ -20,7 +20,7 @@ DEEP = 9  # deeper than the levels that one product decides (kernels/eager.py)
 
 def make(depth: int = 3, num_trees: int = 2, trained: str = "all", dtype: Any = torch.float64, **more: Any) -> TreeFF:
     layer: TreeFF = randomized(TreeFF(IN, OUT, depth, num_trees, **more)).to(dtype)
-    layer.trained = trained  # type: ignore[assignment]
+    layer.trained = trained  # type: ignore[assignment] # one of the literals
     return layer
 
 
